@@ -1,0 +1,1 @@
+"""The shared ground of pdserve: configuration, KV handoff, engines, control plane, CLI."""

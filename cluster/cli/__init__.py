@@ -1,0 +1,1 @@
+"""The pdserve command: the composition root."""

@@ -1,0 +1,311 @@
+"""The one configuration: a YAML file, overridden by PDSERVE_… environment variables.
+
+`Config.load(path)` reads it; an unknown or impossible field raises ConfigError with the field's
+path, what was meant and how to mend it. Environment: `PDSERVE_ROUTER__GRPC_PORT=6000` sets
+`router.grpc_port`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from cluster.errors import ConfigError
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Role = Literal["prefill", "decode", "both"]
+MIB = 1 << 20
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PoolConfig(_Section):
+    """The workers of one role, for one model."""
+
+    replicas: Annotated[int, Field(ge=0, le=4096, description="Workers to keep alive.")] = 1
+    num_cpus: Annotated[float, Field(ge=0, description="CPUs Ray reserves per worker.")] = 0
+    num_gpus: Annotated[
+        int | None, Field(ge=0, description="GPUs per worker; unset: tensor_parallel_size on GPU hosts.")
+    ] = None
+    resources: Annotated[
+        dict[str, float], Field(description="Custom Ray resources per worker.")
+    ] = {}
+
+
+class ModelConfig(_Section):
+    """One model and its two pools."""
+
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,95}$", description="What clients ask for.")
+    ]
+    path: Annotated[str, Field(min_length=1, description="A local directory or a hub name.")]
+    revision: Annotated[str | None, Field(description="Of a hub model.")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Field(description="Of the weights.")
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None, Field(ge=2, description="Prompt and output tokens; unset: the model's own.")
+    ] = None
+    block_size: Annotated[
+        int, Field(ge=1, le=1024, description="Tokens per KV block; on CPU a multiple of 32.")
+    ] = 32
+    kv_cache_bytes: Annotated[
+        int | None,
+        Field(ge=MIB, description="KV cache per worker, bytes; unset: what GPU memory leaves."),
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int, Field(ge=32, description="Tokens per engine step: the prefill chunk.")
+    ] = 2048
+    max_num_seqs: Annotated[int, Field(ge=1, description="Sequences per engine step.")] = 128
+    tensor_parallel_size: Annotated[int, Field(ge=1, description="GPUs per engine.")] = 1
+    enforce_eager: Annotated[bool, Field(description="No compilation and no CUDA graphs.")] = False
+    trust_remote_code: Annotated[bool, Field(description="Run code from the model's repo.")] = False
+    engine_args: Annotated[
+        dict[str, Any], Field(description="Further vLLM engine arguments, passed as they are.")
+    ] = {}
+    prefill: PoolConfig = PoolConfig()
+    decode: PoolConfig = PoolConfig()
+
+    @model_validator(mode="after")
+    def _engine_args_do_not_collide(self) -> ModelConfig:
+        own = {"model", "kv_transfer_config", "logits_processors", "dtype", "max_model_len",
+               "block_size", "max_num_batched_tokens", "max_num_seqs", "tensor_parallel_size",
+               "enforce_eager", "trust_remote_code", "revision", "kv_cache_memory_bytes"}
+        if taken := sorted(own & self.engine_args.keys()):
+            raise ValueError(f"engine_args must not set {', '.join(taken)}: pdserve sets them")
+        if "speculative_config" in self.engine_args:
+            raise ValueError("engine_args.speculative_config: speculative decoding cannot be exact "
+                             "with a handed-off first token and is refused")
+        return self
+
+
+class RouterConfig(_Section):
+    """The routers' servers and limits."""
+
+    host: Annotated[str, Field(description="Interface to listen on.")] = "127.0.0.1"
+    grpc_port: Annotated[Port, Field(description="0 takes a free one.")] = 50051
+    http_port: Annotated[Port, Field(description="0 takes a free one.")] = 8000
+    max_request_bytes: Annotated[
+        int, Field(ge=1024, description="Largest request message or body, bytes.")
+    ] = 8 * MIB
+    max_running_requests: Annotated[
+        int, Field(ge=1, description="Requests placed at once; more wait.")
+    ] = 1024
+    max_queued_requests: Annotated[
+        int, Field(ge=0, description="Requests waiting; more are refused.")
+    ] = 1024
+    default_timeout_seconds: Annotated[
+        float, Field(gt=0, description="Deadline of HTTP requests that set none.")
+    ] = 600.0
+
+
+class StoreConfig(_Section):
+    """Where the registry and the journal live."""
+
+    url: Annotated[
+        SecretStr | None,
+        Field(description="redis:// or rediss:// URL; unset: an embedded Valkey."),
+    ] = None
+    connect_timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+    lease_seconds: Annotated[
+        float, Field(ge=1, description="A worker that does not renew for so long is dropped.")
+    ] = 10.0
+
+    @model_validator(mode="after")
+    def _scheme(self) -> StoreConfig:
+        if self.url is not None:
+            scheme = urlsplit(self.url.get_secret_value()).scheme
+            if scheme not in ("redis", "rediss", "unix"):
+                raise ValueError(f"url must start with redis://, rediss:// or unix://, not {scheme!r}")
+        return self
+
+
+class RayConfig(_Section):
+    """The Ray cluster that places the processes."""
+
+    address: Annotated[
+        str | None, Field(description="Of a running Ray cluster; unset: an embedded one.")
+    ] = None
+    namespace: str = "pdserve"
+
+
+class HandoffConfig(_Section):
+    """The KV transfer between workers."""
+
+    transport: Annotated[Literal["auto", "grpc"], Field(description="How KV moves.")] = "auto"
+    host: Annotated[
+        str | None, Field(description="Interface of the transfer port; unset: the worker's own.")
+    ] = None
+    ticket_seconds: Annotated[
+        float, Field(gt=0, le=3600, description="Life of a ticket, and lease of the blocks it pins.")
+    ] = 60.0
+    max_message_bytes: Annotated[
+        int, Field(ge=64 << 10, le=64 * MIB, description="Largest frame; holds a block at least.")
+    ] = 4 * MIB
+    max_streams: Annotated[int, Field(ge=1, description="Handoffs received at once.")] = 256
+
+
+class TargetsConfig(_Section):
+    """What the cluster is to reach."""
+
+    ttft_seconds: Annotated[float, Field(gt=0, description="Time to first token.")] = 2.0
+    tpot_seconds: Annotated[float, Field(gt=0, description="Time per output token.")] = 0.1
+
+
+class LifecycleConfig(_Section):
+    """How long starting and stopping may take."""
+
+    start_timeout_seconds: Annotated[float, Field(gt=0, description="For all workers.")] = 900.0
+    drain_timeout_seconds: Annotated[
+        float, Field(ge=0, description="Running requests get so long at a stop.")
+    ] = 30.0
+
+
+class Config(BaseSettings):
+    """A whole cluster."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix="PDSERVE_", env_nested_delimiter="__"
+    )
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")] = "pdserve"
+    models: Annotated[list[ModelConfig], Field(min_length=1)]
+    router: RouterConfig = RouterConfig()
+    store: StoreConfig = StoreConfig()
+    ray: RayConfig = RayConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    targets: TargetsConfig = TargetsConfig()
+    lifecycle: LifecycleConfig = LifecycleConfig()
+    secret: Annotated[
+        SecretStr | None,
+        Field(description="Signs tickets and internal calls; unset: drawn at every start."),
+    ] = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+    @model_validator(mode="after")
+    def _unique_models(self) -> Config:
+        names = [m.name for m in self.models]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"models: {', '.join(twice)} is named twice")
+        if self.router.grpc_port and self.router.grpc_port == self.router.http_port:
+            raise ValueError("router: grpc_port and http_port must differ")
+        if self.secret is not None and len(self.secret.get_secret_value()) < 16:
+            raise ValueError("secret: needs at least 16 characters")
+        return self
+
+    @classmethod
+    def load(cls, path: Path | None) -> Config:
+        """Reads `path`, or the shipped demo cluster if it is None.
+
+        Raises:
+            ConfigError: the file cannot be read, or a field is unknown or impossible.
+        """
+        raw = _read(path) if path else default_cluster()
+        try:
+            config = cls(**raw)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, path)) from None
+        return config if path is None else config._relative_to(path.resolve().parent)
+
+    def _relative_to(self, base: Path) -> Config:
+        """Model paths are relative to the file that names them."""
+        models = []
+        for model in self.models:
+            local = base / model.path
+            models.append(model.model_copy(update={"path": str(local)}) if local.is_dir() else model)
+        return self.model_copy(update={"models": models})
+
+    def model(self, name: str) -> ModelConfig:
+        """The model called `name`. Raises KeyError."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(name)
+
+
+def default_cluster() -> dict[str, Any]:
+    """The cluster of `pdserve up` without a file: the shipped model, one worker a role."""
+    root = os.environ.get("PDSERVE_EXAMPLES")
+    examples = Path(root) if root else Path(__file__).resolve().parent.parent / "examples"
+    return {
+        "models": [
+            {
+                "name": "recall-tiny",
+                "path": str(examples / "recall-tiny"),
+                "dtype": "float32",
+                "max_num_batched_tokens": 512,
+                "kv_cache_bytes": 256 * MIB,
+                "enforce_eager": True,
+            }
+        ]
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a mapping with a `models` list")
+    return raw
+
+
+def _explain(error: ValidationError, path: Path | None) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "cluster"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "is not a field" + _meant(item["loc"])
+        elif item["type"] == "missing":
+            message = "is required"
+        elif "url" not in where and "secret" not in where and not isinstance(item["input"], dict | list):
+            message += f" (got {item['input']!r})"
+        lines.append(f"{where}: {message}")
+    return f"{path or 'configuration'}: " + "; ".join(lines)
+
+
+def _meant(loc: tuple[int | str, ...]) -> str:
+    """A suggestion for a misspelt field: the known field of the same section that is closest."""
+    section: type[BaseModel] = Config
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        info = section.model_fields.get(part)
+        inner = _section_of(info.annotation) if info else None
+        if inner is None:
+            return ""
+        section = inner
+    close = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(section.model_fields)}"
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for arg in getattr(annotation, "__args__", ()):
+        if found := _section_of(arg):
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""The engine protocol and its two engines: vLLM and the simulated one."""

@@ -1,0 +1,1 @@
+"""The KV handoff: tickets, ledger, layout, transports and the vLLM connector."""

@@ -1,0 +1,1 @@
+"""Redis or Valkey: the worker registry, the journal, quotas and batch jobs."""

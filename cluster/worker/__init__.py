@@ -1,0 +1,1 @@
+"""What both worker roles share around an engine."""

@@ -1,0 +1,1 @@
+"""The decode face of a worker."""

@@ -1,0 +1,1 @@
+"""The prefill face of a worker."""

@@ -1,0 +1,1 @@
+"""The pdserve wire schema."""
