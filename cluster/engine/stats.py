@@ -1,0 +1,56 @@
+"""What vLLM's scheduler says of itself after each step, as far as a worker wants to know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from cluster.engine.results import HandoffResults
+from cluster.kv.handoff import HandoffResult
+
+
+class FrontEndStats:
+    """The last step's view; written on the front end's event loop.
+
+    Attributes:
+        kv_usage: share of the KV pool that requests hold, 0 to 1.
+    """
+
+    def __init__(self, results: HandoffResults) -> None:
+        self.kv_usage = 0.0
+        self.running = 0
+        self.waiting = 0
+        self._results = results
+
+    def logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
+        """A vLLM stat logger factory that feeds this view."""
+        return _Tap(vllm_config, engine_index, self)
+
+    def see(self, stats: Any) -> None:
+        self.kv_usage = stats.kv_cache_usage
+        self.running = stats.num_running_reqs
+        self.waiting = stats.num_waiting_reqs
+        for part in (stats.kv_connector_stats or {}).get("results", ()):
+            self._results.add(HandoffResult(**part))
+
+
+class _Tap(StatLoggerBase):
+    def __init__(
+        self, vllm_config: VllmConfig, engine_index: int = 0, view: FrontEndStats | None = None
+    ) -> None:
+        self._view = view
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is not None and self._view is not None:
+            self._view.see(scheduler_stats)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""

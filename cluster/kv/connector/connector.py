@@ -1,0 +1,166 @@
+"""The KV connector vLLM loads: a facade over a scheduler's half and a worker's half."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from cluster.kv.connector.scheduler import SchedulerSide
+from cluster.kv.connector.stats import HandoffStats
+from cluster.kv.connector.step import StepMetadata
+from cluster.kv.connector.worker import ConnectorConfig, WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+
+class PdserveConnector(KVConnectorBase_V1):
+    """Pushes KV from prefill to decode while it is computed.
+
+    Every engine opens it with `kv_role="kv_both"`; what a request does is in its own parameters.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise ValueError(
+                f"pdserve cannot hand off this model yet: it has {len(groups)} KV cache groups"
+                " (layers of different kinds), and one is supported"
+            )
+        self._scheduler: SchedulerSide | None = None
+        self.worker: WorkerSide | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(vllm_config.cache_config.block_size)
+        else:
+            config = ConnectorConfig(**self._kv_transfer_config.kv_connector_extra_config)
+            self.worker = WorkerSide(
+                config,
+                get_tensor_model_parallel_rank(),
+                vllm_config.parallel_config.tensor_parallel_size,
+                _backend(vllm_config),
+            )
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return True
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return True
+
+    # ---- the worker's half -------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._worker.register(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, StepMetadata)
+        self._worker.begin_step(connector_metadata)
+
+    def clear_connector_metadata(self) -> None:
+        super().clear_connector_metadata()
+        self._worker.end_step()
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Nothing: peers push, and reservations were made when the step's metadata came."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request is scheduled only after all of its KV has landed."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        self._worker.layer_written(layer_name)
+
+    def wait_for_save(self) -> None:
+        """Nothing: offered blocks stay pinned until they have been read."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        finished = self._worker.take_finished()
+        return KVConnectorTransferResults(
+            finished_sending=finished.sending,
+            finished_recving=finished.recving,
+            failed_recving=finished.failed,
+        )
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self.worker is None:
+            return None
+        results = self.worker.take_results()
+        return HandoffStats.of(results) if results else None
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        return HandoffStats(data=data or {"results": []})
+
+    def shutdown(self) -> None:
+        if self.worker is not None:
+            self.worker.stop()
+
+    # ---- the scheduler's half ----------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._sched.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        self._sched.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._sched.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        self._sched.after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self._sched.build(scheduler_output)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._sched.request_finished(request), None
+
+    @property
+    def _sched(self) -> SchedulerSide:
+        assert self._scheduler is not None, "called on the worker's half"
+        return self._scheduler
+
+    @property
+    def _worker(self) -> WorkerSide:
+        assert self.worker is not None, "called on the scheduler's half"
+        return self.worker
+
+
+def _backend(vllm_config: VllmConfig) -> str:
+    """Names how the backend packs a block: device kind and backend."""
+    chosen = vllm_config.attention_config.backend
+    return f"{vllm_config.device_config.device_type}:{chosen.name if chosen else 'default'}"

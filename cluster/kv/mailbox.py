@@ -1,0 +1,52 @@
+"""What the handoff agent's thread has for the engine's thread."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from cluster.kv.handoff import HandoffResult
+
+
+@dataclass
+class Finished:
+    """Requests by the engine's ids: what vLLM calls KVConnectorTransferResults."""
+
+    sending: set[str] = field(default_factory=set)
+    recving: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+
+
+class Mailbox:
+    """Filled by the agent, emptied by the engine once a step. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._finished = Finished()
+        self._results: list[HandoffResult] = []
+
+    def sent(self, request: str) -> None:
+        """The prefill blocks of `request` may be freed."""
+        with self._lock:
+            self._finished.sending.add(request)
+
+    def received(self, request: str, *, failed: bool) -> None:
+        """The decode blocks of `request` are verified, or discarded."""
+        with self._lock:
+            self._finished.recving.add(request)
+            if failed:
+                self._finished.failed.add(request)
+
+    def result(self, result: HandoffResult) -> None:
+        with self._lock:
+            self._results.append(result)
+
+    def take_finished(self) -> Finished:
+        with self._lock:
+            finished, self._finished = self._finished, Finished()
+            return finished
+
+    def take_results(self) -> list[HandoffResult]:
+        with self._lock:
+            results, self._results = self._results, []
+            return results

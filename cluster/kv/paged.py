@@ -1,0 +1,61 @@
+"""Blocks in and out of a paged KV cache."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import xxhash
+
+
+# Payloads are read-only memory that is only ever copied from.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+class PagedCache:
+    """The KV cache of one engine rank.
+
+    Args:
+        layers: layer name to a view `[blocks, heads, tokens, content]`, in model order.
+    """
+
+    def __init__(self, layers: Mapping[str, torch.Tensor]) -> None:
+        self.layer_names = list(layers)
+        self._layers = list(layers.values())
+        shapes = {tuple(layer.shape) for layer in self._layers}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 4:
+            raise ValueError(f"layers of different or unknown KV shapes cannot move: {shapes}")
+        first = self._layers[0]
+        self.num_blocks, self.heads, self.tokens, self.content = first.shape
+        self.dtype = first.dtype
+        self.item_bytes = first.element_size()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of one layer."""
+        return self.heads * self.tokens * self.content * self.item_bytes
+
+    def gather(self, layer: int, block_ids: Sequence[int]) -> memoryview:
+        """The blocks' bytes, row-major `[blocks, heads, tokens, content]`."""
+        index = torch.as_tensor(block_ids, dtype=torch.int64)
+        picked = self._layers[layer].index_select(0, index)
+        return memoryview(picked.view(torch.uint8).numpy()).cast("B")
+
+    def scatter(self, layer: int, block_ids: Sequence[int], payload: memoryview) -> None:
+        """Writes `payload`, as `gather` gives it, into the blocks."""
+        flat = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8))
+        shape = (len(block_ids), self.heads, self.tokens, self.content)
+        index = torch.as_tensor(block_ids, dtype=torch.int64)
+        self._layers[layer].index_copy_(0, index, flat.view(self.dtype).view(shape))
+
+
+def checksum(payload: memoryview, handoff_id: str) -> int:
+    """XXH3-64 of the payload, seeded so that another handoff's frame never matches."""
+    seed = int(handoff_id[:16], 16)
+    return xxhash.xxh3_64_intdigest(payload, seed=seed)

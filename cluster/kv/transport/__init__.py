@@ -1,0 +1,1 @@
+"""How KV bytes cross between two workers."""
