@@ -51,6 +51,7 @@ class HandoffResult:
     Attributes:
         error: empty if every block arrived and was verified.
         bytes: KV payload that crossed.
+        held_tokens: prompt tokens whose KV decode already held.
         granted_at: decode had reserved its blocks; 0 if it never did.
         first_frame_at, last_frame_at: 0 if nothing crossed.
     """
@@ -61,7 +62,7 @@ class HandoffResult:
     bytes: int = 0
     frames: int = 0
     blocks: int = 0
-    held_blocks: int = 0
+    held_tokens: int = 0
     granted_at: float = 0.0
     first_frame_at: float = 0.0
     last_frame_at: float = 0.0

@@ -237,7 +237,7 @@ class Receiver:
         reservation = self._reservations.pop(handoff_id)
         reservation.expiry.cancel()
         self._ledger.unpin(handoff_id)
-        self._mailbox.result(_result(reservation, error))
+        self._mailbox.result(_result(reservation, self._cache.tokens, error))
         self._mailbox.received(reservation.reserve.request, failed=bool(error))
 
     def _owed(self, reservation: _Reservation) -> int:
@@ -245,7 +245,9 @@ class Receiver:
         return owed * self._cache.block_bytes * self._cache.num_layers
 
 
-def _result(reservation: _Reservation, error: str) -> HandoffResult:
+def _result(
+    reservation: _Reservation, tokens_per_block: int, error: str
+) -> HandoffResult:
     reserve, assembly = reservation.reserve, reservation.assembly
     return HandoffResult(
         handoff_id=reserve.handoff_id,
@@ -254,7 +256,7 @@ def _result(reservation: _Reservation, error: str) -> HandoffResult:
         bytes=assembly.bytes,
         frames=assembly.frames,
         blocks=len(reserve.block_ids) - reserve.held_blocks,
-        held_blocks=reserve.held_blocks,
+        held_tokens=reserve.held_blocks * tokens_per_block,
         granted_at=reservation.granted_at,
         first_frame_at=reservation.first_frame_at,
         last_frame_at=reservation.last_frame_at,

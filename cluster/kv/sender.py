@@ -67,7 +67,6 @@ class _Handoff:
     ended: bool = False
     frames: int = 0
     bytes: int = 0
-    held_blocks: int = 0
     granted_at: float = 0.0
     first_frame_at: float = 0.0
     last_frame_at: float = 0.0
@@ -179,7 +178,6 @@ class Sender:
             grant = await outbound.receive()
             if not isinstance(grant, Grant):
                 raise HandoffRefused(_refusal(grant))
-            handoff.held_blocks = grant.held_blocks
             handoff.granted_at = time.monotonic()
             reply = asyncio.create_task(outbound.receive())
             try:
@@ -258,7 +256,6 @@ def _result(handoff: _Handoff, error: str) -> HandoffResult:
         error=error,
         bytes=handoff.bytes,
         frames=handoff.frames,
-        held_blocks=handoff.held_blocks,
         granted_at=handoff.granted_at,
         first_frame_at=handoff.first_frame_at,
         last_frame_at=handoff.last_frame_at,

@@ -1,0 +1,201 @@
+"""The controller: one named Ray actor that keeps the wanted lives alive.
+
+It owns the actors: when it dies Ray ends them with it, restarts it, and it starts all anew. Its loop
+begins with the first call, so that a restarted controller goes on as soon as anyone asks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from dataclasses import replace
+
+from cluster.clock import SystemClock
+from cluster.control.actors import Launch, redirect_output
+from cluster.control.fleet import End, RayLife
+from cluster.control.reconcile import (
+    DropLease,
+    GiveUp,
+    Kill,
+    Lease,
+    Life,
+    Observed,
+    Slot,
+    SlotState,
+    Start,
+    Stop,
+    desired_slots,
+    ended,
+    reconcile,
+)
+from cluster.control.status import ClusterStatus, slot_status
+from cluster.errors import Unavailable
+from cluster.ids import new_incarnation
+from cluster.store.client import connect
+from cluster.store.registry import Members, Registry
+
+INTERVAL_SECONDS = 0.5
+
+
+class Controller:
+    """Body of the controller actor."""
+
+    def __init__(self, launch: Launch, namespace: str) -> None:
+        redirect_output(launch.log_dir / "controller.log")
+        self._launch = launch
+        self._namespace = namespace
+        self._clock = SystemClock()
+        self._desired = desired_slots(launch.config)
+        self._slots = {slot.slot_id: SlotState(slot) for slot in self._desired}
+        self._lives: dict[str, RayLife] = {}
+        self._stops: set[asyncio.Task[None]] = set()
+        self._members: Members | None = None
+        self._registry: Registry | None = None
+        self._loop: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
+
+    async def status(self) -> ClusterStatus:
+        """Every slot as it is now."""
+        self._ensure_running()
+        now = self._clock.now()
+        return ClusterStatus(
+            store_reachable=self._members is not None,
+            stopping=self._stopping,
+            slots=tuple(
+                slot_status(now, state, self._lives.get(slot_id), self._members)
+                for slot_id, state in sorted(self._slots.items())
+            ),
+        )
+
+    async def shutdown(self, drain_seconds: float) -> None:
+        """Routers stop taking requests and drain, then the workers end. Returns when all is gone.
+
+        A life that is not ready has nothing to drain and is killed.
+        """
+        self._stopping = True
+        if self._loop is not None:
+            self._loop.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._loop
+        await asyncio.gather(*self._stops)
+        deadline = self._clock.now() + drain_seconds
+        for kind in ("router", "worker"):
+            left = max(0.0, deadline - self._clock.now())
+            slots = [state.slot for state in self._slots.values() if state.slot.kind == kind]
+            await asyncio.gather(*(self._end(slot, left) for slot in slots))
+        if self._registry is not None:
+            with suppress(Unavailable):
+                await self._observe()
+                for action in reconcile(self._clock.now(), (), self._observed()):
+                    if isinstance(action, DropLease):
+                        await self._drop(action.lease)
+
+    def _ensure_running(self) -> None:
+        if self._stopping:
+            return
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.create_task(self._run(), name="reconcile")
+
+    async def _run(self) -> None:
+        while True:
+            await self._step()
+            await asyncio.sleep(INTERVAL_SECONDS)
+
+    async def _step(self) -> None:
+        for slot_id, life in list(self._lives.items()):
+            if life.ended.done():
+                self._bury(slot_id, life.ended.result())
+        with suppress(Unavailable):
+            await self._observe()
+        actions = reconcile(
+            self._clock.now(),
+            self._desired,
+            self._observed(),
+            self._launch.config.lifecycle.start_timeout_seconds,
+        )
+        for action in actions:
+            match action:
+                case Start(slot):
+                    self._start(slot)
+                case Stop(slot_id):
+                    self._later(self._slots[slot_id].slot)
+                case Kill(slot_id, _, reason):
+                    await self._lives[slot_id].kill()
+                    self._bury(slot_id, End(reason))
+                case GiveUp(slot_id, reason):
+                    state = self._slots[slot_id]
+                    self._slots[slot_id] = replace(state, gave_up=True, reason=reason)
+                    print(f"{slot_id}: gave up: {reason}", flush=True)
+                case DropLease(lease):
+                    with suppress(Unavailable):
+                        await self._drop(lease)
+
+    async def _observe(self) -> None:
+        """Reads the registry; a life is ready once its own record says so."""
+        store = self._launch.config.store
+        try:
+            if self._registry is None:
+                client = await connect(self._launch.store_url, store.connect_timeout_seconds)
+                self._registry = Registry(client, self._launch.config.name)
+            self._members = await self._registry.members()
+        except Unavailable:
+            self._members = None
+            raise
+        ready = {
+            (member_id, member.incarnation)
+            for member_id, member in _by_id(self._members)
+            if member.state == "ready"
+        }
+        for slot_id, state in self._slots.items():
+            life = state.life
+            if life and life.phase == "starting" and (slot_id, life.incarnation) in ready:
+                alive = replace(life, phase="ready", ready_at=self._clock.now())
+                self._slots[slot_id] = replace(state, life=alive)
+
+    def _observed(self) -> Observed:
+        leases = () if self._members is None else tuple(
+            Lease("worker" if hasattr(member, "worker_id") else "router", slot_id, member.incarnation)
+            for slot_id, member in _by_id(self._members)
+        )
+        return Observed(tuple(self._slots.values()), leases)
+
+    def _start(self, slot: Slot) -> None:
+        incarnation = new_incarnation()
+        life = Life(incarnation, "starting", self._clock.now())
+        self._slots[slot.slot_id] = replace(self._slots[slot.slot_id], life=life)
+        self._lives[slot.slot_id] = RayLife(self._launch, slot, incarnation, self._namespace)
+        print(f"{slot.slot_id}: life {incarnation} starts", flush=True)
+
+    def _bury(self, slot_id: str, end: End) -> None:
+        del self._lives[slot_id]
+        state = self._slots[slot_id]
+        self._slots[slot_id] = ended(state, self._clock.now(), end.reason, end.permanent)
+        print(f"{slot_id}: life ended: {end.reason}", flush=True)
+
+    def _later(self, slot: Slot) -> None:
+        drain = self._launch.config.lifecycle.drain_timeout_seconds
+        task = asyncio.create_task(self._end(slot, drain))
+        self._stops.add(task)
+        task.add_done_callback(self._stops.discard)
+
+    async def _end(self, slot: Slot, drain_seconds: float) -> None:
+        state, running = self._slots[slot.slot_id], self._lives.get(slot.slot_id)
+        if running is None or state.life is None:
+            return
+        was_ready = state.life.phase == "ready"
+        self._slots[slot.slot_id] = replace(state, life=replace(state.life, phase="stopping"))
+        await (running.stop(drain_seconds) if was_ready else running.kill())
+        self._lives.pop(slot.slot_id, None)
+        self._slots[slot.slot_id] = SlotState(slot)
+
+    async def _drop(self, lease: Lease) -> None:
+        assert self._registry is not None
+        remove = (
+            self._registry.remove_worker if lease.kind == "worker" else self._registry.remove_router
+        )
+        await remove(lease.slot_id, lease.incarnation)

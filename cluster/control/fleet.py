@@ -1,0 +1,143 @@
+"""Ray's side of a life: a placement group, a named actor in it, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.control.actors import Launch, RouterActor, WorkerActor
+from cluster.control.reconcile import Slot
+from cluster.errors import ConfigError, PdserveError
+
+STOP_GRACE_SECONDS = 15.0
+"""What a stop may take beyond its drain."""
+
+NAME_SECONDS = 10.0
+"""Ray frees a dead actor's name within this."""
+
+_SLIVER = 0.001
+"""Of a CPU: Ray wants a bundle to reserve something."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a life ended: `permanent` if another try cannot end otherwise."""
+
+    reason: str
+    permanent: bool = False
+
+
+class RayLife:
+    """A running life. `ended` completes when its process is gone, and never raises.
+
+    Attributes:
+        placed: the process exists; before that it waits for resources.
+    """
+
+    def __init__(self, launch: Launch, slot: Slot, incarnation: str, namespace: str) -> None:
+        self._launch = launch
+        self._slot = slot
+        self._incarnation = incarnation
+        self._namespace = namespace
+        self._actor: Any = None
+        self.placed = False
+        self.ended: asyncio.Task[End] = asyncio.create_task(self._live(), name=slot.slot_id)
+
+    def waits_for(self) -> str:
+        """What the cluster lacks so far, for people."""
+        return "" if self.placed else f"waiting for {_spoken(self._bundle())}"
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Drains and ends it; kills it if that takes `STOP_GRACE_SECONDS` longer than granted."""
+        if self._actor is not None:
+            with suppress(RayError, TimeoutError):
+                async with asyncio.timeout(drain_seconds + STOP_GRACE_SECONDS):
+                    await self._actor.stop.remote(drain_seconds)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """Ends it now. Its process group goes with it."""
+        self.ended.cancel()
+        with suppress(asyncio.CancelledError):
+            await self.ended
+
+    async def _live(self) -> End:
+        group = None
+        try:
+            group = placement_group([self._bundle()], name=self._name())
+            await group.ready()
+            self._actor = await self._create(group)
+            self.placed = True
+            await self._actor.run.remote()
+            return End("stopped by itself")
+        except RayTaskError as error:
+            return _explain(error)
+        except RayActorError:
+            return End("its process died (killed, out of memory or crashed)")
+        except (RayError, ValueError) as error:
+            return End(f"Ray could not start it: {_first_line(error)}")
+        finally:
+            if self._actor is not None:
+                with suppress(RayError):
+                    ray.kill(self._actor)
+            if group is not None:
+                with suppress(RayError):
+                    remove_placement_group(group)
+
+    async def _create(self, group: Any) -> Any:
+        bundle = self._bundle()
+        extra = {k: v for k, v in bundle.items() if k not in ("CPU", "GPU")}
+        kind = WorkerActor if self._slot.kind == "worker" else RouterActor
+        remote = ray.remote(kind).options(
+            name=self._name(),
+            namespace=self._namespace,
+            max_restarts=0,
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            resources=extra or None,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+        )
+        async with asyncio.timeout(NAME_SECONDS):
+            while True:
+                try:
+                    return remote.remote(self._launch, self._slot, self._incarnation)
+                except ValueError:  # the former life's name is not free yet
+                    await asyncio.sleep(0.1)
+
+    def _bundle(self) -> dict[str, float]:
+        pool = self._slot.pool
+        bundle: dict[str, float] = {"CPU": pool.num_cpus or _SLIVER, **pool.resources}
+        gpus = pool.num_gpus
+        if gpus is None and self._slot.kind == "worker" and ray.cluster_resources().get("GPU", 0):
+            gpus = self._slot.gpus
+        if gpus:
+            bundle["GPU"] = gpus
+        return bundle
+
+    def _name(self) -> str:
+        return f"pdserve-{self._launch.config.name}-{self._slot.slot_id}"
+
+
+def _explain(error: RayTaskError) -> End:
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, PdserveError):
+        return End(str(cause), permanent=isinstance(cause, ConfigError))
+    permanent = isinstance(cause, ImportError)
+    return End(f"{type(cause).__name__}: {_first_line(cause)}", permanent)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if len(lines[0]) > 8 else lines[-1]
+
+
+def _spoken(bundle: dict[str, float]) -> str:
+    wanted = [f"{amount:g} {name}" for name, amount in bundle.items() if amount > _SLIVER]
+    return ", ".join(wanted) or "Ray"

@@ -1,0 +1,218 @@
+"""Which lives to start and to end, from what is wanted and what is seen. Pure.
+
+A slot is a place for one worker or router; a life is one process in it. The controller, not Ray,
+restarts the dead: every life needs an incarnation of its own, a pause that grows, and an end to
+trying, none of which Ray's `max_restarts` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cluster.config import Config, PoolConfig
+
+QUICK_SECONDS = 60.0
+"""A life that was ready for less than this failed quickly."""
+MAX_QUICK_FAILURES = 3
+FIRST_BACKOFF_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 30.0
+
+Kind = Literal["worker", "router"]
+Phase = Literal["starting", "ready", "stopping"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one worker or router.
+
+    Attributes:
+        slot_id: the worker id or router id.
+        model, role: of a worker; empty for a router.
+        pool: what a worker reserves.
+        gpus: that `pool.num_gpus` falls back to on a host with GPUs.
+    """
+
+    kind: Kind
+    slot_id: str
+    model: str = ""
+    role: str = ""
+    pool: PoolConfig = PoolConfig()
+    gpus: int = 1
+
+
+@dataclass(frozen=True)
+class Life:
+    """One process in a slot."""
+
+    incarnation: str
+    phase: Phase
+    started_at: float
+    ready_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A member that the registry shows."""
+
+    kind: Kind
+    slot_id: str
+    incarnation: str
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """A slot as it is now.
+
+    Attributes:
+        failures: quick failures in a row.
+        ended_at: when the last life ended.
+        reason: why it ended.
+        permanent: the reason will not go away by itself, such as a wrong configuration.
+        gave_up: the slot is left empty.
+    """
+
+    slot: Slot
+    life: Life | None = None
+    failures: int = 0
+    ended_at: float | None = None
+    reason: str = ""
+    permanent: bool = False
+    gave_up: bool = False
+
+    def retry_at(self) -> float:
+        """When the next life may start."""
+        if self.ended_at is None:
+            return float("-inf")
+        return self.ended_at + backoff(self.failures)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything reconcile sees."""
+
+    slots: tuple[SlotState, ...]
+    leases: tuple[Lease, ...] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start a life in the slot."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Drain the life, then end it."""
+
+    slot_id: str
+    incarnation: str
+
+
+@dataclass(frozen=True)
+class Kill:
+    """End the life now."""
+
+    slot_id: str
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Leave the slot empty and say why."""
+
+    slot_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DropLease:
+    """Remove a member whose process is gone, before its lease runs out."""
+
+    lease: Lease
+
+
+Action = Start | Stop | Kill | GiveUp | DropLease
+
+
+def desired_slots(config: Config) -> tuple[Slot, ...]:
+    """The slots that a configuration asks for."""
+    slots = [
+        Slot(
+            "worker",
+            f"{model.name.replace('/', '-')}-{role}-{index}",
+            model.name,
+            role,
+            pool,
+            model.tensor_parallel_size,
+        )
+        for model in config.models
+        for role, pool in (("prefill", model.prefill), ("decode", model.decode))
+        for index in range(pool.replicas)
+    ]
+    return (*slots, Slot("router", "router-0"))
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait after so many quick failures in a row; none after a long life."""
+    if failures == 0:
+        return 0.0
+    return min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 16), MAX_BACKOFF_SECONDS)
+
+
+def ended(state: SlotState, now: float, reason: str, permanent: bool = False) -> SlotState:
+    """The slot after its life ended on its own."""
+    life = state.life
+    quick = life is None or life.ready_at is None or now - life.ready_at < QUICK_SECONDS
+    return replace(
+        state,
+        life=None,
+        failures=state.failures + 1 if quick else 0,
+        ended_at=now,
+        reason=reason,
+        permanent=permanent,
+    )
+
+
+def reconcile(
+    now: float, desired: Iterable[Slot], observed: Observed, start_timeout: float = 900.0
+) -> list[Action]:
+    """What to do now, at most one action per slot. Calling it again before the actions took effect
+    repeats them; the caller records a Start before the next call."""
+    wanted = {slot.slot_id: slot for slot in desired}
+    states = {state.slot.slot_id: state for state in observed.slots}
+    actions: list[Action] = []
+    for slot_id, slot in wanted.items():
+        action = _fill(now, slot, states.get(slot_id, SlotState(slot)), start_timeout)
+        if action is not None:
+            actions.append(action)
+    for slot_id, state in states.items():
+        if slot_id not in wanted and state.life is not None and state.life.phase != "stopping":
+            actions.append(Stop(slot_id, state.life.incarnation))
+    lives = {
+        (state.slot.kind, slot_id, state.life.incarnation)
+        for slot_id, state in states.items()
+        if state.life is not None
+    }
+    actions += [
+        DropLease(lease)
+        for lease in observed.leases
+        if (lease.kind, lease.slot_id, lease.incarnation) not in lives
+    ]
+    return actions
+
+
+def _fill(now: float, slot: Slot, state: SlotState, start_timeout: float) -> Action | None:
+    life = state.life
+    if life is not None:
+        late = life.phase == "starting" and now - life.started_at > start_timeout
+        reason = f"was not ready within lifecycle.start_timeout_seconds ({start_timeout:g} s)"
+        return Kill(slot.slot_id, life.incarnation, reason) if late else None
+    if state.gave_up:
+        return None
+    if state.permanent or state.failures >= MAX_QUICK_FAILURES:
+        return GiveUp(slot.slot_id, state.reason)
+    return Start(slot) if now >= state.retry_at() else None

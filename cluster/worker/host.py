@@ -1,0 +1,242 @@
+"""A worker: an engine, its faces, its gRPC server and its place in the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Literal
+
+import grpc.aio
+import prometheus_client
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from pdserve.v1 import worker_pb2_grpc
+
+from cluster.config import Config, ModelConfig
+from cluster.engine.protocol import Engine, EngineInfo, EngineRequest, Guide, Sampling
+from cluster.errors import ConfigError, EngineFailed, PdserveError
+from cluster.store.client import connect
+from cluster.store.records import WorkerRecord
+from cluster.store.registry import Registry
+from cluster.ticket import TicketSigner
+from cluster.worker.holdings import HoldingsMetrics
+from cluster.worker.membership import Membership
+from cluster.worker.sequence import Face, Identity, Stage
+from cluster.worker.servicer import WorkerServicer
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""A StartSequence with the longest prompt, or a step's outputs."""
+
+Faces = dict[Stage, Face]
+MakeEngine = Callable[[ModelConfig, str, str, bytes, str], Engine]
+"""Of model, worker id, incarnation, secret and host."""
+MakeFaces = Callable[[Engine, Identity, TicketSigner, Registry], Faces]
+
+
+class WorkerHost:
+    """One life of one worker.
+
+    Args:
+        model_name: of `config.models`.
+        incarnation: drawn for this life.
+        role: prefill, decode or both.
+        bind_host: interface of its servers.
+        make_engine, make_faces: what stands behind the servers; `cluster.control` puts vLLM and the
+            two workers' faces there.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model_name: str,
+        worker_id: str,
+        incarnation: str,
+        role: str,
+        secret: bytes,
+        store_url: str,
+        bind_host: str,
+        make_engine: MakeEngine,
+        make_faces: MakeFaces,
+    ) -> None:
+        self._config = config
+        self._model = config.model(model_name)
+        self._secret = secret
+        self._store_url = store_url
+        self._host = bind_host
+        self._make_engine = make_engine
+        self._make_faces = make_faces
+        self._record = WorkerRecord(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            model=model_name,
+            role=role,
+            state="starting",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_at=time.time(),
+            detail="starting",
+        )
+        self._engine: Engine | None = None
+        self._membership: Membership | None = None
+        self._server: grpc.aio.Server | None = None
+        self._servicer: WorkerServicer | None = None
+        self._holdings: HoldingsMetrics | None = None
+        self._stopped = asyncio.Event()
+
+    @property
+    def record(self) -> WorkerRecord:
+        """As last announced."""
+        return self._record
+
+    async def start(self) -> None:
+        """Comes up: registered as starting, then ready.
+
+        Raises:
+            PdserveError: what kept it from coming up; the registry says it too.
+        """
+        store = await connect(self._store_url, self._config.store.connect_timeout_seconds)
+        registry = Registry(store, self._config.name)
+        self._membership = Membership(registry, self._config.store.lease_seconds)
+        await self._announce("starting", "loading the model")
+        try:
+            await self._open(registry)
+        except PdserveError as error:
+            await self._announce("failed", str(error))
+            raise
+        await self._announce("ready", "")
+
+    async def _open(self, registry: Registry) -> None:
+        record = self._record
+        self._engine = self._make_engine(
+            self._model, record.worker_id, record.incarnation, self._secret, self._host
+        )
+        info = await self._engine.start()
+        self._refuse_unservable(info)
+        await self._announce("starting", "warming up")
+        await _warm_up(self._engine, info)
+        me = Identity(record.worker_id, record.incarnation, info.layout, info.transport)
+        signer = TicketSigner(self._secret)
+        self._servicer = WorkerServicer(
+            self._engine,
+            self._make_faces(self._engine, me, signer, registry),
+            me,
+            signer,
+            record.model,
+            record.role,
+        )
+        address = await self._listen(self._servicer)
+        metrics, _ = prometheus_client.start_http_server(0, addr=self._host)
+        self._holdings = HoldingsMetrics(self._engine, record.role)
+        self._record = replace(
+            self._record,
+            address=address,
+            transfer_addresses=info.transfer_addresses,
+            transport=info.transport,
+            layout=info.layout,
+            block_size=info.block_size,
+            num_blocks=info.num_blocks,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            metrics_address=f"{self._host}:{metrics.server_port}",
+        )
+
+    def _refuse_unservable(self, info: EngineInfo) -> None:
+        if info.num_blocks * info.block_size < info.max_model_len:
+            raise ConfigError(
+                f"models.{self._model.name}.kv_cache_bytes: holds"
+                f" {info.num_blocks * info.block_size} tokens, and one request may take"
+                f" {info.max_model_len}; raise it or lower max_model_len"
+            )
+
+    async def _listen(self, servicer: WorkerServicer) -> str:
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ]
+        )
+        worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server)
+        health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)
+        try:
+            port = server.add_insecure_port(f"{self._host}:0")
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {self._host}: {error}") from error
+        await server.start()
+        self._server = server
+        return f"{self._host}:{port}"
+
+    async def run_until_stopped(self) -> None:
+        """Serves until `stop`.
+
+        Raises:
+            EngineFailed: the engine died, or a newer life of the worker has taken over.
+        """
+        assert self._engine is not None and self._membership is not None
+        died = asyncio.create_task(self._engine.dead())
+        waits = {
+            died,
+            asyncio.create_task(self._membership.superseded.wait()),
+            asyncio.create_task(self._stopped.wait()),
+        }
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._stopped.is_set():
+            return
+        cause = died.result() if died.done() and not died.cancelled() else "superseded"
+        await self._announce("failed", cause)
+        raise EngineFailed(cause)
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Drains, then ends every part; harmless if it never started."""
+        if self._servicer is not None and self._membership is not None:
+            self._servicer.draining = True
+            await self._announce("draining", "stopping")
+            await self._servicer.drain(drain_seconds)
+        self._stopped.set()
+        if self._holdings is not None:
+            self._holdings.stop()
+        if self._server is not None:
+            await self._server.stop(grace=0)
+        if self._engine is not None:
+            await self._engine.stop()
+        if self._membership is not None:
+            await self._membership.withdraw()
+
+    async def _announce(
+        self, state: Literal["starting", "ready", "draining", "failed"], detail: str
+    ) -> None:
+        assert self._membership is not None
+        self._record = replace(self._record, state=state, detail=detail)
+        await self._membership.announce(self._record)
+
+
+async def _warm_up(engine: Engine, info: EngineInfo) -> None:
+    """Runs every sampling path once, so that no user's first request pays for it."""
+    prompt = [1 % info.vocab_size] * min(2 * info.block_size, info.max_model_len - 4)
+    plain = Sampling(max_tokens=2, temperature=0, ignore_eos=True)
+    drawn = replace(
+        plain, temperature=1.0, top_p=0.9, top_k=5, seed=1, presence_penalty=0.5, logprobs=1
+    )
+    guided = replace(plain, guide=Guide(regex="[0-9]*"))
+    for i, sampling in enumerate((plain, drawn, guided)):
+        request = EngineRequest(f"warm-up-{i}", prompt, sampling, cache_salt="warm-up")
+        async with aclosing(engine.generate(request)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                if output.finish_reason == "error":
+                    raise EngineFailed("the engine failed its warm-up")
