@@ -7,7 +7,6 @@ path, what was meant and how to mend it. Environment: `PDSERVE_ROUTER__GRPC_PORT
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from cluster.config_errors import explain
 from cluster.errors import ConfigError
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -34,7 +34,8 @@ class PoolConfig(_Section):
     replicas: Annotated[int, Field(ge=0, le=4096, description="Workers to keep alive.")] = 1
     num_cpus: Annotated[float, Field(ge=0, description="CPUs Ray reserves per worker.")] = 0
     num_gpus: Annotated[
-        int | None, Field(ge=0, description="GPUs per worker; unset: tensor_parallel_size on GPU hosts.")
+        int | None,
+        Field(ge=0, description="GPUs per worker; unset: what the engine needs."),
     ] = None
     resources: Annotated[
         dict[str, float], Field(description="Custom Ray resources per worker.")
@@ -45,7 +46,8 @@ class ModelConfig(_Section):
     """One model and its two pools."""
 
     name: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,95}$", description="What clients ask for.")
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,95}$", description="What clients ask for."),
     ]
     path: Annotated[str, Field(min_length=1, description="A local directory or a hub name.")]
     revision: Annotated[str | None, Field(description="Of a hub model.")] = None
@@ -77,14 +79,28 @@ class ModelConfig(_Section):
 
     @model_validator(mode="after")
     def _engine_args_do_not_collide(self) -> ModelConfig:
-        own = {"model", "kv_transfer_config", "logits_processors", "dtype", "max_model_len",
-               "block_size", "max_num_batched_tokens", "max_num_seqs", "tensor_parallel_size",
-               "enforce_eager", "trust_remote_code", "revision", "kv_cache_memory_bytes"}
+        own = {
+            "model",
+            "kv_transfer_config",
+            "logits_processors",
+            "dtype",
+            "max_model_len",
+            "block_size",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "tensor_parallel_size",
+            "enforce_eager",
+            "trust_remote_code",
+            "revision",
+            "kv_cache_memory_bytes",
+        }
         if taken := sorted(own & self.engine_args.keys()):
             raise ValueError(f"engine_args must not set {', '.join(taken)}: pdserve sets them")
         if "speculative_config" in self.engine_args:
-            raise ValueError("engine_args.speculative_config: speculative decoding cannot be exact "
-                             "with a handed-off first token and is refused")
+            raise ValueError(
+                "engine_args.speculative_config: speculative decoding cannot be exact "
+                "with a handed-off first token and is refused"
+            )
         return self
 
 
@@ -125,7 +141,9 @@ class StoreConfig(_Section):
         if self.url is not None:
             scheme = urlsplit(self.url.get_secret_value()).scheme
             if scheme not in ("redis", "rediss", "unix"):
-                raise ValueError(f"url must start with redis://, rediss:// or unix://, not {scheme!r}")
+                raise ValueError(
+                    f"url must start with redis://, rediss:// or unix://, not {scheme!r}"
+                )
         return self
 
 
@@ -146,7 +164,8 @@ class HandoffConfig(_Section):
         str | None, Field(description="Interface of the transfer port; unset: the worker's own.")
     ] = None
     ticket_seconds: Annotated[
-        float, Field(gt=0, le=3600, description="Life of a ticket, and lease of the blocks it pins.")
+        float,
+        Field(gt=0, le=3600, description="Life of a ticket and lease of its blocks."),
     ] = 60.0
     max_message_bytes: Annotated[
         int, Field(ge=64 << 10, le=64 * MIB, description="Largest frame; holds a block at least.")
@@ -223,7 +242,7 @@ class Config(BaseSettings):
         try:
             config = cls(**raw)
         except ValidationError as error:
-            raise ConfigError(_explain(error, path)) from None
+            raise ConfigError(explain(error, cls, path)) from None
         return config if path is None else config._relative_to(path.resolve().parent)
 
     def _relative_to(self, base: Path) -> Config:
@@ -231,7 +250,9 @@ class Config(BaseSettings):
         models = []
         for model in self.models:
             local = base / model.path
-            models.append(model.model_copy(update={"path": str(local)}) if local.is_dir() else model)
+            models.append(
+                model.model_copy(update={"path": str(local)}) if local.is_dir() else model
+            )
         return self.model_copy(update={"models": models})
 
     def model(self, name: str) -> ModelConfig:
@@ -270,42 +291,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping with a `models` list")
     return raw
-
-
-def _explain(error: ValidationError, path: Path | None) -> str:
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "cluster"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "is not a field" + _meant(item["loc"])
-        elif item["type"] == "missing":
-            message = "is required"
-        elif "url" not in where and "secret" not in where and not isinstance(item["input"], dict | list):
-            message += f" (got {item['input']!r})"
-        lines.append(f"{where}: {message}")
-    return f"{path or 'configuration'}: " + "; ".join(lines)
-
-
-def _meant(loc: tuple[int | str, ...]) -> str:
-    """A suggestion for a misspelt field: the known field of the same section that is closest."""
-    section: type[BaseModel] = Config
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        info = section.model_fields.get(part)
-        inner = _section_of(info.annotation) if info else None
-        if inner is None:
-            return ""
-        section = inner
-    close = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(section.model_fields)}"
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for arg in getattr(annotation, "__args__", ()):
-        if found := _section_of(arg):
-            return found
-    return None

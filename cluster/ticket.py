@@ -18,6 +18,7 @@ import secrets
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from cluster.errors import HandoffRefused
 
@@ -56,8 +57,10 @@ class Ticket:
     expires_at: float
 
 
-_FIELDS = {f.name: (int if f.type == "int" else float if f.type == "float" else str)
-           for f in fields(Ticket)}
+_FIELDS = {
+    f.name: (int if f.type == "int" else float if f.type == "float" else str)
+    for f in fields(Ticket)
+}
 
 
 def new_handoff_id() -> str:
@@ -123,6 +126,7 @@ def _parse(payload: bytes) -> Ticket:
         raw = json.loads(payload)
         if not isinstance(raw, dict) or raw.keys() != _FIELDS.keys():
             raise ValueError("fields")
-        return Ticket(**{name: kind(raw[name]) for name, kind in _FIELDS.items()})
+        values: dict[str, Any] = {name: kind(raw[name]) for name, kind in _FIELDS.items()}
+        return Ticket(**values)
     except (ValueError, TypeError) as error:
         raise HandoffRefused("ticket is malformed") from error

@@ -191,7 +191,7 @@ def train(
     """Train the model in place, with a checkpoint every 200 steps."""
     rng = random.Random(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    max_facts, right, started, seen = 4, 0.0, time.monotonic(), 0
+    max_facts, right, started, seen = 8, 0.0, time.monotonic(), 0
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
@@ -206,7 +206,7 @@ def train(
         seen += ids.numel()
         batch_right = (logits.argmax(-1) == wanted).float().mean().item()
         right += 0.1 * (batch_right - right)
-        if right > 0.97 and max_facts < args.max_facts:
+        if right > 0.93 and max_facts < args.max_facts:
             max_facts = min(args.max_facts, math.ceil(max_facts * 1.3))
             right = 0.8  # asks for about twenty good batches before the next growth
         if step % 20 == 0 or step == args.steps - 1:

@@ -77,11 +77,11 @@ class PrefillFace:
     async def _first_token(self, request: EngineRequest) -> EngineOutput:
         """The engine's only output, unless the handoff fails before it is there."""
         token = asyncio.create_task(self._generate(request))
-        racing: set[asyncio.Task[object]] = {token}  # type: ignore[arg-type]
+        racing: set[asyncio.Task[object]] = {token}
         push = None
         if request.handoff is not None:
             push = asyncio.create_task(self._engine.handoff_result(request.handoff.handoff_id))
-            racing.add(push)  # type: ignore[arg-type]
+            racing.add(push)
         try:
             await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
             if not token.done() and push is not None and (result := push.result()).error:

@@ -31,7 +31,7 @@ class Launch:
         log_dir: on the actor's host; `<slot>.log` in it takes stdout and stderr.
         bind_host: interface of workers; empty: the address of the Ray node.
         omp_num_threads: the user's own setting, which Ray overwrites in actors.
-        worker_body, router_body: `module:class`, imported in the actor.
+        worker_body, router_body: `module:factory`, imported in the actor.
     """
 
     config: Config
@@ -59,6 +59,8 @@ class _LifeActor:
         self._slot = slot
         self._incarnation = incarnation
         self._body: Any = None
+        self._stopping = False
+        self._stopped = asyncio.Event()
 
     async def pid(self) -> int:
         """Of this process."""
@@ -66,9 +68,13 @@ class _LifeActor:
 
     async def stop(self, drain_seconds: float) -> None:
         """Drains and ends the body and everything it started."""
-        if self._body is not None:
-            await self._body.stop(drain_seconds)
-        await asyncio.to_thread(kill_descendants)
+        self._stopping = True
+        try:
+            if self._body is not None:
+                await self._body.stop(drain_seconds)
+            await asyncio.to_thread(kill_descendants)
+        finally:
+            self._stopped.set()
 
 
 class WorkerActor(_LifeActor):
@@ -90,6 +96,8 @@ class WorkerActor(_LifeActor):
         )
         await self._body.start()
         await self._body.run_until_stopped()
+        if self._stopping:  # the process is killed when this returns
+            await self._stopped.wait()
 
 
 class RouterActor(_LifeActor):
@@ -99,7 +107,6 @@ class RouterActor(_LifeActor):
         """Starts the router and serves until it is stopped."""
         launch = self._launch
         _setup_logging(launch.config, self._slot.slot_id)
-        self._stopped = asyncio.Event()
         self._body = _load(launch.router_body)(
             config=launch.config,
             router_id=self._slot.slot_id,
@@ -109,11 +116,6 @@ class RouterActor(_LifeActor):
         )
         await self._body.start()
         await self._stopped.wait()
-
-    async def stop(self, drain_seconds: float) -> None:
-        await super().stop(drain_seconds)
-        if self._body is not None:
-            self._stopped.set()
 
 
 def redirect_output(path: Path) -> None:

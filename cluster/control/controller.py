@@ -1,7 +1,7 @@
 """The controller: one named Ray actor that keeps the wanted lives alive.
 
-It owns the actors: when it dies Ray ends them with it, restarts it, and it starts all anew. Its loop
-begins with the first call, so that a restarted controller goes on as soon as anyone asks it.
+It owns the actors: when it dies Ray ends them with it, restarts it, and it starts all anew. Its
+loop begins with the first call, so that a restarted controller goes on as soon as anyone asks it.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ class Controller:
         if self._stopping:
             return
         if self._loop is None or self._loop.done():
+            if self._loop is not None and not self._loop.cancelled():
+                print(f"the loop failed and goes on: {self._loop.exception()!r}", flush=True)
             self._loop = asyncio.create_task(self._run(), name="reconcile")
 
     async def _run(self) -> None:
@@ -108,7 +110,7 @@ class Controller:
 
     async def _step(self) -> None:
         for slot_id, life in list(self._lives.items()):
-            if life.ended.done():
+            if life.ended.done() and not self._is_stopping(slot_id):
                 self._bury(slot_id, life.ended.result())
         with suppress(Unavailable):
             await self._observe()
@@ -147,9 +149,8 @@ class Controller:
             self._members = None
             raise
         ready = {
-            (member_id, member.incarnation)
-            for member_id, member in _by_id(self._members)
-            if member.state == "ready"
+            *((w.worker_id, w.incarnation) for w in self._members.workers if w.state == "ready"),
+            *((r.router_id, r.incarnation) for r in self._members.routers if r.state == "ready"),
         }
         for slot_id, state in self._slots.items():
             life = state.life
@@ -158,9 +159,10 @@ class Controller:
                 self._slots[slot_id] = replace(state, life=alive)
 
     def _observed(self) -> Observed:
-        leases = () if self._members is None else tuple(
-            Lease("worker" if hasattr(member, "worker_id") else "router", slot_id, member.incarnation)
-            for slot_id, member in _by_id(self._members)
+        members = self._members or Members((), ())
+        leases = (
+            *(Lease("worker", w.worker_id, w.incarnation) for w in members.workers),
+            *(Lease("router", r.router_id, r.incarnation) for r in members.routers),
         )
         return Observed(tuple(self._slots.values()), leases)
 
@@ -192,6 +194,10 @@ class Controller:
         await (running.stop(drain_seconds) if was_ready else running.kill())
         self._lives.pop(slot.slot_id, None)
         self._slots[slot.slot_id] = SlotState(slot)
+
+    def _is_stopping(self, slot_id: str) -> bool:
+        life = self._slots[slot_id].life
+        return life is not None and life.phase == "stopping"
 
     async def _drop(self, lease: Lease) -> None:
         assert self._registry is not None

@@ -65,8 +65,7 @@ class RayLife:
     async def kill(self) -> None:
         """Ends it now. Its process group goes with it."""
         self.ended.cancel()
-        with suppress(asyncio.CancelledError):
-            await self.ended
+        await asyncio.wait([self.ended])
 
     async def _live(self) -> End:
         group = None

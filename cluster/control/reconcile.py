@@ -8,7 +8,7 @@ trying, none of which Ray's `max_restarts` knows.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cluster.config import Config, PoolConfig
@@ -38,7 +38,7 @@ class Slot:
     slot_id: str
     model: str = ""
     role: str = ""
-    pool: PoolConfig = PoolConfig()
+    pool: PoolConfig = field(default_factory=PoolConfig)
     gpus: int = 1
 
 

@@ -65,6 +65,8 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class Logprob:
+    """A token's log-probability; rank 1 is the most likely of the vocabulary."""
+
     token_id: int
     logprob: float
     rank: int

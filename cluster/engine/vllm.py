@@ -75,12 +75,14 @@ class VllmEngine:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         try:
             self._llm = await asyncio.to_thread(self._open)
-            ranks = await self._llm.collective_rpc("pdserve_endpoint")
+            ranks = await self._running.collective_rpc("pdserve_endpoint")
         except Exception as error:
-            raise EngineFailed(f"the engine of {self._model.name} did not start: {error}") from error
+            raise EngineFailed(
+                f"the engine of {self._model.name} did not start: {error}"
+            ) from error
         finally:
             os.environ.pop(SECRET_ENV, None)
-        config = self._llm.vllm_config
+        config = self._running.vllm_config
         self._num_blocks = config.cache_config.num_gpu_blocks or 0
         return EngineInfo(
             transfer_addresses=tuple(rank["address"] for rank in ranks),
@@ -174,7 +176,7 @@ class VllmEngine:
         return Holdings(entries, used, self._num_blocks, resident)
 
     async def dead(self) -> str:
-        while not self._running.errored:
+        while not self._running.errored:  # noqa: ASYNC110 - vLLM has no event for it
             await asyncio.sleep(DEATH_POLL_SECONDS)
         return "an engine process has died; its log tells why"
 
@@ -183,7 +185,7 @@ class VllmEngine:
             await asyncio.to_thread(self._llm.shutdown)
 
     @property
-    def _running(self) -> AsyncLLM:
+    def _running(self) -> Any:
         if self._llm is None:
             raise EngineFailed("the engine is not started")
         return self._llm
@@ -202,7 +204,7 @@ def _output(output: RequestOutput) -> EngineOutput:
         token_ids=list(completion.token_ids),
         text=completion.text,
         logprobs=logprobs,
-        finish_reason=_FINISH.get(completion.finish_reason or "", None),  # type: ignore[arg-type]
+        finish_reason=_FINISH.get(completion.finish_reason or ""),  # type: ignore[arg-type]
         stop=completion.stop_reason,
         scheduled_at=metrics.scheduled_ts if metrics else 0.0,
         cached_tokens=output.num_cached_tokens or 0,

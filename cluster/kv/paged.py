@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import xxhash
 
-
 # Payloads are read-only memory that is only ever copied from.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -28,9 +27,9 @@ class PagedCache:
         if len(shapes) != 1 or len(next(iter(shapes))) != 4:
             raise ValueError(f"layers of different or unknown KV shapes cannot move: {shapes}")
         first = self._layers[0]
-        self.num_blocks, self.heads, self.tokens, self.content = first.shape
+        self.num_blocks, self.heads, self.tokens, self.content = map(int, first.shape)
         self.dtype = first.dtype
-        self.item_bytes = first.element_size()
+        self.item_bytes = int(first.element_size())
 
     @property
     def num_layers(self) -> int:

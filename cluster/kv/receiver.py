@@ -245,9 +245,7 @@ class Receiver:
         return owed * self._cache.block_bytes * self._cache.num_layers
 
 
-def _result(
-    reservation: _Reservation, tokens_per_block: int, error: str
-) -> HandoffResult:
+def _result(reservation: _Reservation, tokens_per_block: int, error: str) -> HandoffResult:
     reserve, assembly = reservation.reserve, reservation.assembly
     return HandoffResult(
         handoff_id=reserve.handoff_id,

@@ -16,7 +16,6 @@ import grpc.aio
 import prometheus_client
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from pdserve.v1 import worker_pb2_grpc
 
 from cluster.config import Config, ModelConfig
 from cluster.engine.protocol import Engine, EngineInfo, EngineRequest, Guide, Sampling
@@ -29,6 +28,7 @@ from cluster.worker.holdings import HoldingsMetrics
 from cluster.worker.membership import Membership
 from cluster.worker.sequence import Face, Identity, Stage
 from cluster.worker.servicer import WorkerServicer
+from pdserve.v1 import worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 

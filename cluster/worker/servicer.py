@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
-from pdserve.v1 import worker_pb2, worker_pb2_grpc
 
 from cluster.engine.protocol import Engine
 from cluster.errors import PdserveError, Unavailable, status_of
@@ -17,6 +16,7 @@ from cluster.ticket import TicketSigner
 from cluster.worker.outbox import Outbox
 from cluster.worker.sequence import Face, Identity, SequenceStart, SequenceStep, Stage
 from cluster.worker.wire import sequence_output, sequence_start
+from pdserve.v1 import worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         self._running: set[asyncio.Task[None]] = set()
         self.draining = False
 
-    async def Serve(  # noqa: N802 - gRPC's name
+    async def Serve(
         self, request_iterator: AsyncIterator[worker_pb2.RouterMessage], context: Any
     ) -> None:
         await self._authorize(context)
@@ -87,8 +87,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 task.add_done_callback(self._running.discard)
                 task.add_done_callback(lambda _: sequences.pop(sequence_id, None))
             case "cancel":
-                if task := sequences.get(message.cancel.sequence_id):
-                    task.cancel()
+                if running := sequences.get(message.cancel.sequence_id):
+                    running.cancel()
 
     async def _run(self, message: worker_pb2.StartSequence, outbox: Outbox) -> None:
         """One sequence; every way it ends but a cancellation is a last step."""
@@ -109,7 +109,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             raise Unavailable(f"worker {self._me.worker_id} does not serve {start.stage}")
         return face
 
-    async def Describe(  # noqa: N802
+    async def Describe(
         self, request: worker_pb2.DescribeRequest, context: Any
     ) -> worker_pb2.WorkerDescription:
         await self._authorize(context)
@@ -140,7 +140,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             resident_bytes=holdings.resident_bytes,
         )
 
-    async def Drain(  # noqa: N802
+    async def Drain(
         self, request: worker_pb2.DrainRequest, context: Any
     ) -> worker_pb2.DrainResponse:
         await self._authorize(context)

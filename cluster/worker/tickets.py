@@ -10,9 +10,7 @@ from cluster.ticket import Ticket, TicketSigner, prompt_digest
 from cluster.worker.sequence import Identity, SequenceStart
 
 
-def check_ticket(
-    signer: TicketSigner, me: Identity, side: Side, start: SequenceStart
-) -> Ticket:
+def check_ticket(signer: TicketSigner, me: Identity, side: Side, start: SequenceStart) -> Ticket:
     """The verified ticket of `start`.
 
     Raises:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pdserve.v1 import common_pb2, worker_pb2
-
 from cluster.engine.protocol import Guide, Logprob, Sampling, TokenLogprobs
 from cluster.errors import InvalidRequest, PdserveError, status_of
 from cluster.kv.handoff import HandoffResult
 from cluster.worker.sequence import SequenceReport, SequenceStart, SequenceStep, Stage
+from pdserve.v1 import common_pb2, worker_pb2
 
 _STAGES: dict[int, Stage] = {
     worker_pb2.STAGE_PREFILL: "prefill",

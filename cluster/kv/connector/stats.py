@@ -15,6 +15,8 @@ from cluster.kv.handoff import HandoffResult
 class HandoffStats(KVConnectorStats):
     """`data["results"]` is a list of HandoffResult dicts, one per rank and handoff."""
 
+    data: dict[str, Any]
+
     @classmethod
     def of(cls, results: list[HandoffResult]) -> HandoffStats:
         return cls(data={"results": [result.to_dict() for result in results]})

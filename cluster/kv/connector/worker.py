@@ -19,7 +19,7 @@ from cluster.ticket import TicketSigner
 if TYPE_CHECKING:
     from cluster.kv.sender import Offer
 
-SECRET_ENV = "PDSERVE_KV_SECRET"  # noqa: S105 - the variable's name
+SECRET_ENV = "PDSERVE_KV_SECRET"
 """Where a worker puts the cluster's secret for its engine processes, in hex."""
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
-from pdserve.v1 import kv_transfer_pb2 as pb
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
+from pdserve.v1 import kv_transfer_pb2 as pb
 
 _BLOCKS_TAG = 0x12  # field 2, length-delimited
 _PAYLOAD_TAG = b"\x7a"  # field 15, length-delimited
@@ -23,18 +23,24 @@ HEADER_BYTES = 64
 
 @dataclass(frozen=True)
 class Open:
+    """First on a push: the signed ticket, and the sender's rank."""
+
     ticket: bytes
     rank: int
 
 
 @dataclass(frozen=True)
 class Blocks:
+    """A run of blocks of one layer, and their bytes."""
+
     run: BlockRun
     payload: memoryview
 
 
 @dataclass(frozen=True)
 class Commit:
+    """Everything has been sent; decode goes on after the first token."""
+
     frames: int
     first_token_id: int
     num_tokens: int
@@ -42,6 +48,8 @@ class Commit:
 
 @dataclass(frozen=True)
 class Abort:
+    """Prefill gives up."""
+
     reason: str
 
 
@@ -50,17 +58,21 @@ Frame = Open | Blocks | Commit | Abort
 
 @dataclass(frozen=True)
 class Grant:
+    """Decode has reserved its blocks: which it holds already, and how many bytes it takes."""
+
     held_blocks: int
     credit_bytes: int
 
 
 @dataclass(frozen=True)
 class Ack:
-    pass
+    """Everything has landed and was verified."""
 
 
 @dataclass(frozen=True)
 class Refused:
+    """The handoff is refused as a whole."""
+
     reason: str
 
 

@@ -1,0 +1,45 @@
+# `make` alone lists the targets. All of them work from a fresh checkout.
+PY := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup proto demo test check lint format bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: ## create .venv with everything for CPUs (does nothing when nothing changed)
+	@scripts/setup.sh
+
+proto: setup ## generate the protobuf modules where a schema changed
+
+demo: setup ## start a cluster on this machine and send it requests
+	@.venv/bin/pdserve demo $(ARGS)
+
+test: lint ## lint, types, import contracts, then the whole test suite without GPUs
+	@$(PY) -m pytest -q -m "not gpu" $(ARGS)
+
+check: lint ## the same, with the unit and property tests only (under two minutes)
+	@$(PY) -m pytest -q -m "not gpu and not slow" $(wildcard tests/unit tests/property) $(ARGS)
+
+lint: setup ## ruff, mypy, import contracts, schema lint
+	@.venv/bin/ruff check --quiet
+	@.venv/bin/ruff format --check --quiet
+	@$(PY) -m mypy --no-error-summary
+	@.venv/bin/lint-imports > .import_linter.log || { cat .import_linter.log; exit 1; }
+	@.venv/bin/buf lint proto
+
+format: setup ## rewrite the code to the house style
+	@.venv/bin/ruff check --quiet --fix --exit-zero
+	@.venv/bin/ruff format
+
+bench: setup ## measure TTFT, TPOT and goodput of a cluster on this machine
+	@.venv/bin/pdserve bench $(ARGS)
+
+lock: ## resolve the requirements again (needs uv; UPGRADE=1 takes the newest)
+	@scripts/lock.sh
+
+clean: ## remove what was generated, built or cached; .venv stays
+	@rm -rf build dist *.egg-info .*_cache .hypothesis .import_linter.log proto/.generated
+	@rm -f proto/pdserve/v1/*_pb2*
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

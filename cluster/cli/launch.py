@@ -1,0 +1,167 @@
+"""A cluster from nothing to ready and back: store, Ray, controller, workers, routers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from cluster.cli.progress import Progress
+from cluster.cli.rundir import RunDir, RunState, tail
+from cluster.config import Config
+from cluster.control.orphans import kill_descendants
+from cluster.errors import EngineFailed, PdserveError, Unavailable
+from cluster.store.client import address_of, connect
+from cluster.store.embedded import EmbeddedStore
+
+if TYPE_CHECKING:
+    from cluster.control.runtime import RayRuntime
+    from cluster.control.status import ClusterStatus
+
+POLL_SECONDS = 0.25
+CALL_SECONDS = 15.0
+
+
+class Cluster:
+    """A cluster that this process runs. Start it once, stop it always."""
+
+    def __init__(self, config: Config, rundir: RunDir, progress: Progress) -> None:
+        self._config = config
+        self._rundir = rundir
+        self._progress = progress
+        self._store: EmbeddedStore | None = None
+        self._ray: RayRuntime | None = None
+        self._controller: Any = None
+
+    async def start(self) -> ClusterStatus:
+        """Brings everything up; returns when every worker and router is ready.
+
+        Raises:
+            PdserveError: what kept it from coming up, with the cause from the part's own log.
+        """
+        self._publish("starting")
+        url = await self._start_store()
+        runtime = await self._start_ray()
+        from cluster.control.actors import Launch
+
+        secret = self._config.secret
+        launch = Launch(
+            config=self._config,
+            secret=secret.get_secret_value().encode() if secret else secrets.token_bytes(32),
+            store_url=url,
+            log_dir=self._rundir.logs,
+            bind_host="127.0.0.1" if runtime.embedded else "",
+            omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
+        )
+        self._controller = await runtime.start_controller(launch)
+        status = await self._until_ready()
+        router = next(slot for slot in status.slots if slot.kind == "router")
+        self._publish("ready", router.grpc_address, router.http_address)
+        return status
+
+    async def status(self) -> ClusterStatus:
+        """The controller's view. Raises Unavailable while it does not answer."""
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                status: ClusterStatus = await self._controller.status.remote()
+        except Exception as error:
+            raise Unavailable(
+                f"the controller does not answer ({type(error).__name__}): "
+                f"see {self._rundir.logs / 'controller.log'}"
+            ) from error
+        for slot in status.slots:
+            self._progress.show(slot.slot_id, slot.state, slot.detail)
+        return status
+
+    async def stop(self, drain_seconds: float) -> list[str]:
+        """Routers drain, workers end, then Ray and the store; returns the processes that had to be
+        killed after all of them were gone."""
+        self._publish("stopping")
+        if self._controller is not None:
+            await self._drain(drain_seconds)
+        if self._ray is not None:
+            self._progress.show("ray", "stopping")
+            with suppress(Exception):
+                async with asyncio.timeout(CALL_SECONDS):
+                    await self._ray.stop()
+            self._progress.show("ray", "gone")
+        if self._store is not None:
+            await asyncio.to_thread(self._store.stop)
+            self._progress.show("store", "gone")
+        left = await asyncio.to_thread(kill_descendants)
+        shutil.rmtree(self._rundir.path / "ray", ignore_errors=True)
+        self._rundir.clear()
+        return left
+
+    async def _start_store(self) -> str:
+        config = self._config.store
+        self._progress.show("store", "starting")
+        if config.url is None:
+            self._store = EmbeddedStore.start(self._rundir.path)
+            url, detail = self._store.url, "embedded Valkey"
+        else:
+            url = config.url.get_secret_value()
+            detail = address_of(url)
+        client = await connect(url, config.connect_timeout_seconds)
+        await client.aclose()
+        self._rundir.write_store_url(url)
+        self._progress.show("store", "ready", detail)
+        return url
+
+    async def _start_ray(self) -> RayRuntime:
+        self._progress.show("ray", "starting")
+        from cluster.control.runtime import RayRuntime
+
+        runtime = RayRuntime(self._config, self._rundir.path)
+        await runtime.start()
+        self._ray = runtime
+        self._progress.show("ray", "ready", self._config.ray.address or "embedded")
+        return runtime
+
+    async def _until_ready(self) -> ClusterStatus:
+        limit = self._config.lifecycle.start_timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                while True:
+                    status = await self.status()
+                    if status.ready:
+                        return status
+                    if status.failed:
+                        raise self._why(status.failed[0].slot_id, status.failed[0].detail)
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError:
+            status = await self.status()
+            waiting = [f"{s.slot_id} ({s.detail or s.state})" for s in status.slots
+                       if s.state != "ready"]
+            raise Unavailable(
+                f"not ready within lifecycle.start_timeout_seconds ({limit:g} s): "
+                + ", ".join(waiting)
+            ) from None
+
+    def _why(self, slot_id: str, reason: str) -> PdserveError:
+        log = self._rundir.logs / f"{slot_id}.log"
+        last = "".join(f"\n  {line}" for line in tail(log))
+        return EngineFailed(f"{slot_id} does not start: {reason}\n{log} ends with:{last}")
+
+    async def _drain(self, drain_seconds: float) -> None:
+        shutdown = asyncio.ensure_future(self._controller.shutdown.remote(drain_seconds))
+        with suppress(Exception):
+            async with asyncio.timeout(drain_seconds + 3 * CALL_SECONDS):
+                while not shutdown.done():
+                    await asyncio.wait([shutdown], timeout=POLL_SECONDS)
+                    if not shutdown.done():
+                        await self.status()
+                status = await self.status()
+                for slot in status.slots:
+                    self._progress.show(slot.slot_id, "gone")
+        shutdown.cancel()
+
+    def _publish(self, state: str, grpc: str = "", http: str = "") -> None:
+        pid = os.getppid()  # the guardian: it goes last
+        started = psutil.Process(pid).create_time()
+        self._rundir.write(RunState(self._config.name, pid, started, state, grpc, http))

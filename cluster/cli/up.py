@@ -1,0 +1,84 @@
+"""`pdserve up` and `pdserve down`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import suppress
+
+from cluster.cli.checks import before_start
+from cluster.cli.launch import Cluster
+from cluster.cli.progress import Progress
+from cluster.cli.rundir import RunDir, find, wait_gone
+from cluster.cli.supervise import supervise
+from cluster.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Terminal
+from cluster.config import Config
+from cluster.errors import Unavailable
+
+WATCH_SECONDS = 1.0
+
+
+def up(terminal: Terminal, config: Config) -> None:
+    """Serves until interrupted; does not return."""
+    rundir = RunDir(config.name)
+
+    async def work() -> int:
+        rundir.acquire()
+        before_start(config)
+        terminal.keep_for_ourselves(rundir.logs / "cli.log")
+        return await _serve(terminal, config, rundir)
+
+    supervise(terminal, work)
+
+
+async def _serve(terminal: Terminal, config: Config, rundir: RunDir) -> int:
+    code, drain, error = EXIT_FAILED, 0.0, None
+    with Progress(terminal.err) as progress:
+        cluster = Cluster(config, rundir, progress)
+        try:
+            status = await cluster.start()
+            router = next(slot for slot in status.slots if slot.kind == "router")
+            terminal.out.print(f"gRPC  {router.grpc_address}\nHTTP  http://{router.http_address}")
+            terminal.out.print('try   pdserve generate "…"      stop with Ctrl-C', markup=False)
+            drain = config.lifecycle.drain_timeout_seconds
+            code = EXIT_OK
+            await _watch(cluster)
+        except asyncio.CancelledError:
+            code = EXIT_OK if drain else EXIT_INTERRUPTED
+        except Exception as failure:
+            error, code = failure, EXIT_FAILED
+        left = await cluster.stop(drain)
+    if error is not None:
+        terminal.fail(error)
+    if left:
+        terminal.err.print(f"had to kill: {', '.join(left)}", markup=False)
+    return code
+
+
+async def _watch(cluster: Cluster) -> None:
+    """Shows what dies and comes back, until cancelled."""
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        with suppress(Unavailable):
+            status = await cluster.status()
+            if status.failed and all(slot.state == "failed" for slot in status.slots):
+                raise RuntimeError("every worker and router has failed")
+
+
+def down(terminal: Terminal, name: str | None, timeout: float) -> int:
+    """Ends the running cluster and waits until it is gone."""
+    state = find(name)
+    process = state.process()
+    with Progress(terminal.err) as progress:
+        progress.show(state.name, "stopping", f"pid {state.pid}")
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
+        if not wait_gone(state, timeout):
+            progress.show(state.name, "failed", f"still there after {timeout:g} s")
+            raise Unavailable(
+                f"the cluster still drains (pid {state.pid}): call `pdserve down` again to force it"
+            )
+        progress.show(state.name, "gone")
+    return EXIT_OK

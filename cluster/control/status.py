@@ -1,0 +1,111 @@
+"""What the controller tells about its slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from cluster.control.reconcile import MAX_QUICK_FAILURES, Kind, SlotState
+from cluster.store.registry import Members
+
+State = Literal["waiting", "starting", "ready", "stopping", "failed", "empty"]
+
+
+@dataclass(frozen=True)
+class SlotStatus:
+    """A slot, for people.
+
+    Attributes:
+        state: waiting (for another try or for resources), starting, ready, stopping, failed (given
+            up) or empty.
+        seconds: how long the life has been alive, or how long ago the last one ended.
+        detail: what it waits for or why it failed.
+        pid: of the life's process, once it has registered.
+        grpc_address, http_address: of a router that is ready.
+    """
+
+    slot_id: str
+    kind: Kind
+    role: str
+    state: State
+    seconds: float
+    incarnation: str = ""
+    failures: int = 0
+    detail: str = ""
+    pid: int = 0
+    grpc_address: str = ""
+    http_address: str = ""
+
+
+@dataclass(frozen=True)
+class ClusterStatus:
+    """All slots; `store_reachable` is False while readiness cannot be seen."""
+
+    store_reachable: bool
+    stopping: bool
+    slots: tuple[SlotStatus, ...]
+
+    @property
+    def ready(self) -> bool:
+        """Every slot serves."""
+        return all(slot.state == "ready" for slot in self.slots)
+
+    @property
+    def failed(self) -> tuple[SlotStatus, ...]:
+        """The slots that were given up."""
+        return tuple(slot for slot in self.slots if slot.state == "failed")
+
+
+class Waits(Protocol):
+    """What a running life says of itself."""
+
+    def waits_for(self) -> str:
+        """The resources it waits for; empty once it has its process."""
+        ...
+
+
+def slot_status(
+    now: float, state: SlotState, running: Waits | None, members: Members | None
+) -> SlotStatus:
+    """The slot's status, with what its own record in the registry adds."""
+    slot, life = state.slot, state.life
+    if life is None:
+        return SlotStatus(
+            slot.slot_id,
+            slot.kind,
+            slot.role,
+            "failed" if state.gave_up else "waiting" if state.reason else "empty",
+            now - state.ended_at if state.ended_at is not None else 0.0,
+            failures=state.failures,
+            detail=state.reason if state.gave_up else _retry(now, state),
+        )
+    waits = running.waits_for() if running is not None else ""
+    detail, pid, grpc, http = waits, 0, "", ""
+    if members is not None and slot.kind == "worker":
+        for worker in members.workers:
+            if (worker.worker_id, worker.incarnation) == (slot.slot_id, life.incarnation):
+                detail, pid = worker.detail or waits, worker.pid
+    elif members is not None:
+        for router in members.routers:
+            if (router.router_id, router.incarnation) == (slot.slot_id, life.incarnation):
+                pid, grpc, http = router.pid, router.grpc_address, router.http_address
+    return SlotStatus(
+        slot.slot_id,
+        slot.kind,
+        slot.role,
+        "waiting" if waits else life.phase,
+        now - life.started_at,
+        life.incarnation,
+        state.failures,
+        detail,
+        pid,
+        grpc,
+        http,
+    )
+
+
+def _retry(now: float, state: SlotState) -> str:
+    if not state.reason:
+        return ""
+    wait = max(0.0, state.retry_at() - now)
+    return f"{state.reason}; try {state.failures + 1} of {MAX_QUICK_FAILURES} in {wait:.0f} s"

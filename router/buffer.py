@@ -1,0 +1,76 @@
+"""The output buffer between a request and its client: bounded, and merged while the client lags."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from cluster.errors import PdserveError
+from router.output import Completed, Delta
+
+BUFFER_TOKENS = 4096
+"""Tokens that may wait for a client before its request is cut off."""
+
+
+class OutputBuffer:
+    """Deltas that the client has not taken yet, then the end.
+
+    One task takes; the event loop's callbacks put. Deltas of one completion that wait next to each
+    other become one, so that a lagging client costs fewer messages.
+    """
+
+    def __init__(self, limit_tokens: int = BUFFER_TOKENS) -> None:
+        self._limit = limit_tokens
+        self._deltas: list[Delta] = []
+        self._tokens = 0
+        self._end: Completed | PdserveError | None = None
+        self._wake = asyncio.Event()
+        self.on_cut: Callable[[], None] | None = None
+        """Called when the request is cut off while its client may be blocked in a write."""
+
+    def put(self, delta: Delta) -> bool:
+        """False if more tokens wait than may: the request is to be cut off."""
+        if self._deltas and self._deltas[-1].index == delta.index:
+            self._deltas[-1] = self._deltas[-1].followed_by(delta)
+        else:
+            self._deltas.append(delta)
+        self._tokens += len(delta.token_ids)
+        self._wake.set()
+        return self._tokens <= self._limit
+
+    def close(self, end: Completed | PdserveError) -> None:
+        """Nothing follows. After an error what waits is still delivered, unless it is cut off."""
+        self._end = end
+        self._wake.set()
+
+    def cut(self) -> None:
+        """Drops what waits and interrupts the client's write."""
+        self._deltas.clear()
+        self._tokens = 0
+        if self.on_cut is not None:
+            self.on_cut()
+
+    async def take(self) -> list[Delta]:
+        """All that waits, at least one delta; empty at the end of a request that succeeded.
+
+        Raises:
+            PdserveError: the request has failed.
+        """
+        while not self._deltas and self._end is None:
+            self._wake.clear()
+            await self._wake.wait()
+        deltas, self._deltas, self._tokens = self._deltas, [], 0
+        if not deltas and isinstance(self._end, PdserveError):
+            raise self._end
+        return deltas
+
+    @property
+    def error(self) -> PdserveError | None:
+        """What the request failed with, once it has."""
+        return self._end if isinstance(self._end, PdserveError) else None
+
+    @property
+    def completed(self) -> Completed:
+        """After the end of a request that succeeded."""
+        assert isinstance(self._end, Completed)
+        return self._end

@@ -1,0 +1,113 @@
+"""The Inference service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from cluster.clock import Clock
+from cluster.errors import PdserveError
+from cluster.ids import RequestId
+from cluster.obs.logs import REQUEST_ID
+from pdserve.v1 import inference_pb2, inference_pb2_grpc
+from router import client_wire as wire
+from router import validate
+from router.catalog import Catalog
+from router.dispatch import Dispatch
+from router.intake import Intake
+from router.observe import Observer
+from router.refusal import refuse, refusing
+from router.running import Running
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Generate, Cancel, Tokenize and ListModels over gRPC."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        intake: Intake,
+        dispatch: Dispatch,
+        observer: Observer,
+        clock: Clock,
+        missing: Callable[[str], str],
+    ) -> None:
+        self._catalog = catalog
+        self._intake = intake
+        self._dispatch = dispatch
+        self._observer = observer
+        self._clock = clock
+        self._missing = missing
+
+    @refusing
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        received_at = self._clock.now()
+        try:
+            self._dispatch.check_room()
+            ask = wire.ask(request, received_at, context.time_remaining())
+            generation = await self._intake.prepare(ask)
+            running = self._dispatch.submit(generation)
+        except Exception as error:
+            known = request.model if request.model in self._catalog.names else ""
+            self._observer.refused(known, error)
+            raise
+        REQUEST_ID.set(generation.request_id)
+        try:
+            await _send(running, generation.request_id, context)
+        finally:
+            running.leave()
+
+    @refusing
+    async def Cancel(
+        self, request: inference_pb2.CancelRequest, context: Context
+    ) -> inference_pb2.CancelResponse:
+        wire.refuse_unknown_fields(request)
+        request_id = validate.check_request_id(request.request_id)
+        return inference_pb2.CancelResponse(cancelled=self._dispatch.cancel(request_id))
+
+    @refusing
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        wire.refuse_unknown_fields(request)
+        model = validate.check_model(request.model, self._catalog.names)
+        token_ids = await self._intake.encode(model, wire.prompt(request))
+        return inference_pb2.TokenizeResponse(token_ids=token_ids)
+
+    @refusing
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        wire.refuse_unknown_fields(request)
+        models = []
+        for name in self._catalog.names:
+            limits = self._catalog.limits(name)
+            models.append(
+                inference_pb2.Model(
+                    name=name,
+                    max_model_len=limits.max_model_len,
+                    vocab_size=limits.vocab_size,
+                    ready=not self._missing(name),
+                )
+            )
+        return inference_pb2.ListModelsResponse(models=models)
+
+
+async def _send(running: Running, request_id: RequestId, context: Context) -> None:
+    """Writes a request's deltas and its end; ends a write that blocks when the request is cut."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(None) as limit:
+            running.buffer.on_cut = lambda: limit.reschedule(loop.time())
+            async for deltas in running.deltas():
+                for delta in deltas:
+                    await context.write(wire.delta_message(request_id, delta))
+            await context.write(wire.completed_message(request_id, running.buffer.completed))
+    except TimeoutError:
+        error = running.buffer.error or PdserveError("cut without an error")
+        await refuse(context, error)

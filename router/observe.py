@@ -1,0 +1,135 @@
+"""What is written down of a request: metrics, a log line, a journal entry. Never its text."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import asdict, replace
+from typing import Protocol
+
+from cluster.clock import Clock
+from cluster.errors import PdserveError, Unavailable, status_of
+from cluster.obs.metrics import RouterMetrics
+from cluster.store.records import JournalEntry
+from router.output import Completed, CompletionReport
+from router.running import Running
+
+JOURNAL_QUEUE = 1024
+JOURNAL_TIMEOUT_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class Journal(Protocol):
+    """Where requests' entries go; raises Unavailable when the store is out."""
+
+    async def record(self, entry: JournalEntry) -> None: ...
+
+
+class Observer:
+    """Takes note of requests without ever holding one up."""
+
+    def __init__(self, metrics: RouterMetrics, router_id: str, clock: Clock) -> None:
+        self.metrics = metrics
+        self._router_id = router_id
+        self._clock = clock
+        self._entries: asyncio.Queue[JournalEntry] = asyncio.Queue(JOURNAL_QUEUE)
+
+    def received(self, running: Running) -> None:
+        self._journal(self._entry(running))
+
+    def retried(self, running: Running) -> None:
+        self.metrics.retries.labels(running.generation.model).inc()
+
+    def load(self, running: int, queued: int) -> None:
+        self.metrics.running_requests.set(running)
+        self.metrics.queued_requests.set(queued)
+
+    def refused(self, model: str, error: BaseException) -> None:
+        """A request that was never taken in; `model` is a known name, or empty."""
+        self.metrics.requests.labels(model, status_of(error).name).inc()
+
+    def ended(self, running: Running, end: Completed | PdserveError) -> None:
+        generation = running.generation
+        status = "OK" if isinstance(end, Completed) else status_of(end).name
+        self.metrics.requests.labels(generation.model, status).inc()
+        tokens = self.metrics.request_tokens
+        tokens.labels(generation.model, "prompt").inc(len(generation.prompt_token_ids))
+        tokens.labels(generation.model, "completion").inc(running.request.tokens)
+        seconds = self._clock.now() - generation.received_at
+        entry = replace(
+            self._entry(running),
+            completion_tokens=running.request.tokens,
+            error="" if isinstance(end, Completed) else status,
+        )
+        fields: dict[str, object] = {
+            "request_id": generation.request_id,
+            "model": generation.model,
+            "status": status,
+            "prompt_tokens": len(generation.prompt_token_ids),
+            "completion_tokens": running.request.tokens,
+            "seconds": round(seconds, 6),
+        }
+        if isinstance(end, Completed):
+            self.metrics.e2e.labels(generation.model).observe(seconds)
+            tokens.labels(generation.model, "cached").inc(end.cached_prompt_tokens)
+            for report in end.completions:
+                self._completion(generation.model, report)
+            first = end.completions[0]
+            fields["ttft_seconds"] = round(first.ttft_seconds, 6)
+            entry = replace(entry, phases=asdict(first.phases))
+        else:
+            fields["error"] = str(end)
+        self._journal(entry)
+        log.info("request ended", extra={"fields": fields})
+
+    async def write_journal(self, journal: Journal) -> None:
+        """Writes entries until cancelled; drops and counts those that the store does not take."""
+        while True:
+            entry = await self._entries.get()
+            try:
+                async with asyncio.timeout(JOURNAL_TIMEOUT_SECONDS):
+                    await journal.record(entry)
+            except (Unavailable, TimeoutError):
+                self.metrics.journal_dropped.inc()
+            except Exception:
+                self.metrics.journal_dropped.inc()
+                log.exception("journal entry not written")
+            finally:
+                self._entries.task_done()
+
+    async def flush(self, seconds: float) -> None:
+        """Waits until the journal is written, at most so long."""
+        try:
+            await asyncio.wait_for(self._entries.join(), seconds)
+        except TimeoutError:
+            self.metrics.journal_dropped.inc(self._entries.qsize())
+
+    def _completion(self, model: str, report: CompletionReport) -> None:
+        self.metrics.ttft.labels(model).observe(report.ttft_seconds)
+        if report.tokens > 1:
+            self.metrics.tpot.labels(model).observe(report.tpot_seconds)
+        for phase, seconds in asdict(report.phases).items():
+            self.metrics.phase.labels(phase).observe(seconds)
+        if report.handoff is not None:
+            self.metrics.handoff_bytes.labels(report.handoff.transport).inc(report.handoff.bytes)
+            self.metrics.handoff.observe(report.handoff.transfer_seconds)
+            self.metrics.handoff_wait.observe(report.phases.handoff_wait)
+
+    def _entry(self, running: Running) -> JournalEntry:
+        generation = running.generation
+        return JournalEntry(
+            request_id=generation.request_id,
+            model=generation.model,
+            state=running.request.state.value,
+            router_id=self._router_id,
+            prompt_tokens=len(generation.prompt_token_ids),
+            received_at=running.received_wall,
+            updated_at=self._clock.wall(),
+        )
+
+    def _journal(self, entry: JournalEntry) -> None:
+        try:
+            self._entries.put_nowait(entry)
+        except asyncio.QueueFull:
+            self.metrics.journal_dropped.inc()

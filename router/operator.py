@@ -1,0 +1,102 @@
+"""The Operator service."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from cluster.errors import PdserveError
+from cluster.store.records import RouterRecord, WorkerRecord
+from pdserve.v1 import operator_pb2, operator_pb2_grpc, worker_pb2
+from router.client_wire import refuse_unknown_fields
+from router.dispatch import Dispatch
+from router.placement import Target
+from router.refusal import refusing
+from router.workers import STORE_TIMEOUT_SECONDS, Registry, Workers
+
+DESCRIBE_TIMEOUT_SECONDS = 2.0
+
+
+class OperatorServicer(operator_pb2_grpc.OperatorServicer):
+    """GetCluster, from the registry and from the workers themselves."""
+
+    def __init__(
+        self,
+        cluster: str,
+        router: RouterRecord,
+        workers: Workers,
+        registry: Registry,
+        dispatch: Dispatch,
+    ) -> None:
+        self._cluster = cluster
+        self._router = router
+        self._workers = workers
+        self._registry = registry
+        self._dispatch = dispatch
+
+    @refusing
+    async def GetCluster(
+        self,
+        request: operator_pb2.GetClusterRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> operator_pb2.GetClusterResponse:
+        refuse_unknown_fields(request)
+        workers = await asyncio.gather(*map(self._worker, self._workers.records))
+        routers = await self._routers()
+        return operator_pb2.GetClusterResponse(
+            cluster=self._cluster,
+            workers=workers,
+            routers=routers,
+            store_reachable=self._workers.store_reachable,
+        )
+
+    async def _routers(self) -> list[operator_pb2.RouterStatus]:
+        """All that the store lists; this one alone while it is out."""
+        try:
+            async with asyncio.timeout(STORE_TIMEOUT_SECONDS):
+                records = await self._registry.routers()
+        except (PdserveError, TimeoutError):
+            records = []
+        others = [r for r in records if r.router_id != self._router.router_id]
+        return [
+            operator_pb2.RouterStatus(
+                router_id=record.router_id,
+                grpc_address=record.grpc_address,
+                http_address=record.http_address,
+                running_requests=self._dispatch.running if record is self._router else 0,
+            )
+            for record in (self._router, *others)
+        ]
+
+    async def _worker(self, record: WorkerRecord) -> operator_pb2.WorkerStatus:
+        status = operator_pb2.WorkerStatus(
+            worker_id=record.worker_id,
+            incarnation=record.incarnation,
+            model=record.model,
+            role=record.role,
+            state=record.state,
+            address=record.address,
+            transport=record.transport,
+            detail=record.detail,
+        )
+        link = self._workers.link(Target(record.worker_id, record.incarnation))
+        if link is None or not link.connected:
+            return status
+        status.connected = True
+        try:
+            _describe(status, await link.describe(DESCRIBE_TIMEOUT_SECONDS))
+        except PdserveError as error:
+            status.detail = status.detail or error.message
+        return status
+
+
+def _describe(status: operator_pb2.WorkerStatus, own: worker_pb2.WorkerDescription) -> None:
+    status.running_sequences = own.running_sequences
+    status.pinned_blocks = sum(entry.blocks for entry in own.ledger)
+    status.pinned_bytes = sum(entry.bytes for entry in own.ledger)
+    status.engine_blocks_used = own.engine_blocks_used
+    status.engine_blocks_total = own.engine_blocks_total
+    for process, resident in own.resident_bytes.items():
+        status.resident_bytes[process] = resident

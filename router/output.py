@@ -1,0 +1,141 @@
+"""What comes back: tokens, how each completion was served, and where its time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended; the values are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Stage(StrEnum):
+    """What a worker does of a sequence."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One token's log-probability; rank 1 is the most likely of the vocabulary."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The log-probabilities at one output position; `top` is most likely first."""
+
+    sampled: Logprob
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New tokens of one completion.
+
+    Attributes:
+        index: which of the n completions.
+        offset: position of the first of `token_ids` in the completion.
+        text: may lag the tokens.
+        logprobs: as many as token_ids, or none.
+        finish: set on the completion's last delta.
+        stop: the stop string or token id that ended it.
+    """
+
+    index: int
+    offset: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: FinishReason | None = None
+    stop: str | int | None = None
+
+    def followed_by(self, later: Delta) -> Delta:
+        """Both as one; `later` is the next delta of the same completion."""
+        return replace(
+            later,
+            offset=self.offset,
+            token_ids=self.token_ids + later.token_ids,
+            text=self.text + later.text,
+            logprobs=self.logprobs + later.logprobs,
+        )
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Where a completion's time went, in seconds; they add up to its end-to-end time."""
+
+    queue: float = 0.0
+    prefill_queue: float = 0.0
+    prefill: float = 0.0
+    handoff_wait: float = 0.0
+    decode_queue: float = 0.0
+    first_step: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """One KV handoff, as the decode worker saw it."""
+
+    transport: str
+    bytes: int
+    messages: int
+    held_tokens: int
+    blocks: int
+    transfer_seconds: float
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """A worker's own stamps of a sequence: seconds before its last message, None if never."""
+
+    accepted_ago: float | None = None
+    landed_ago: float | None = None
+    scheduled_ago: float | None = None
+    first_token_ago: float | None = None
+    second_token_ago: float | None = None
+    cached_prompt_tokens: int = 0
+    handoff: Handoff | None = None
+
+
+@dataclass(frozen=True)
+class CompletionReport:
+    """How one completion was served.
+
+    Attributes:
+        decode_worker: empty when it ended with its first token.
+        ttft_seconds: received to first token.
+        tpot_seconds: mean gap between the tokens after the first; 0 with one token.
+    """
+
+    index: int
+    tokens: int
+    prefill_worker: str
+    decode_worker: str
+    phases: Phases
+    handoff: Handoff | None
+    cached_prompt_tokens: int
+    ttft_seconds: float
+    tpot_seconds: float
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The end of a request that succeeded: usage, and one report per completion by index."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int
+    completions: tuple[CompletionReport, ...]

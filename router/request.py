@@ -1,0 +1,78 @@
+"""A request's state machine: its completions, and the one way in which it ends. Pure."""
+
+from __future__ import annotations
+
+from cluster.errors import Cancelled
+from router.completion import TERMINAL, Completion, State
+from router.events import Abort, Cancel, Complete, Deadline, Effect, Event, Fail, Finish
+from router.generation import Generation
+from router.output import Completed, CompletionReport
+
+
+class Request:
+    """The machines of a request's n completions.
+
+    It ends once: with Complete when every completion has finished, or with Fail when the first one
+    fails, which cancels the others.
+    """
+
+    def __init__(self, generation: Generation) -> None:
+        self.state = State.RECEIVED
+        self._prompt_tokens = len(generation.prompt_token_ids)
+        self.completions = [
+            Completion(i, generation.sampling.completion(i), generation.received_at)
+            for i in range(generation.sampling.n)
+        ]
+        self._reports: dict[int, CompletionReport] = {}
+
+    @property
+    def ended(self) -> bool:
+        return self.state in TERMINAL
+
+    @property
+    def tokens(self) -> int:
+        """How many the client was sent, of all completions."""
+        return sum(c.tokens for c in self.completions)
+
+    def step(self, now: float, event: Event, index: int | None = None) -> list[Effect]:
+        """Takes an event, of completion `index` or of all of them."""
+        if self.ended:
+            return []
+        effects: list[Effect] = []
+        for completion in self.completions if index is None else [self.completions[index]]:
+            for effect in completion.step(now, event):
+                match effect:
+                    case Finish(report):
+                        self._reports[completion.index] = report
+                    case Fail():
+                        return [*effects, *self._fail(now, effect, event)]
+                    case _:
+                        effects.append(effect)
+        if len(self._reports) == len(self.completions):
+            self.state = State.FINISHED
+            effects.append(Complete(self._completed()))
+        elif not self.ended:
+            self.state = min((c.state for c in self.completions), key=_PROGRESS.index)
+        return effects
+
+    def _fail(self, now: float, fail: Fail, event: Event) -> list[Effect]:
+        effects: list[Effect] = []
+        for completion in self.completions:
+            cleanup = event if isinstance(event, Cancel | Deadline) else Abort(fail.error)
+            effects += [e for e in completion.step(now, cleanup) if not isinstance(e, Fail)]
+        cancelled = isinstance(event, Cancel) and isinstance(fail.error, Cancelled)
+        self.state = State.CANCELLED if cancelled else State.FAILED
+        return [*effects, fail]
+
+    def _completed(self) -> Completed:
+        reports = tuple(self._reports[i] for i in range(len(self.completions)))
+        return Completed(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=sum(r.tokens for r in reports),
+            # Those of the first: the others may find what the first has put there.
+            cached_prompt_tokens=reports[0].cached_prompt_tokens,
+            completions=reports,
+        )
+
+
+_PROGRESS = list(State)

@@ -1,0 +1,100 @@
+"""A request while it runs: its machine, its buffer, its timers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from cluster.clock import Clock
+from cluster.errors import Overloaded, PdserveError
+from cluster.ticket import prompt_digest
+from router.buffer import OutputBuffer
+from router.events import Abort, Cancel, Complete, Deadline, Effect, Emit, Event, Fail
+from router.generation import Generation
+from router.output import Completed, Delta
+from router.request import Request
+
+SLOW_CLIENT_RETRY_SECONDS = 1.0
+
+
+class Running:
+    """One request from its admission or queueing to its end.
+
+    Args:
+        act: carries out the effects that concern workers.
+        ended: called once, after the end.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        clock: Clock,
+        act: Callable[[Running, Effect], None],
+        ended: Callable[[Running, Completed | PdserveError], None],
+    ) -> None:
+        self.generation = generation
+        self.request = Request(generation)
+        self.buffer = OutputBuffer()
+        self.prompt_digest = prompt_digest(generation.prompt_token_ids)
+        self.received_wall = clock.wall() - (clock.now() - generation.received_at)
+        self._clock = clock
+        self._act = act
+        self._ended = ended
+        self._events: deque[tuple[Event, int | None]] = deque()
+        self._stepping = False
+        self._deadline = asyncio.get_running_loop().call_later(
+            max(0.0, generation.deadline - clock.now()), self.step, Deadline()
+        )
+
+    def step(self, event: Event, index: int | None = None) -> None:
+        """Feeds the machine and carries out what it asks for.
+
+        An effect may cause another event at once, as when a worker's link turns out to be down: it
+        waits its turn.
+        """
+        self._events.append((event, index))
+        if self._stepping:
+            return
+        self._stepping = True
+        try:
+            while self._events:
+                event, index = self._events.popleft()
+                for effect in self.request.step(self._clock.now(), event, index):
+                    self._carry_out(effect)
+        finally:
+            self._stepping = False
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What is there for the client, again and again until the end; one consumer.
+
+        Raises:
+            PdserveError: the request failed.
+        """
+        while batch := await self.buffer.take():
+            yield batch
+
+    def leave(self) -> None:
+        """The client's call is over: whatever still runs is cancelled."""
+        late = self._clock.now() >= self.generation.deadline
+        self.step(Deadline() if late else Cancel())
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Emit(delta):
+                if not self.buffer.put(delta):
+                    slow = "the client reads too slowly: its output buffer is full"
+                    self.step(Abort(Overloaded(slow, SLOW_CLIENT_RETRY_SECONDS)))
+            case Complete(completed):
+                self._end(completed)
+            case Fail(error):
+                self._end(error)
+            case _:
+                self._act(self, effect)
+
+    def _end(self, end: Completed | PdserveError) -> None:
+        self._deadline.cancel()
+        self.buffer.close(end)
+        if isinstance(end, Overloaded) or self._clock.now() >= self.generation.deadline:
+            self.buffer.cut()
+        self._ended(self, end)

@@ -1,0 +1,87 @@
+"""What of one completion the client has: offsets never skip or repeat, nothing is contradicted.
+
+Prefill and decode both send the first token, and a retry sends it again. A client gets it once,
+with each character of its text once; that the repetitions agree is checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.errors import PdserveError
+from router.events import Output
+from router.output import Delta, FinishReason
+
+_HEAD_CHARS = 1024
+
+
+class Contradiction(PdserveError):
+    """A worker's output does not continue what the client already has. Reaches it as INTERNAL."""
+
+
+@dataclass
+class Source:
+    """How far one worker's output of a sequence has come."""
+
+    tokens: int = 0
+    chars: int = 0
+
+
+class SentTokens:
+    """The tokens and the text that were sent of one completion."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._first: int | None = None
+        self._head = ""
+        self._chars = 0
+        self.count = 0
+
+    def take(
+        self, output: Output, source: Source, finish: FinishReason | None = None
+    ) -> Delta | None:
+        """What of `output` is new to the client, from now on counted as sent; None if nothing is.
+
+        Args:
+            source: of the worker that it came from; moves on.
+            finish: the completion ends with it.
+
+        Raises:
+            Contradiction: it skips tokens, or differs from what was sent.
+        """
+        if output.offset != source.tokens:
+            raise Contradiction(f"output at offset {output.offset} where {source.tokens} was due")
+        if output.logprobs and len(output.logprobs) != len(output.token_ids):
+            raise Contradiction("output with other than one logprob entry a token")
+        repeated = min(max(0, self.count - output.offset), len(output.token_ids))
+        if repeated and output.offset == 0 and output.token_ids[0] != self._first:
+            raise Contradiction(f"first token {output.token_ids[0]} after {self._first} was sent")
+        text = self._new_text(output.text, source.chars)
+        source.tokens += len(output.token_ids)
+        source.chars += len(output.text)
+        token_ids = output.token_ids[repeated:]
+        if not token_ids and not text and finish is None:
+            return None
+        delta = Delta(
+            self._index,
+            self.count,
+            token_ids,
+            text,
+            output.logprobs[repeated:],
+            finish,
+            output.stop if finish else None,
+        )
+        if self._first is None and token_ids:
+            self._first = token_ids[0]
+        self.count += len(token_ids)
+        self._chars += len(text)
+        self._head += text[: _HEAD_CHARS - len(self._head)]
+        return delta
+
+    def _new_text(self, text: str, start: int) -> str:
+        """What of `text`, which begins at character `start` of the completion, was not sent yet."""
+        known = text[: max(0, self._chars - start)]
+        sent = self._head[start : start + len(known)]
+        if known[: len(sent)] != sent:
+            raise Contradiction("text that differs from what was sent")
+        return text[len(known) :]

@@ -1,0 +1,158 @@
+"""Two handoff agents over small random caches: the real transfer, without engines."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from cluster.kv.agent import HandoffAgent
+from cluster.kv.handoff import HandoffResult
+from cluster.kv.mailbox import Finished
+from cluster.kv.paged import PagedCache
+from cluster.kv.receiver import Reserve
+from cluster.kv.sender import Offer, Release
+from cluster.ticket import Ticket, TicketSigner, new_handoff_id, prompt_digest
+
+SECRET = b"the cluster's secret"
+LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 16, 2, 4, 8
+
+
+def random_cache(seed: int) -> PagedCache:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (BLOCKS, HEADS, TOKENS, CONTENT)
+    return PagedCache(
+        {f"layer.{i}": torch.rand(shape, generator=generator) for i in range(LAYERS)}
+    )
+
+
+def start_agent(name: str, cache: PagedCache, max_message_bytes: int = 4096) -> HandoffAgent:
+    agent = HandoffAgent(
+        cache,
+        TicketSigner(SECRET),
+        worker_id=name,
+        incarnation=f"{name}-life",
+        layout="layout",
+        rank=0,
+        host="127.0.0.1",
+        max_message_bytes=max_message_bytes,
+        max_streams=64,
+    )
+    agent.start()
+    return agent
+
+
+def make_ticket(num_tokens: int, seconds: float = 20.0) -> Ticket:
+    now = time.time()
+    return Ticket(
+        handoff_id=new_handoff_id(),
+        request_id="request",
+        model="model",
+        prefill_worker="prefill",
+        prefill_incarnation="prefill-life",
+        decode_worker="decode",
+        decode_incarnation="decode-life",
+        prompt_digest=prompt_digest(range(num_tokens)),
+        num_tokens=num_tokens,
+        tenant_salt="",
+        layout="layout",
+        issued_at=now,
+        expires_at=now + seconds,
+    )
+
+
+class Side:
+    """One agent, as an engine drives it."""
+
+    def __init__(self, agent: HandoffAgent, cache: PagedCache) -> None:
+        self.agent = agent
+        self.cache = cache
+        self.finished = Finished()
+        self.results: dict[str, HandoffResult] = {}
+
+    def step(self) -> None:
+        """Collects what has finished, as the engine does after every step."""
+        new = self.agent.mailbox.take_finished()
+        assert not (self.finished.sending & new.sending), "reported as sent twice"
+        assert not (self.finished.recving & new.recving), "reported as received twice"
+        self.finished.sending |= new.sending
+        self.finished.recving |= new.recving
+        self.finished.failed |= new.failed
+        for result in self.agent.mailbox.take_results():
+            assert result.handoff_id not in self.results, "ended twice"
+            self.results[result.handoff_id] = result
+
+    async def until(self, happened: Callable[[], bool], seconds: float = 10.0) -> None:
+        async with asyncio.timeout(seconds):
+            while True:
+                self.step()
+                if happened():
+                    return
+                await asyncio.sleep(0.002)
+
+    async def result(self, handoff_id: str) -> HandoffResult:
+        await self.until(lambda: handoff_id in self.results)
+        return self.results[handoff_id]
+
+    def pinned(self) -> int:
+        """Bytes in the ledger, after its integrity check."""
+        return sum(entry.bytes for entry in self.agent.ledger())
+
+
+class Prefill(Side):
+    def offer(
+        self, ticket: Ticket, wire: bytes, peer: str, block_ids: tuple[int, ...], first: int = 0
+    ) -> Offer:
+        """The engine completed blocks in every layer."""
+        offer = Offer(
+            request=f"p-{ticket.handoff_id}",
+            handoff_id=ticket.handoff_id,
+            ticket=wire.decode(),
+            peers=(peer,),
+            num_tokens=ticket.num_tokens,
+            first_block=first,
+            block_ids=block_ids,
+            expires_in=ticket.expires_at - time.time(),
+        )
+        sender = self.agent.sender
+        self.agent.post(lambda: sender.offer(offer))
+        for layer in range(LAYERS):
+            self.agent.post(lambda layer=layer: sender.layer_ready(layer, (offer,)))  # type: ignore[misc]
+        return offer
+
+    def release(self, ticket: Ticket, token: int | None) -> None:
+        """The engine is done with the request."""
+        release = Release(ticket.handoff_id, token)
+        self.agent.post(lambda: self.agent.sender.release(release))
+
+
+class Decode(Side):
+    def reserve(
+        self, ticket: Ticket, wire: bytes, block_ids: tuple[int, ...], held: int = 0
+    ) -> None:
+        """The engine took blocks."""
+        reserve = Reserve(
+            request=f"d-{ticket.handoff_id}",
+            handoff_id=ticket.handoff_id,
+            ticket=wire.decode(),
+            num_tokens=ticket.num_tokens,
+            block_ids=block_ids,
+            held_blocks=held,
+            expires_in=ticket.expires_at - time.time(),
+        )
+        self.agent.post(lambda: self.agent.receiver.reserve(reserve))
+
+    def release(self, ticket: Ticket) -> None:
+        """The request has ended in the engine."""
+        self.agent.post(lambda: self.agent.receiver.release(ticket.handoff_id))
+
+
+SIGNER = TicketSigner(SECRET)
+
+
+def sign(ticket: Ticket, **changes: object) -> bytes:
+    """Signed by this cluster, perhaps with other fields."""
+    return SIGNER.sign(replace(ticket, **changes))  # type: ignore[arg-type]

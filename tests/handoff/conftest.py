@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.handoff.agents import Decode, Prefill, random_cache, start_agent
+
+
+@pytest.fixture
+def prefill() -> Iterator[Prefill]:
+    cache = random_cache(1)
+    side = Prefill(start_agent("prefill", cache), cache)
+    yield side
+    side.agent.stop()
+
+
+@pytest.fixture
+def decode() -> Iterator[Decode]:
+    cache = random_cache(2)
+    side = Decode(start_agent("decode", cache), cache)
+    yield side
+    side.agent.stop()

@@ -1,0 +1,198 @@
+"""The embedded Valkey and everything that lives in it, against the real server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from redis.asyncio import Redis
+
+from cluster.errors import ConfigError, Unavailable
+from cluster.store.client import connect
+from cluster.store.embedded import EmbeddedStore
+from cluster.store.journal import Journal
+from cluster.store.records import JournalEntry, RouterRecord, WorkerRecord
+from cluster.store.registry import Registry
+
+WORKER = WorkerRecord(
+    worker_id="m-prefill-0",
+    incarnation="aa",
+    model="m",
+    role="prefill",
+    state="starting",
+    transfer_addresses=("127.0.0.1:1", "127.0.0.1:2"),
+    started_at=100.0,
+)
+ROUTER = RouterRecord("router-0", "aa", "127.0.0.1:50051", "127.0.0.1:8000", started_at=100.0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[EmbeddedStore]:
+    store = EmbeddedStore.start(tmp_path)
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+async def client(store: EmbeddedStore) -> AsyncIterator[Redis]:
+    client = await connect(store.url, 1.0)
+    yield client
+    await client.aclose()
+
+
+async def test_a_record_comes_back_as_it_was_put(client: Redis) -> None:
+    registry = Registry(client, "c")
+    assert await registry.put_worker(WORKER, 5)
+    assert await registry.get_worker("m-prefill-0") == WORKER
+    assert await registry.workers() == [WORKER]
+    assert await Registry(client, "other").workers() == []
+
+
+async def test_a_lease_that_is_not_renewed_drops_the_worker_and_its_index_entry(
+    client: Redis,
+) -> None:
+    registry = Registry(client, "c")
+    await registry.put_worker(WORKER, 0.2)
+    for _ in range(3):
+        await asyncio.sleep(0.1)
+        assert await registry.renew_worker("m-prefill-0", "aa", 0.2)
+    await asyncio.sleep(0.3)
+    assert not await registry.renew_worker("m-prefill-0", "aa", 0.2)
+    assert await client.scard("pdserve:{c}:workers") == 1
+    assert await registry.workers() == []
+    assert await client.scard("pdserve:{c}:workers") == 0
+
+
+async def test_an_older_life_never_overwrites_a_newer_one(client: Redis) -> None:
+    registry = Registry(client, "c")
+    newer = replace(WORKER, incarnation="bb", started_at=101.0)
+    assert await registry.put_worker(WORKER, 5)
+    assert await registry.put_worker(newer, 0.2)
+    assert not await registry.put_worker(WORKER, 5)
+    assert not await registry.renew_worker("m-prefill-0", "aa", 5)
+    assert await registry.get_worker("m-prefill-0") == newer
+    await asyncio.sleep(0.3)  # not even after the newer life's lease has run out
+    assert not await registry.put_worker(WORKER, 5)
+
+
+async def test_two_lives_of_the_same_instant_have_one_winner(client: Redis) -> None:
+    registry = Registry(client, "c")
+    other = replace(WORKER, incarnation="bb")
+    results = {await registry.put_worker(WORKER, 5), await registry.put_worker(other, 5)}
+    assert await registry.get_worker("m-prefill-0") == other
+    assert not await registry.put_worker(WORKER, 5)
+    assert results == {True}
+
+
+async def test_only_the_life_that_is_registered_can_be_removed(client: Redis) -> None:
+    registry = Registry(client, "c")
+    await registry.put_worker(WORKER, 5)
+    assert not await registry.remove_worker("m-prefill-0", "zz")
+    assert await registry.remove_worker("m-prefill-0", "aa")
+    assert await registry.workers() == []
+
+
+async def test_routers_are_members_of_their_own(client: Redis) -> None:
+    registry = Registry(client, "c")
+    assert await registry.put_router(ROUTER, 5)
+    assert await registry.routers() == [ROUTER]
+    assert await registry.workers() == []
+    assert not await registry.remove_router("router-0", "zz")
+    assert await registry.remove_router("router-0", "aa")
+    assert await registry.routers() == []
+
+
+async def test_changes_come_at_once_and_expiry_within_a_poll(client: Redis) -> None:
+    registry = Registry(client, "c")
+    changes = registry.changes()
+    assert (await anext(changes)).workers == ()
+    started = time.monotonic()
+    pending = asyncio.ensure_future(anext(changes))
+    await asyncio.sleep(0.05)
+    await registry.put_worker(WORKER, 0.3)
+    assert (await pending).workers == (WORKER,)
+    assert time.monotonic() - started < 0.4
+    async with asyncio.timeout(2):
+        assert (await anext(changes)).workers == ()
+    await changes.aclose()
+
+
+async def test_the_journal_keeps_the_latest_entry_and_its_cap(client: Redis) -> None:
+    journal = Journal(client, "c", max_entries=3)
+    entries = [JournalEntry(f"r{i}", "m", "done", "router-0", 5, received_at=i) for i in range(5)]
+    for entry in entries:
+        await journal.record(entry)
+    await journal.record(replace(entries[4], state="failed", error="gone"))
+    assert await journal.get("r0") is None
+    assert (await journal.get("r4")) == replace(entries[4], state="failed", error="gone")
+    assert [e.request_id for e in await journal.latest(9)] == ["r4", "r3", "r2"]
+    assert 0 < await client.ttl("pdserve:{c}:journal:entry:r4") <= 24 * 3600
+
+
+async def test_every_call_says_unavailable_when_the_store_is_gone(
+    store: EmbeddedStore, client: Redis
+) -> None:
+    registry, journal = Registry(client, "c"), Journal(client, "c")
+    changes = registry.changes()
+    await anext(changes)
+    store.stop()
+    for call in (
+        registry.workers(),
+        registry.put_worker(WORKER, 5),
+        registry.renew_worker("m-prefill-0", "aa", 5),
+        registry.remove_router("router-0", "aa"),
+        journal.get("r"),
+        anext(changes),
+    ):
+        with pytest.raises(Unavailable, match="does not answer"):
+            await call
+
+
+async def test_connect_names_what_is_wrong_and_never_the_password(store: EmbeddedStore) -> None:
+    wrong = store.url.replace("redis://:", "redis://:hunter2")
+    no_password = "redis://" + store.url.split("@")[1]
+    for url, said in (
+        (wrong, "refuses the password"),
+        (no_password, "password"),
+        ("redis://:hunter2@127.0.0.1:1/0", "does not answer"),
+        ("redis://:hunter2@no-such-host.invalid:1/0", "does not answer"),
+    ):
+        with pytest.raises(Unavailable, match=said) as caught:
+            await connect(url, 0.5)
+        assert "hunter2" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"store\.url"):
+        await connect("http://127.0.0.1", 0.5)
+
+
+def test_the_server_keeps_its_password_off_disk_and_command_line(
+    store: EmbeddedStore, tmp_path: Path
+) -> None:
+    password = store.url.split(":")[2].split("@")[0]
+    assert password not in " ".join(psutil.Process(store.pid).cmdline())
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or password.encode() not in path.read_bytes()
+
+
+def test_the_server_dies_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from cluster.store.embedded import EmbeddedStore;"
+        f"s = EmbeddedStore.start(pathlib.Path({str(tmp_path)!r}));"
+        "print(s.pid, flush=True); time.sleep(60)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env)
+    assert parent.stdout is not None
+    server = psutil.Process(int(parent.stdout.readline()))
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    server.wait(5)
