@@ -38,6 +38,10 @@ class Cluster:
         self._ray: RayRuntime | None = None
         self._controller: Any = None
 
+    def show_on(self, progress: Progress) -> None:
+        """Further progress goes to `progress`."""
+        self._progress = progress
+
     async def start(self) -> ClusterStatus:
         """Brings everything up; returns when every worker and router is ready.
 
@@ -75,7 +79,10 @@ class Cluster:
                 f"see {self._rundir.logs / 'controller.log'}"
             ) from error
         for slot in status.slots:
-            self._progress.show(slot.slot_id, slot.state, slot.detail)
+            if slot.state != "empty":
+                self._progress.show(slot.slot_id, slot.state, slot.detail)
+            elif status.stopping:
+                self._progress.show(slot.slot_id, "gone")
         return status
 
     async def stop(self, drain_seconds: float) -> list[str]:
@@ -136,8 +143,9 @@ class Cluster:
                     await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
             status = await self.status()
-            waiting = [f"{s.slot_id} ({s.detail or s.state})" for s in status.slots
-                       if s.state != "ready"]
+            waiting = [
+                f"{s.slot_id} ({s.detail or s.state})" for s in status.slots if s.state != "ready"
+            ]
             raise Unavailable(
                 f"not ready within lifecycle.start_timeout_seconds ({limit:g} s): "
                 + ", ".join(waiting)

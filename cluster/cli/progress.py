@@ -1,4 +1,4 @@
-"""Live progress: a line per part with its elapsed seconds; plain lines where there is no terminal."""
+"""Live progress: a line per part with its elapsed seconds; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -31,8 +31,17 @@ class Progress:
         self._parts: dict[str, _Part] = {}
         self._spinner = Spinner("dots")
         live = console.is_terminal and not quiet
-        self._live = Live(console=console, get_renderable=self._table, redirect_stdout=False,
-                          redirect_stderr=False, refresh_per_second=8) if live else None
+        self._live = (
+            Live(
+                console=console,
+                get_renderable=self._table,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                refresh_per_second=8,
+            )
+            if live
+            else None
+        )
 
     def __enter__(self) -> Progress:
         if self._live is not None:

@@ -1,9 +1,9 @@
 """The runtime directory: one folder per cluster name, for its owner only.
 
-    <root>/<name>/state.json   pid, addresses, state          0600
-                  store_url    with the password              0600
-                  lock         held as long as a cluster of the name lives
-                  logs/        one file per worker, router, controller and for the CLI itself
+<root>/<name>/state.json   pid, addresses, state          0600
+              store_url    with the password              0600
+              lock         held as long as a cluster of the name lives
+              logs/        one file per worker, router, controller and for the CLI itself
 """
 
 from __future__ import annotations

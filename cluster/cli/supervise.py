@@ -12,6 +12,10 @@ from cluster.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, Terminal, flush
 from cluster.control.orphans import guard, kill_descendants
 
 
+SAME_SIGNAL_SECONDS = 0.5
+"""A signal to the process group and to the guardian arrives twice and counts once."""
+
+
 def supervise(terminal: Terminal, work: Callable[[], Awaitable[int]]) -> NoReturn:
     """Exits the process with the code that `work` returns.
 
@@ -30,18 +34,19 @@ def supervise(terminal: Terminal, work: Callable[[], Awaitable[int]]) -> NoRetur
 
 async def _interruptible(terminal: Terminal, work: Callable[[], Awaitable[int]]) -> int:
     task = asyncio.ensure_future(work())
-    interrupted = False
+    loop = asyncio.get_running_loop()
+    first: float | None = None
 
     def interrupt() -> None:
-        nonlocal interrupted
-        if interrupted:
+        nonlocal first
+        if first is None:
+            first = loop.time()
+            task.cancel()
+        elif loop.time() - first > SAME_SIGNAL_SECONDS:
             kill_descendants()
             flush(terminal)
             os._exit(EXIT_INTERRUPTED)
-        interrupted = True
-        task.cancel()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, interrupt)
     try:
@@ -49,4 +54,4 @@ async def _interruptible(terminal: Terminal, work: Callable[[], Awaitable[int]])
     except asyncio.CancelledError:
         return EXIT_INTERRUPTED
     except Exception as error:
-        return terminal.fail(error) if not interrupted else EXIT_FAILED
+        return terminal.fail(error) if first is None else EXIT_FAILED

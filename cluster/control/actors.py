@@ -83,7 +83,7 @@ class WorkerActor(_LifeActor):
     async def run(self) -> None:
         """Starts the worker and serves until it is stopped or fails."""
         launch, slot = self._launch, self._slot
-        _setup_logging(launch.config, slot.slot_id)
+        _setup_logging()
         self._body = _load(launch.worker_body)(
             config=launch.config,
             model_name=slot.model,
@@ -106,7 +106,7 @@ class RouterActor(_LifeActor):
     async def run(self) -> None:
         """Starts the router and serves until it is stopped."""
         launch = self._launch
-        _setup_logging(launch.config, self._slot.slot_id)
+        _setup_logging()
         self._body = _load(launch.router_body)(
             config=launch.config,
             router_id=self._slot.slot_id,
@@ -140,9 +140,7 @@ def _node_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def _setup_logging(config: Config, component: str) -> None:
-    try:
-        from cluster.obs.logs import setup_logging
-    except ImportError:
-        return
-    setup_logging(component)
+def _setup_logging() -> None:
+    from cluster.obs import logs
+
+    logs.setup()

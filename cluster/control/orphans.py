@@ -17,21 +17,22 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from types import FrameType
 
 import psutil
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_SI_KERNEL = 0x80
+_WAIT_SECONDS = 5.0
 KILL_SECONDS = 10.0
 
 
 def guard() -> None:
     """Puts a guardian between the caller and its parent; returns in the child only.
 
-    Call it while the process has one thread. The guardian passes SIGTERM and SIGHUP on and exits
-    with the child's status. SIGINT it ignores: the terminal sends that to the child as well.
+    Call it while the process has one thread. The guardian passes SIGINT, SIGTERM and SIGHUP on,
+    but for those that the terminal sent to the child as well, and exits with the child's status.
     """
     become_subreaper()
     sys.stdout.flush()
@@ -88,18 +89,18 @@ def kill_descendants(timeout: float = KILL_SECONDS) -> list[str]:
 
 
 def _wait(child: int) -> int:
-    def forward(number: int, _frame: FrameType | None) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(child, number)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGHUP, forward)
+    passed_on = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*passed_on, signal.SIGCHLD})
     while True:
-        pid, status = os.waitpid(-1, 0)  # orphans come and go as well
-        if pid == child:
-            code = os.waitstatus_to_exitcode(status)
-            return 128 - code if code < 0 else code
+        with suppress(ChildProcessError):  # orphans come and go as well
+            while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+                if ended[0] == child:
+                    code = os.waitstatus_to_exitcode(ended[1])
+                    return 128 - code if code < 0 else code
+        info = signal.sigtimedwait({*passed_on, signal.SIGCHLD}, _WAIT_SECONDS)
+        if info is not None and info.si_signo in passed_on and info.si_code != _SI_KERNEL:
+            with suppress(ProcessLookupError):
+                os.kill(child, info.si_signo)
 
 
 def _reap() -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 import xxhash
 
-# Payloads are read-only memory that is only ever copied from.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+# Payloads are read-only memory that is only ever copied from. torch warns of that once a process.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"\0", dtype=np.uint8))
 
 
 class PagedCache:

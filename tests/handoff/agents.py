@@ -24,9 +24,7 @@ LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 16, 2, 4, 8
 def random_cache(seed: int) -> PagedCache:
     generator = torch.Generator().manual_seed(seed)
     shape = (BLOCKS, HEADS, TOKENS, CONTENT)
-    return PagedCache(
-        {f"layer.{i}": torch.rand(shape, generator=generator) for i in range(LAYERS)}
-    )
+    return PagedCache({f"layer.{i}": torch.rand(shape, generator=generator) for i in range(LAYERS)})
 
 
 def start_agent(name: str, cache: PagedCache, max_message_bytes: int = 4096) -> HandoffAgent:
@@ -144,6 +142,11 @@ class Decode(Side):
             expires_in=ticket.expires_at - time.time(),
         )
         self.agent.post(lambda: self.agent.receiver.reserve(reserve))
+
+    def frames(self, ticket: Ticket) -> int:
+        """Frames landed of a handoff under way."""
+        reservation = self.agent.receiver._reservations.get(ticket.handoff_id)
+        return reservation.assembly.frames if reservation else 0
 
     def release(self, ticket: Ticket) -> None:
         """The request has ended in the engine."""

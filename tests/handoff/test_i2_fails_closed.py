@@ -60,9 +60,7 @@ async def peer(decode: Decode) -> AsyncIterator[RawPeer]:
     await raw.close()
 
 
-def whole_prompt(
-    prefill: Prefill, ticket: Ticket, block_ids: tuple[int, ...]
-) -> list[Blocks]:
+def whole_prompt(prefill: Prefill, ticket: Ticket, block_ids: tuple[int, ...]) -> list[Blocks]:
     """One frame a layer, as a right sender makes them."""
     frames = []
     for layer in range(LAYERS):
@@ -72,7 +70,9 @@ def whole_prompt(
     return frames
 
 
-def landed(prefill: Prefill, decode: Decode, sources: Iterable[int], targets: Iterable[int]) -> bool:
+def landed(
+    prefill: Prefill, decode: Decode, sources: Iterable[int], targets: Iterable[int]
+) -> bool:
     return all(
         torch.equal(
             prefill.cache._layers[layer][list(sources)], decode.cache._layers[layer][list(targets)]
@@ -136,9 +136,7 @@ async def test_the_push_may_come_before_the_reservation(prefill: Prefill, decode
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Ticket)])
-async def test_every_field_of_a_ticket_is_signed(
-    decode: Decode, peer: RawPeer, field: str
-) -> None:
+async def test_every_field_of_a_ticket_is_signed(decode: Decode, peer: RawPeer, field: str) -> None:
     ticket = make_ticket(num_tokens=2 * TOKENS)
     wire = sign(ticket)
     value = getattr(ticket, field)
@@ -172,9 +170,7 @@ async def test_a_ticket_of_another_cluster_is_refused(decode: Decode, peer: RawP
 
 
 @pytest.mark.parametrize("wire", [b"", b".", b"{}", b"\xff" * 100, b"x" * 5000])
-async def test_a_ticket_that_is_none_is_refused(
-    decode: Decode, peer: RawPeer, wire: bytes
-) -> None:
+async def test_a_ticket_that_is_none_is_refused(decode: Decode, peer: RawPeer, wire: bytes) -> None:
     replies = await peer.push(Open(wire, 0))
     assert len(replies) == 1 and isinstance(replies[0], Refused)
 
@@ -259,7 +255,14 @@ async def test_order_repetition_and_gaps(prefill: Prefill, decode: Decode, peer:
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"", b"\x00", b"\x12", b"\x12\xff\xff\xff\xff\xff\xff", b"\x12\x02\x08\x01\x7a\x7f", b"\xff" * 64],
+    [
+        b"",
+        b"\x00",
+        b"\x12",
+        b"\x12\xff\xff\xff\xff\xff\xff",
+        b"\x12\x02\x08\x01\x7a\x7f",
+        b"\xff" * 64,
+    ],
 )
 async def test_frames_that_are_none_are_refused(
     decode: Decode, peer: RawPeer, garbage: bytes
@@ -299,16 +302,12 @@ async def test_the_late_writer_after_the_lease_is_refused(
     assert all(map(torch.equal, before, after))
 
 
-async def test_a_cancelled_request_is_never_written_again(
-    prefill: Prefill, decode: Decode
-) -> None:
+async def test_a_cancelled_request_is_never_written_again(prefill: Prefill, decode: Decode) -> None:
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
     decode.reserve(ticket, wire, (5, 6))
     prefill.offer(ticket, wire, decode.agent.address, (1,))
-    await decode.until(
-        lambda: decode.agent.receiver._reservations[ticket.handoff_id].assembly.frames == LAYERS
-    )
+    await decode.until(lambda: decode.frames(ticket) == LAYERS)
     decode.release(ticket)
     await decode.until(lambda: bool(decode.finished.recving))
     before = [layer[[5, 6]].clone() for layer in decode.cache._layers]

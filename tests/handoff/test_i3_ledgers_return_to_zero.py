@@ -56,9 +56,7 @@ async def test_a_prefill_cancelled_half_way_ends_decode_too(
     wire = sign(ticket)
     decode.reserve(ticket, wire, (1, 2))
     prefill.offer(ticket, wire, decode.agent.address, (1,))
-    await decode.until(
-        lambda: decode.agent.receiver._reservations[ticket.handoff_id].assembly.frames > 0
-    )
+    await decode.until(lambda: decode.frames(ticket) > 0)
     prefill.release(ticket, token=None)
     await settled(prefill)
     assert (await decode.result(ticket.handoff_id)).error
@@ -71,15 +69,14 @@ async def test_a_preempted_prefill_is_called_off(prefill: Prefill, decode: Decod
     wire = sign(ticket)
     decode.reserve(ticket, wire, (1, 2))
     prefill.offer(ticket, wire, decode.agent.address, (1,))
+    await decode.until(lambda: decode.frames(ticket) > 0)
     prefill.agent.post(lambda: prefill.agent.sender.fail(ticket.handoff_id))
     assert (await decode.result(ticket.handoff_id)).error
     prefill.release(ticket, token=None)
     await settled(prefill)
 
 
-async def test_decode_that_never_reserves_costs_the_lease(
-    prefill: Prefill, decode: Decode
-) -> None:
+async def test_decode_that_never_reserves_costs_the_lease(prefill: Prefill, decode: Decode) -> None:
     ticket = make_ticket(TOKENS, seconds=0.4)
     prefill.offer(ticket, sign(ticket), decode.agent.address, (1,))
     prefill.release(ticket, token=1)
@@ -99,9 +96,7 @@ async def test_a_decode_worker_that_dies_frees_prefill(prefill: Prefill, decode:
     wire = sign(ticket)
     decode.reserve(ticket, wire, (1, 2))
     prefill.offer(ticket, wire, decode.agent.address, (1,))
-    await decode.until(
-        lambda: decode.agent.receiver._reservations[ticket.handoff_id].assembly.frames > 0
-    )
+    await decode.until(lambda: decode.frames(ticket) > 0)
     decode.agent.stop()
     prefill.release(ticket, token=1)
     assert (await prefill.result(ticket.handoff_id)).error

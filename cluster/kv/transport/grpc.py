@@ -34,13 +34,13 @@ class _GrpcOutbound:
         try:
             await self._call.write(encode_frame(frame))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise HandoffRefused(f"the decode worker closed the transfer: {_why(error)}") from error
+            raise HandoffRefused(_why(error)) from error
 
     async def receive(self) -> Reply:
         try:
             wire = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise HandoffRefused(f"the decode worker cannot be reached: {_why(error)}") from error
+            raise HandoffRefused(_why(error)) from error
         if wire is grpc.aio.EOF:
             raise HandoffRefused("the decode worker closed the transfer")
         return decode_reply(wire)
@@ -130,9 +130,10 @@ class GrpcTransport:
 
 
 def _why(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return "the decode worker closed the transfer"
+    verb = "cannot be reached" if error.code() == grpc.StatusCode.UNAVAILABLE else "broke off"
+    return f"the decode worker {verb}: {error.code().name}: {error.details()}"
 
 
 def _bracketed(host: str) -> str:

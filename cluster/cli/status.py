@@ -1,0 +1,62 @@
+"""`pdserve status`."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+
+from rich.table import Table
+
+from cluster.cli.calls import ClusterView, channel, cluster_view
+from cluster.cli.terminal import EXIT_FAILED, EXIT_OK, Terminal
+from cluster.cli.timeline import spoken_bytes
+
+_COLOURS = {"ready": "green", "failed": "red"}
+
+
+def run(terminal: Terminal, address: str, as_json: bool) -> int:
+    """Exits 1 unless every worker is ready."""
+    view = asyncio.run(_view(address))
+    if as_json:
+        terminal.json(asdict(view))
+    else:
+        _print(terminal, view)
+    good = view.workers and all(worker.state == "ready" for worker in view.workers)
+    return EXIT_OK if good else EXIT_FAILED
+
+
+async def _view(address: str) -> ClusterView:
+    async with channel(address) as to:
+        return await cluster_view(to)
+
+
+def _print(terminal: Terminal, view: ClusterView) -> None:
+    workers = Table(title=f"cluster {view.cluster}", title_justify="left", box=None)
+    for column in ("worker", "role", "state", "running"):
+        workers.add_column(column, no_wrap=True)
+    for column in ("blocks", "pinned", "memory"):
+        workers.add_column(column, justify="right", no_wrap=True)
+    workers.add_column("detail")
+    for worker in view.workers:
+        colour = _COLOURS.get(worker.state, "yellow")
+        link = "" if worker.connected or worker.state != "ready" else "no stream from the router"
+        workers.add_row(
+            worker.worker_id,
+            worker.role,
+            f"[{colour}]{worker.state}[/]",
+            str(worker.running_sequences),
+            f"{worker.engine_blocks_used}/{worker.engine_blocks_total}",
+            f"{worker.pinned_blocks} ({spoken_bytes(worker.pinned_bytes)})",
+            spoken_bytes(worker.resident_bytes),
+            worker.detail or link,
+        )
+    routers = Table(box=None)
+    for column in ("router", "gRPC", "HTTP", "running"):
+        routers.add_column(column, no_wrap=True)
+    for router in view.routers:
+        running = str(router.running_requests)
+        routers.add_row(router.router_id, router.grpc_address, router.http_address, running)
+    terminal.out.print(workers)
+    terminal.out.print(routers)
+    if not view.store_reachable:
+        terminal.err.print("[yellow]the store does not answer: this is the router's last view[/]")
