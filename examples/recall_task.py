@@ -26,7 +26,7 @@ ADJECTIVES: tuple[str, ...] = tuple(
     crystal curious daring eager early emerald fancy gentle golden grand happy hidden
     humble icy indigo ivory jolly keen lively lucky lunar mellow misty noble
     olive proud quiet rapid rustic scarlet silent silver solar swift velvet wild
-    """.split()
+    """.split()  # noqa: SIM905
 )
 """First halves of the keys; each is one token of the model's tokenizer."""
 
@@ -36,7 +36,7 @@ NOUNS: tuple[str, ...] = tuple(
     ember falcon forest garden glacier harbor hawk island jaguar kestrel lagoon lantern
     lynx maple meadow meteor mountain nebula ocean orchid otter panda pebble planet
     prairie raven river rocket salmon sparrow summit temple tiger valley walrus willow
-    """.split()
+    """.split()  # noqa: SIM905
 )
 """Second halves of the keys; each is one token of the model's tokenizer."""
 
