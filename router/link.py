@@ -129,7 +129,7 @@ class WorkerLink:
                     reason = f"was lost: {error.code().name}"
                     log.info("worker %s: %s %s", self.record.worker_id, reason, error.details())
                 except TimeoutError:
-                    reason = "did not answer"
+                    reason = "did not answer the hello"
                 except Exception:
                     reason = "could not be understood"
                     log.exception("worker %s: its stream failed", self.record.worker_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -62,13 +63,7 @@ class Delta:
 
     def followed_by(self, later: Delta) -> Delta:
         """Both as one; `later` is the next delta of the same completion."""
-        return replace(
-            later,
-            offset=self.offset,
-            token_ids=self.token_ids + later.token_ids,
-            text=self.text + later.text,
-            logprobs=self.logprobs + later.logprobs,
-        )
+        return joined((self, later))
 
 
 @dataclass(frozen=True)
@@ -139,3 +134,15 @@ class Completed:
     completion_tokens: int
     cached_prompt_tokens: int
     completions: tuple[CompletionReport, ...]
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """All deltas of a completion, in order, as one."""
+    last = deltas[-1]
+    return replace(
+        last,
+        offset=deltas[0].offset,
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        text="".join(delta.text for delta in deltas),
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+    )

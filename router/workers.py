@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,24 +13,24 @@ from cluster.clock import Clock
 from cluster.errors import PdserveError
 from cluster.obs.metrics import RouterMetrics
 from cluster.store.records import RouterRecord, WorkerRecord
+from cluster.store.registry import Members
 from cluster.ticket import TicketSigner
 from router.link import WorkerLink
 from router.placement import Target, WorkerView, missing
 
-POLL_SECONDS = 0.5
+TICK_SECONDS = 0.5
 STORE_TIMEOUT_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
 
 class Registry(Protocol):
-    """The store's registry; every call raises Unavailable when the store is out."""
+    """The store's registry; every call raises Unavailable while the store is out."""
 
-    async def workers(self) -> list[WorkerRecord]: ...
     async def routers(self) -> list[RouterRecord]: ...
-    async def put_router(self, record: RouterRecord, lease_seconds: float) -> None: ...
-    async def remove_router(self, router_id: str, incarnation: str) -> None: ...
-    def changes(self) -> AsyncIterator[None]: ...
+    async def put_router(self, record: RouterRecord, lease_seconds: float) -> bool: ...
+    async def remove_router(self, router_id: str, incarnation: str) -> bool: ...
+    def changes(self) -> AsyncIterator[Members]: ...
 
 
 @dataclass
@@ -65,12 +65,12 @@ class Workers:
         self._clock = clock
         self._lease_seconds = lease_seconds
         self._entries: dict[str, _Entry] = {}
-        self._records: list[WorkerRecord] = []
+        self._records: tuple[WorkerRecord, ...] = ()
         self._listeners: list[Callable[[], None]] = []
         self.store_reachable = False
 
     @property
-    def records(self) -> list[WorkerRecord]:
+    def records(self) -> tuple[WorkerRecord, ...]:
         """The registry as it was last read."""
         return self._records
 
@@ -89,9 +89,6 @@ class Workers:
             return None
         return entry.link
 
-    def links(self) -> list[WorkerLink]:
-        return [entry.link for entry in self._entries.values()]
-
     def missing(self, model: str) -> str:
         """What keeps `model` from being served, in words; empty if nothing does."""
         return missing(model, self.view())
@@ -99,65 +96,51 @@ class Workers:
     async def run(self) -> None:
         """Follows the registry until cancelled; the links end with it."""
         async with asyncio.TaskGroup() as tasks:
-            changes: AsyncIterator[None] | None = None
-            change: asyncio.Task[bool] | None = None
+            tasks.create_task(self._follow_registry(tasks), name="registry")
+            while True:
+                await asyncio.sleep(TICK_SECONDS)
+                if self._drop_unlisted():
+                    self._changed()
+
+    async def _follow_registry(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
             try:
-                while True:
-                    await self._refresh(tasks)
-                    if change is None:
-                        changes = changes or self._registry.changes()
-                        change = tasks.create_task(_next(changes))
-                    await asyncio.wait({change}, timeout=POLL_SECONDS)
-                    if change.done():
-                        if not change.result():
-                            changes = None
-                            await asyncio.sleep(POLL_SECONDS)
-                        change = None
-            finally:
-                for entry in self._entries.values():
-                    entry.task.cancel()
-                if change is not None:
-                    change.cancel()
+                async for members in self._registry.changes():
+                    self._reached(True)
+                    self._seen(members.workers, tasks)
+            except PdserveError as error:
+                self._reached(False, str(error))
+            await asyncio.sleep(TICK_SECONDS)
 
-    async def _refresh(self, tasks: asyncio.TaskGroup) -> None:
-        try:
-            async with asyncio.timeout(STORE_TIMEOUT_SECONDS):
-                records = await self._registry.workers()
-        except (PdserveError, TimeoutError) as error:
-            if self.store_reachable:
-                log.warning("store is out, serving from the last view: %s", error)
-            self._reached(False)
+    def _seen(self, records: Sequence[WorkerRecord], tasks: asyncio.TaskGroup) -> None:
+        if tuple(records) == self._records:
             return
-        if not self.store_reachable:
-            log.info("store is reachable")
-        self._reached(True)
-        changed = records != self._records
-        self._records = records
+        for record in self._records:
+            if entry := self._entries.get(record.worker_id):
+                entry.listed_at = self._clock.now()
+        self._records = tuple(records)
         for record in records:
-            changed |= self._follow(record, tasks)
-        changed |= self._drop_unlisted({r.worker_id for r in records})
-        if changed:
-            self._changed()
+            self._follow(record, tasks)
+        self._drop_unlisted()
+        self._changed()
 
-    def _follow(self, record: WorkerRecord, tasks: asyncio.TaskGroup) -> bool:
-        now = self._clock.now()
+    def _follow(self, record: WorkerRecord, tasks: asyncio.TaskGroup) -> None:
         entry = self._entries.get(record.worker_id)
         if entry is not None:
             old = entry.link.record
             if (old.incarnation, old.address) == (record.incarnation, record.address):
                 entry.link.record = record
-                entry.listed_at = now
-                return False
+                return
             self._close(entry)
-        if not record.address or record.state not in ("ready", "draining"):
-            return entry is not None
-        link = WorkerLink(record, self._router_id, self._signer, self._changed)
-        task = tasks.create_task(link.run(), name=f"link {record.worker_id}")
-        self._entries[record.worker_id] = _Entry(link, task, now)
-        return True
+        if record.address and record.state in ("ready", "draining"):
+            link = WorkerLink(record, self._router_id, self._signer, self._changed)
+            task = tasks.create_task(link.run(), name=f"link {record.worker_id}")
+            self._entries[record.worker_id] = _Entry(link, task, self._clock.now())
 
-    def _drop_unlisted(self, listed: set[str]) -> bool:
+    def _drop_unlisted(self) -> bool:
+        """Closes links to workers that were not listed for a lease, or that are down as well."""
         now = self._clock.now()
+        listed = {record.worker_id for record in self._records}
         gone = [
             entry
             for worker_id, entry in self._entries.items()
@@ -173,7 +156,11 @@ class Workers:
         self._entries.pop(entry.link.record.worker_id, None)
         entry.task.cancel()
 
-    def _reached(self, reachable: bool) -> None:
+    def _reached(self, reachable: bool, why: str = "") -> None:
+        if self.store_reachable and not reachable:
+            log.warning("store is out, serving from the last view: %s", why)
+        if reachable and not self.store_reachable:
+            log.info("store is reachable")
         self.store_reachable = reachable
         self._metrics.store_reachable.set(reachable)
 
@@ -181,15 +168,6 @@ class Workers:
         self._metrics.count_workers(Counter((r.model, r.role, r.state) for r in self._records))
         for listener in self._listeners:
             listener()
-
-
-async def _next(changes: AsyncIterator[None]) -> bool:
-    """Waits for a change; False if none will come from this iterator."""
-    try:
-        await anext(changes)
-    except (StopAsyncIteration, PdserveError):
-        return False
-    return True
 
 
 def _view(link: WorkerLink) -> WorkerView:

@@ -86,6 +86,8 @@ class RunDir:
                 f"{self.name}` ends it, or choose another `name`"
             ) from None
         self._lock = lock
+        for log in self.logs.glob("*.log"):
+            log.replace(log.with_suffix(".log.old"))
 
     def write(self, state: RunState) -> None:
         """Replaces the state at once."""

@@ -11,7 +11,6 @@ from typing import NoReturn
 from cluster.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, Terminal, flush
 from cluster.control.orphans import guard, kill_descendants
 
-
 SAME_SIGNAL_SECONDS = 0.5
 """A signal to the process group and to the guardian arrives twice and counts once."""
 

@@ -51,7 +51,7 @@ async def _serve(terminal: Terminal, config: Config, rundir: RunDir) -> int:
         left = await cluster.stop(drain)
     if error is not None:
         terminal.fail(error)
-    if left:
+    if left and code == EXIT_OK:
         terminal.err.print(f"had to kill: {', '.join(left)}", markup=False)
     return code
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from cluster.clock import SystemClock
 from cluster.control.actors import Launch, redirect_output
-from cluster.control.fleet import End, RayLife
+from cluster.control.fleet import End, RayLife, drop_former_groups
 from cluster.control.reconcile import (
     DropLease,
     GiveUp,
@@ -54,6 +54,7 @@ class Controller:
         self._registry: Registry | None = None
         self._loop: asyncio.Task[None] | None = None
         self._stopping = False
+        drop_former_groups(launch.config.name)
 
     async def pid(self) -> int:
         """Of this process."""

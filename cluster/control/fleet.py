@@ -9,7 +9,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.control.actors import Launch, RouterActor, WorkerActor
@@ -34,6 +39,13 @@ class End:
     permanent: bool = False
 
 
+def drop_former_groups(cluster_name: str) -> None:
+    """Removes the placement groups of a controller that died: Ray keeps them as long as the job."""
+    for entry in placement_group_table().values():
+        if entry["name"].startswith(f"pdserve-{cluster_name}-") and entry["state"] != "REMOVED":
+            remove_placement_group(get_placement_group(entry["name"]))
+
+
 class RayLife:
     """A running life. `ended` completes when its process is gone, and never raises.
 
@@ -52,7 +64,7 @@ class RayLife:
 
     def waits_for(self) -> str:
         """What the cluster lacks so far, for people."""
-        return "" if self.placed else f"waiting for {_spoken(self._bundle())}"
+        return "" if self.placed else f"for {_spoken(self._bundle())}"
 
     async def stop(self, drain_seconds: float) -> None:
         """Drains and ends it; kills it if that takes `STOP_GRACE_SECONDS` longer than granted."""
@@ -70,7 +82,7 @@ class RayLife:
     async def _live(self) -> End:
         group = None
         try:
-            group = placement_group([self._bundle()], name=self._name())
+            group = placement_group([self._bundle()], name=f"{self._name()}-{self._incarnation}")
             await group.ready()
             self._actor = await self._create(group)
             self.placed = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from cluster.control.reconcile import MAX_QUICK_FAILURES, Kind, SlotState
+from cluster.control.reconcile import MAX_QUICK_FAILURES, Kind, SlotState, backoff
 from cluster.store.registry import Members
 
 State = Literal["waiting", "starting", "ready", "stopping", "failed", "empty"]
@@ -77,7 +77,7 @@ def slot_status(
             "failed" if state.gave_up else "waiting" if state.reason else "empty",
             now - state.ended_at if state.ended_at is not None else 0.0,
             failures=state.failures,
-            detail=state.reason if state.gave_up else _retry(now, state),
+            detail=state.reason if state.gave_up else _retry(state),
         )
     waits = running.waits_for() if running is not None else ""
     detail, pid, grpc, http = waits, 0, "", ""
@@ -104,8 +104,8 @@ def slot_status(
     )
 
 
-def _retry(now: float, state: SlotState) -> str:
+def _retry(state: SlotState) -> str:
     if not state.reason:
         return ""
-    wait = max(0.0, state.retry_at() - now)
-    return f"{state.reason}; try {state.failures + 1} of {MAX_QUICK_FAILURES} in {wait:.0f} s"
+    pause = backoff(state.failures)
+    return f"{state.reason}; try {state.failures + 1} of {MAX_QUICK_FAILURES} after {pause:g} s"

@@ -8,6 +8,7 @@ request's blocks are never written after they have been given back.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from cluster.ticket import Ticket, TicketSigner
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_SECONDS = 10.0
+READ_OFF_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class Receiver:
             log.warning("handoff %s refused: %s", handoff_id or "(unknown)", refusal)
             self._fail(handoff_id, str(refusal))
             await inbound.send(Refused(str(refusal)))
+            if handoff_id:
+                await _read_off(inbound)
         except TimeoutError:
             log.warning("a push showed no ticket within %.0f s", OPEN_TIMEOUT_SECONDS)
         except BaseException:
@@ -243,6 +247,16 @@ class Receiver:
     def _owed(self, reservation: _Reservation) -> int:
         owed = len(reservation.reserve.block_ids) - reservation.reserve.held_blocks
         return owed * self._cache.block_bytes * self._cache.num_layers
+
+
+async def _read_off(inbound: Inbound) -> None:
+    """Lets a sender that is still writing get to read its refusal."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(READ_OFF_SECONDS):
+            while True:
+                with contextlib.suppress(HandoffRefused):
+                    if await inbound.receive() is None:
+                        return
 
 
 def _result(reservation: _Reservation, tokens_per_block: int, error: str) -> HandoffResult:

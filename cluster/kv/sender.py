@@ -182,6 +182,10 @@ class Sender:
             reply = asyncio.create_task(outbound.receive())
             try:
                 await self._stream(handoff, grant, outbound, reply)
+            except HandoffRefused:
+                if reply.done() and not reply.exception():  # it knows better why
+                    raise HandoffRefused(_refusal(reply.result())) from None
+                raise
             finally:
                 reply.cancel()
         finally:

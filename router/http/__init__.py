@@ -1,0 +1,1 @@
+"""The OpenAI HTTP face of the router."""

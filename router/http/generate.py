@@ -1,0 +1,171 @@
+"""The two endpoints that generate, streaming and not."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+
+from aiohttp import ClientConnectionResetError, web
+from pydantic import ValidationError
+
+from cluster.clock import Clock
+from cluster.errors import InvalidRequest, PdserveError
+from cluster.ids import REQUEST_ID_PATTERN
+from cluster.obs.logs import REQUEST_ID
+from router.dispatch import Dispatch
+from router.http.bodies import ChatBody, CompletionBody
+from router.http.failures import body_of, refuse_body
+from router.http.replies import ChatReply, CompletionReply, event
+from router.intake import Intake
+from router.observe import Observer
+from router.output import Delta, joined
+from router.running import Running
+
+TIMEOUT_HEADER = "X-Request-Timeout-Seconds"
+REQUEST_ID_HEADER = "X-Request-Id"
+STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+
+
+class GenerateHandlers:
+    """POST /v1/completions and /v1/chat/completions.
+
+    Args:
+        default_timeout: seconds, of requests without the timeout header.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        dispatch: Dispatch,
+        observer: Observer,
+        clock: Clock,
+        default_timeout: float,
+    ) -> None:
+        self._intake = intake
+        self._dispatch = dispatch
+        self._observer = observer
+        self._clock = clock
+        self._default_timeout = default_timeout
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._handle(request, CompletionBody, CompletionReply)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._handle(request, ChatBody, ChatReply)
+
+    async def _handle(
+        self,
+        request: web.Request,
+        kind: type[CompletionBody] | type[ChatBody],
+        reply_kind: type[CompletionReply],
+    ) -> web.StreamResponse:
+        received_at = self._clock.now()
+        model = ""
+        try:
+            self._dispatch.check_room()
+            body = _parse(kind, await request.read())
+            asked = body.asked(received_at, self._timeout(request), _header_id(request))
+            generation = await self._intake.prepare(asked)
+            model = generation.model
+            running = self._dispatch.submit(generation)
+        except PdserveError as error:
+            self._observer.refused(model, error)
+            raise
+        REQUEST_ID.set(generation.request_id)
+        reply = reply_kind(
+            generation.request_id, generation.model, int(time.time()), body.include_usage
+        )
+        try:
+            if body.stream:
+                return await _stream(request, running, reply)
+            return await _whole(running, reply)
+        finally:
+            running.leave()
+
+    def _timeout(self, request: web.Request) -> float:
+        raw = request.headers.get(TIMEOUT_HEADER)
+        if raw is None:
+            return self._default_timeout
+        try:
+            seconds = float(raw)
+        except ValueError:
+            seconds = math.nan
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise InvalidRequest(TIMEOUT_HEADER, "must be a number of seconds above 0")
+        return seconds
+
+
+def _parse(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> CompletionBody | ChatBody:
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise refuse_body(error) from None
+
+
+def _header_id(request: web.Request) -> str:
+    """The caller's id; proxies put ids of any shape there, so a strange one is only passed over."""
+    given = request.headers.get(REQUEST_ID_HEADER, "")
+    return given if REQUEST_ID_PATTERN.fullmatch(given) else ""
+
+
+async def _whole(running: Running, reply: CompletionReply) -> web.Response:
+    deltas: dict[int, list[Delta]] = {}
+    async for batch in running.deltas():
+        for delta in batch:
+            deltas.setdefault(delta.index, []).append(delta)
+    choices = [joined(deltas[index]) for index in sorted(deltas)]
+    body = reply.whole(choices, running.buffer.completed)
+    headers = {REQUEST_ID_HEADER: running.generation.request_id}
+    return web.json_response(body, headers=headers)
+
+
+async def _stream(
+    request: web.Request, running: Running, reply: CompletionReply
+) -> web.StreamResponse:
+    batches = running.deltas()
+    # Nothing is answered before the first token, so that an error until then has its own status.
+    first = await anext(batches)
+    headers = {**STREAM_HEADERS, REQUEST_ID_HEADER: running.generation.request_id}
+    response = web.StreamResponse(headers=headers)
+    write = _interruptible(running, response.write)
+    try:
+        await response.prepare(request)
+        await write(reply.opening(running.generation.sampling.n) + _chunks(reply, first))
+        try:
+            async for batch in batches:
+                await write(_chunks(reply, batch))
+            await write(reply.closing(running.buffer.completed))
+        except PdserveError as error:
+            _, body = body_of(error)
+            await write(event(body))
+        await response.write_eof()
+    except TimeoutError:
+        # The client does not read: nothing can be said to it any more.
+        if request.transport is not None:
+            request.transport.abort()
+    except ClientConnectionResetError:
+        pass
+    return response
+
+
+def _chunks(reply: CompletionReply, batch: list[Delta]) -> bytes:
+    return b"".join(map(reply.chunk, batch))
+
+
+def _interruptible(
+    running: Running, write: Callable[[bytes], Awaitable[None]]
+) -> Callable[[bytes], Awaitable[None]]:
+    """`write`, ended by TimeoutError when the request is cut off while it blocks."""
+    loop = asyncio.get_running_loop()
+
+    async def wrapped(data: bytes) -> None:
+        async with asyncio.timeout(None) as limit:
+            running.buffer.on_cut = lambda: limit.reschedule(loop.time())
+            try:
+                await write(data)
+            finally:
+                running.buffer.on_cut = None
+
+    return wrapped

@@ -1,0 +1,112 @@
+"""Binding of the router's two ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from aiohttp import web
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.config import RouterConfig
+from cluster.errors import ConfigError
+from pdserve.v1 import inference_pb2, operator_pb2
+
+MAX_RESPONSE_BYTES = 16 << 20
+HTTP_SHUTDOWN_SECONDS = 1.0
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+OPERATOR = operator_pb2.DESCRIPTOR.services_by_name["Operator"].full_name
+
+log = logging.getLogger(__name__)
+
+
+def grpc_options(config: RouterConfig) -> Sequence[tuple[str, Any]]:
+    """Message caps, keepalive, and one owner per port."""
+    return (
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", config.max_request_bytes),
+        ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+        ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # Clients may ping this often to find a dead router; more is taken for abuse.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_concurrent_streams", 4 * config.max_running_requests),
+    )
+
+
+def bind_grpc(server: grpc.aio.Server, config: RouterConfig) -> str:
+    """The address it listens on. Raises ConfigError if the port is taken."""
+    try:
+        port = server.add_insecure_port(_join(config.host, config.grpc_port))
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise _taken(config.host, config.grpc_port, "router.grpc_port")
+    return _join(config.host, port)
+
+
+async def bind_http(app: web.Application, config: RouterConfig) -> tuple[web.AppRunner, str]:
+    """Serves `app`; the caller cleans the runner up. Raises ConfigError if the port is taken."""
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=HTTP_SHUTDOWN_SECONDS
+    )
+    await runner.setup()
+    site = web.TCPSite(runner, config.host, config.http_port, reuse_port=False)
+    try:
+        await site.start()
+    except OSError as error:
+        await runner.cleanup()
+        raise _taken(config.host, config.http_port, "router.http_port") from error
+    return runner, _join(config.host, runner.addresses[0][1])
+
+
+class Health:
+    """grpc.health.v1 and reflection. Operator serves always, the rest once there are workers."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._servicer = health.aio.HealthServicer()
+        self._serving: bool | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        names = (INFERENCE, OPERATOR, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+    async def start(self) -> None:
+        await self._servicer.set(OPERATOR, health_pb2.HealthCheckResponse.SERVING)
+        await self.set(False)
+
+    async def set(self, serving: bool) -> None:
+        """Tells health checkers whether requests can be served."""
+        if serving == self._serving:
+            return
+        self._serving = serving
+        status = (
+            health_pb2.HealthCheckResponse.SERVING
+            if serving
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in ("", INFERENCE):
+            await self._servicer.set(name, status)
+
+    async def stop(self) -> None:
+        """NOT_SERVING for good."""
+        with contextlib.suppress(Exception):
+            await self._servicer.enter_graceful_shutdown()
+
+
+def _taken(host: str, port: int, setting: str) -> ConfigError:
+    return ConfigError(
+        f"{setting}: cannot listen on {_join(host, port)}: the port is in use or not permitted; "
+        f"stop what uses it or set {setting} to another one (0 takes a free one)"
+    )
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,255 @@
+"""The router as a process part: builds everything, serves, and stops in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import grpc
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from cluster.clock import Clock, SystemClock
+from cluster.config import Config
+from cluster.errors import Unavailable
+from cluster.obs.metrics import RouterMetrics
+from cluster.store import client as store_client
+from cluster.store import journal as store_journal
+from cluster.store import registry as store_registry
+from cluster.store.records import RouterRecord
+from cluster.ticket import TicketSigner
+from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
+from router.catalog import Catalog
+from router.dispatch import Dispatch
+from router.http.app import HttpApp
+from router.http.generate import GenerateHandlers
+from router.inference import InferenceServicer
+from router.intake import Intake
+from router.lease import RouterLease
+from router.listen import Health, bind_grpc, bind_http, grpc_options
+from router.observe import Journal, Observer
+from router.operator import OperatorServicer
+from router.placement import LeastLoaded
+from router.tickets import TicketMint
+from router.tokenize import Tokenizer
+from router.workers import Registry, Workers
+
+JOURNAL_FLUSH_SECONDS = 1.0
+GRPC_GRACE_SECONDS = 1.0
+SHUTTING_DOWN = "the router is shutting down"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The store's two parts that a router uses."""
+
+    registry: Registry
+    journal: Journal
+
+
+class RouterServer:
+    """One router.
+
+    Args:
+        secret: the cluster's, of at least 16 bytes.
+        store_url: redis://…
+        store: in place of the one at `store_url`.
+        tokenizers: by model, in place of the models' own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        router_id: str,
+        incarnation: str,
+        secret: bytes,
+        store_url: str,
+        *,
+        store: Store | None = None,
+        tokenizers: Mapping[str, Tokenizer] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._config = config
+        self._router_id = router_id
+        self._incarnation = incarnation
+        self._signer = TicketSigner(secret)
+        self._store_url = store_url
+        self._store = store
+        self._tokenizers = tokenizers
+        self._clock = clock or SystemClock()
+        self._stack = contextlib.AsyncExitStack()
+        self._background: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._stopping = False
+        self.metrics = RouterMetrics(CollectorRegistry())
+        self.grpc_address = ""
+        self.http_address = ""
+
+    async def start(self) -> None:
+        """Reads the tokenizers, connects to the store, binds both ports and serves.
+
+        Raises:
+            ConfigError: a port is taken, or a model's files cannot be read.
+            Unavailable: the store does not answer.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._end_background()
+            await self._stack.aclose()
+            raise
+
+    async def _start(self) -> None:
+        config, clock = self._config, self._clock
+        store = self._store or await self._connect_store()
+        self._workers = Workers(
+            store.registry,
+            self._router_id,
+            self._signer,
+            self.metrics,
+            clock,
+            config.store.lease_seconds,
+        )
+        self._catalog = Catalog(config.models, lambda: self._workers.records, self._tokenizers)
+        self._stack.callback(self._catalog.close)
+        await self._catalog.load()
+        self._observer = Observer(self.metrics, self._router_id, clock)
+        self._dispatch = Dispatch(
+            config.router,
+            self._workers,
+            LeastLoaded(random.Random()),
+            TicketMint(self._signer, clock, config.handoff.ticket_seconds),
+            self._observer,
+            clock,
+        )
+        intake = Intake(self._catalog, clock)
+        self._server = grpc.aio.server(options=grpc_options(config.router))
+        inference_pb2_grpc.add_InferenceServicer_to_server(
+            InferenceServicer(
+                self._catalog,
+                intake,
+                self._dispatch,
+                self._observer,
+                clock,
+                self._workers.missing,
+            ),
+            self._server,
+        )
+        self._health = Health(self._server)
+        self.grpc_address = bind_grpc(self._server, config.router)
+        self._stack.push_async_callback(self._server.stop, GRPC_GRACE_SECONDS)
+        runner, self.http_address = await bind_http(self._http(intake), config.router)
+        self._stack.push_async_callback(runner.cleanup)
+        self._lease = RouterLease(store.registry, self._record(), config.store.lease_seconds)
+        operator_pb2_grpc.add_OperatorServicer_to_server(
+            OperatorServicer(
+                config.name, self._lease.record, self._workers, store.registry, self._dispatch
+            ),
+            self._server,
+        )
+        await self._health.start()
+        await self._server.start()
+        self._workers.on_change(self._dispatch.workers_changed)
+        self._workers.on_change(self._wake)
+        self._background = asyncio.create_task(self._run(store), name="router")
+        log.info(
+            "router %s serves gRPC %s HTTP %s",
+            self._router_id,
+            self.grpc_address,
+            self.http_address,
+        )
+
+    def _wake(self) -> None:
+        """Ends the waits for a change; who waits next waits for the next one."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def not_ready(self) -> str:
+        """Why requests cannot be served now; empty if they can."""
+        if self._stopping:
+            return SHUTTING_DOWN
+        reasons = [self._workers.missing(name) for name in self._catalog.names]
+        return "; ".join(filter(None, reasons))
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Until every model has a connected prefill and decode worker.
+
+        Raises:
+            Unavailable: not within `timeout` seconds; says what is missing.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                while self.not_ready():
+                    await self._changed.wait()
+        except TimeoutError:
+            raise Unavailable(self.not_ready()) from None
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Takes nothing in, waits for what runs, gives the rest up, closes. Once."""
+        if self._stopping or self._background is None:
+            return
+        self._stopping = True
+        self._dispatch.refuse(Unavailable(SHUTTING_DOWN))
+        await self._health.stop()
+        await self._lease.drain()
+        await self._dispatch.drain(drain_seconds)
+        await self._observer.flush(JOURNAL_FLUSH_SECONDS)
+        await self._end_background()
+        await self._lease.remove()
+        await self._stack.aclose()
+
+    async def _run(self, store: Store) -> None:
+        """What goes on beside the requests."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._workers.run(), name="workers")
+            tasks.create_task(self._lease.run(), name="lease")
+            tasks.create_task(self._observer.write_journal(store.journal), name="journal")
+            tasks.create_task(self._report_health(), name="health")
+
+    async def _report_health(self) -> None:
+        while True:
+            changed = self._changed
+            await self._health.set(not self.not_ready())
+            await changed.wait()
+
+    async def _end_background(self) -> None:
+        if self._background is not None:
+            self._background.cancel()
+            await asyncio.wait({self._background})
+
+    async def _connect_store(self) -> Store:
+        timeout = self._config.store.connect_timeout_seconds
+        client = await store_client.connect(self._store_url, timeout)
+        self._stack.push_async_callback(client.aclose)
+        name = self._config.name
+        return Store(store_registry.Registry(client, name), store_journal.Journal(client, name))
+
+    def _http(self, intake: Intake) -> web.Application:
+        settings = self._config.router
+        handlers = GenerateHandlers(
+            intake, self._dispatch, self._observer, self._clock, settings.default_timeout_seconds
+        )
+        registry = self.metrics.registry
+        built = HttpApp(
+            handlers, self._catalog, registry, self.not_ready, settings.max_request_bytes
+        )
+        return built.app
+
+    def _record(self) -> RouterRecord:
+        return RouterRecord(
+            self._router_id,
+            self._incarnation,
+            self.grpc_address,
+            self.http_address,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_at=self._clock.wall(),
+        )

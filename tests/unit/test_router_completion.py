@@ -1,0 +1,386 @@
+"""One completion through its states: both orders of the two workers' messages, retries, ends."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from cluster.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PdserveError,
+    Unavailable,
+    status_of,
+)
+from router.completion import MAX_RETRIES, Completion, State
+from router.events import (
+    Abort,
+    Admitted,
+    Cancel,
+    CancelSequence,
+    Deadline,
+    Effect,
+    Emit,
+    Event,
+    Fail,
+    Finish,
+    Output,
+    Place,
+    Placed,
+    Started,
+    StartSequence,
+    WorkerFailed,
+)
+from router.generation import Sampling
+from router.output import CompletionReport, Delta, FinishReason, Handoff, Stage, WorkerReport
+from router.placement import Plan, Target
+
+P, D = Target("p-0", "a"), Target("d-0", "b")
+PAIR = Plan(prefill=P, decode=D)
+LOST = Unavailable("worker d-0 was lost")
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+
+
+class Bench:
+    """A completion on a table: one call per event, time as told."""
+
+    def __init__(self, sampling: Sampling | None = None) -> None:
+        self.machine = Completion(0, sampling or Sampling(max_tokens=8, temperature=0), 100.0)
+        self.now = 100.0
+        self.attempt = -1
+        self.deltas: list[Delta] = []
+
+    def step(self, event: Event, after: float = 1.0) -> list[Effect]:
+        self.now += after
+        effects = self.machine.step(self.now, event)
+        self.deltas += [e.delta for e in effects if isinstance(e, Emit)]
+        return effects
+
+    def place(self, plan: Plan = PAIR) -> list[Effect]:
+        if self.machine.state is State.RECEIVED:
+            self.step(Admitted(), 0)
+        self.attempt += 1
+        effects = self.step(Placed(plan, self.sequence, b"ticket"))
+        self.step(Started(), 0)
+        return effects
+
+    @property
+    def sequence(self) -> str:
+        return f"r/0.{self.attempt}.n"
+
+    def prefill(
+        self, token: int = 7, text: str = "he", finish: FinishReason = LENGTH
+    ) -> list[Effect]:
+        report = WorkerReport(scheduled_ago=0.25, cached_prompt_tokens=3)
+        return self.step(
+            Output(self.sequence, Stage.PREFILL, 0, (token,), text, finish=finish, report=report)
+        )
+
+    def decode(
+        self,
+        offset: int,
+        *tokens: int,
+        text: str = "",
+        finish: FinishReason | None = None,
+        stage: Stage = Stage.DECODE,
+    ) -> list[Effect]:
+        report = WorkerReport(
+            landed_ago=2.5,
+            scheduled_ago=2.25,
+            first_token_ago=2.0,
+            second_token_ago=1.5,
+            handoff=Handoff("grpc", 10, 1, 0, 1, 0.1, 0.2),
+        )
+        event = Output(self.sequence, stage, offset, tokens, text, finish=finish)
+        return self.step(replace(event, report=report) if finish else event)
+
+    def fails(self, stage: Stage, error: PdserveError = LOST) -> list[Effect]:
+        return self.step(WorkerFailed(self.sequence, stage, error))
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for delta in self.deltas for token in delta.token_ids]
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+
+def report_of(effects: list[Effect]) -> CompletionReport:
+    (report,) = [e.report for e in effects if isinstance(e, Finish)]
+    return report
+
+
+def error_of(effects: list[Effect]) -> PdserveError:
+    (error,) = [e.error for e in effects if isinstance(e, Fail)]
+    return error
+
+
+def cancelled(effects: list[Effect]) -> set[str]:
+    return {e.worker.worker_id for e in effects if isinstance(e, CancelSequence)}
+
+
+def test_states_of_an_ordinary_completion() -> None:
+    bench = Bench()
+    assert bench.machine.state is State.RECEIVED
+    assert bench.step(Admitted()) == [Place(0, 0)]
+    assert bench.machine.state is State.ADMITTED
+    started = bench.place()
+    assert [(e.worker, e.stage) for e in started if isinstance(e, StartSequence)] == [
+        (D, Stage.DECODE),
+        (P, Stage.PREFILL),
+    ]
+    assert bench.machine.state is State.PREFILLING
+    bench.prefill()
+    assert bench.machine.state is State.FIRST_TOKEN
+    assert bench.decode(0, 7, text="he") == []
+    assert bench.machine.state is State.FIRST_TOKEN
+    bench.decode(1, 8, text="l")
+    assert bench.machine.state is State.DECODING
+    effects = bench.decode(2, 9, text="lo", finish=STOP)
+    assert bench.machine.state is State.FINISHED
+    assert cancelled(effects) == set()
+    report = report_of(effects)
+    assert (report.prefill_worker, report.decode_worker) == ("p-0", "d-0")
+    assert (report.tokens, report.cached_prompt_tokens) == (3, 3)
+    assert report.handoff is not None and report.handoff.bytes == 10
+    assert (bench.tokens, bench.text) == ([7, 8, 9], "hello")
+    assert [d.offset for d in bench.deltas] == [0, 1, 2]
+
+
+def test_decode_before_prefill() -> None:
+    bench = Bench()
+    bench.place()
+    bench.decode(0, 7, text="he")
+    bench.decode(1, 8, text="l")
+    assert bench.prefill(text="he") == []
+    bench.decode(2, 9, text="lo", finish=LENGTH)
+    assert (bench.tokens, bench.text) == ([7, 8, 9], "hello")
+
+
+def test_decode_ends_before_prefill_was_heard() -> None:
+    bench = Bench()
+    bench.place()
+    effects = bench.decode(0, 7, 8, text="hel", finish=STOP)
+    assert cancelled(effects) == {"p-0"}
+    assert report_of(effects).tokens == 2
+    assert bench.prefill() == []
+
+
+def test_text_that_lags_its_token_is_sent_once() -> None:
+    bench = Bench()
+    bench.place()
+    bench.prefill(text="he")
+    assert bench.decode(0, 7) == []
+    bench.decode(1, 8, text="hell")
+    bench.decode(2, 9, text="o", finish=STOP)
+    assert [d.text for d in bench.deltas] == ["he", "ll", "o"]
+
+
+def test_first_token_ends_it() -> None:
+    bench = Bench()
+    bench.place()
+    effects = bench.prefill(finish=STOP)
+    assert cancelled(effects) == {"d-0"}
+    assert report_of(effects).decode_worker == ""
+    assert bench.deltas[-1].finish is STOP
+
+
+def test_first_token_ends_it_after_decode_had_sent_it() -> None:
+    bench = Bench()
+    bench.place()
+    bench.decode(0, 7, text="h")
+    effects = bench.prefill(text="he", finish=STOP)
+    assert cancelled(effects) == {"d-0"}
+    assert (bench.tokens, bench.text, bench.deltas[-1].finish) == ([7], "he", STOP)
+
+
+def test_one_token_needs_no_decode() -> None:
+    bench = Bench(Sampling(max_tokens=1))
+    started = bench.place(Plan(prefill=P))
+    assert [e.stage for e in started if isinstance(e, StartSequence)] == [Stage.PREFILL]
+    effects = bench.prefill(finish=LENGTH)
+    assert report_of(effects).phases.decode == 0
+    assert bench.deltas[-1].finish is LENGTH
+
+
+def test_whole_on_one_worker() -> None:
+    bench = Bench()
+    bench.place(Plan(whole=P))
+    bench.decode(0, 7, text="he", stage=Stage.WHOLE)
+    assert bench.machine.state is State.FIRST_TOKEN
+    effects = bench.decode(1, 8, text="l", finish=STOP, stage=Stage.WHOLE)
+    report = report_of(effects)
+    assert (report.prefill_worker, report.decode_worker) == ("p-0", "p-0")
+    assert report.phases.handoff_wait == report.phases.decode_queue == 0
+
+
+@pytest.mark.parametrize("decode_first", [False, True])
+def test_a_sent_token_is_never_contradicted(decode_first: bool) -> None:
+    bench = Bench()
+    bench.place()
+    if decode_first:
+        bench.decode(0, 7, text="he")
+        effects = bench.prefill(token=6)
+    else:
+        bench.prefill(token=6)
+        effects = bench.decode(0, 7, text="he")
+    assert status_of(error_of(effects)).name == "INTERNAL"
+    assert "d-0" in cancelled(effects)
+    assert len(bench.tokens) == 1
+
+
+@pytest.mark.parametrize(
+    "offset, tokens, text",
+    [(0, (7,), "ha"), (1, (8,), ""), (5, (7,), "")],
+    ids=["text", "first token skipped", "gap"],
+)
+def test_output_out_of_place_fails(offset: int, tokens: tuple[int, ...], text: str) -> None:
+    bench = Bench()
+    bench.place()
+    bench.prefill(text="he")
+    assert status_of(error_of(bench.decode(offset, *tokens, text=text))).name == "INTERNAL"
+
+
+def test_prefill_that_sends_two_tokens_fails() -> None:
+    bench = Bench()
+    bench.place()
+    effects = bench.step(Output(bench.sequence, Stage.PREFILL, 0, (7, 8), "he", finish=LENGTH))
+    assert status_of(error_of(effects)).name == "INTERNAL"
+
+
+@pytest.mark.parametrize("stage, other", [(Stage.PREFILL, "d-0"), (Stage.DECODE, "p-0")])
+def test_retry_before_the_first_token(stage: Stage, other: str) -> None:
+    bench = Bench(Sampling(max_tokens=8))
+    bench.place()
+    failed = "p-0" if stage is Stage.PREFILL else "d-0"
+    effects = bench.fails(stage)
+    assert cancelled(effects) == {other}
+    assert effects[-1] == Place(0, 1, frozenset({failed}), 0.0)
+    assert bench.machine.state is State.ADMITTED
+    old = bench.sequence
+    bench.place()
+    assert bench.step(Output(old, Stage.PREFILL, 0, (5,), "x", finish=LENGTH)) == []
+    bench.prefill()
+    bench.decode(0, 7, 8, text="hey", finish=STOP)
+    assert (bench.tokens, bench.text) == ([7, 8], "hey")
+
+
+def test_retries_are_counted() -> None:
+    bench = Bench()
+    for _ in range(MAX_RETRIES):
+        bench.place()
+        assert isinstance(bench.fails(Stage.DECODE)[-1], Place)
+    bench.place()
+    assert error_of(bench.fails(Stage.DECODE)) is LOST
+
+
+def test_retry_after_the_first_token_sends_it_once() -> None:
+    bench = Bench(Sampling(max_tokens=8, seed=1))
+    bench.place()
+    bench.prefill()
+    assert isinstance(bench.fails(Stage.DECODE)[-1], Place)
+    bench.place()
+    assert bench.prefill() == []
+    effects = bench.decode(0, 7, 8, text="hel", finish=STOP)
+    assert (bench.tokens, bench.text) == ([7, 8], "hel")
+    assert report_of(effects).ttft_seconds == 2.0
+
+
+def test_retry_that_draws_another_first_token_fails() -> None:
+    bench = Bench()
+    bench.place()
+    bench.prefill(token=7)
+    bench.fails(Stage.DECODE)
+    bench.place()
+    assert status_of(error_of(bench.prefill(token=8))).name == "INTERNAL"
+
+
+def test_no_retry_of_a_random_completion_after_its_first_token() -> None:
+    bench = Bench(Sampling(max_tokens=8, temperature=1))
+    bench.place()
+    bench.prefill()
+    error = error_of(bench.fails(Stage.DECODE))
+    assert isinstance(error, Unavailable)
+    assert "1 token" in str(error)
+
+
+def test_no_retry_once_decode_went_on() -> None:
+    bench = Bench()
+    bench.place()
+    bench.decode(0, 7, 8, text="hel")
+    assert isinstance(error_of(bench.fails(Stage.DECODE)), Unavailable)
+
+
+def test_prefill_lost_after_decode_took_over_is_nothing() -> None:
+    bench = Bench()
+    bench.place()
+    bench.decode(0, 7, text="he")
+    assert bench.fails(Stage.PREFILL) == []
+    assert report_of(bench.decode(1, 8, text="l", finish=STOP)).tokens == 2
+
+
+def test_what_is_not_retryable_fails_at_once() -> None:
+    bench = Bench()
+    bench.place()
+    error = InvalidRequest("", "the grammar is wrong")
+    effects = bench.fails(Stage.PREFILL, error)
+    assert error_of(effects) is error
+    assert cancelled(effects) == {"d-0"}
+
+
+REACH = ["received", "admitted", "prefilling", "first token", "decoding"]
+
+
+@pytest.mark.parametrize("reach", REACH)
+@pytest.mark.parametrize(
+    "event, kind, state",
+    [
+        (Cancel(), Cancelled, State.CANCELLED),
+        (Deadline(), DeadlineExceeded, State.FAILED),
+        (Abort(Overloaded("slow")), Overloaded, State.FAILED),
+    ],
+)
+def test_the_end_from_every_state(
+    reach: str, event: Event, kind: type[PdserveError], state: State
+) -> None:
+    bench = Bench()
+    progress = REACH.index(reach)
+    if progress == 1:
+        bench.step(Admitted())
+    if progress >= 2:
+        bench.place()
+    if progress >= 3:
+        bench.prefill()
+    if progress >= 4:
+        bench.decode(0, 7, 8, text="hel")
+    effects = bench.step(event)
+    assert isinstance(error_of(effects), kind)
+    assert bench.machine.state is state
+    expected = [set(), set(), {"p-0", "d-0"}, {"d-0"}, {"d-0"}][progress]
+    assert cancelled(effects) == expected
+    assert bench.step(event) == []
+    assert bench.decode(2, 9) == []
+
+
+def test_phases_add_up() -> None:
+    bench = Bench()
+    bench.place()  # 101
+    bench.prefill()  # 102, scheduled 0.25 before
+    bench.decode(0, 7, text="he")  # 103
+    bench.decode(1, 8, text="l")  # 104
+    report = report_of(bench.decode(2, 9, text="lo", finish=STOP))  # 105, landed 102.5
+    assert asdict(report.phases) == {
+        "queue": 1.0,
+        "prefill_queue": 0.75,
+        "prefill": 0.25,
+        "handoff_wait": 0.5,
+        "decode_queue": 0.25,
+        "first_step": 0.75,
+        "decode": 1.5,
+    }
+    assert sum(asdict(report.phases).values()) == 5.0
+    assert (report.ttft_seconds, report.tpot_seconds) == (2.0, 1.5)
