@@ -26,7 +26,7 @@ lint: setup ## ruff, mypy, import contracts, schema lint
 	@.venv/bin/ruff check --quiet
 	@.venv/bin/ruff format --check --quiet
 	@$(PY) -m mypy --no-error-summary
-	@.venv/bin/lint-imports > .import_linter.log || { cat .import_linter.log; exit 1; }
+	@out=$$(.venv/bin/lint-imports --no-logo) || { echo "$$out"; exit 1; }
 	@.venv/bin/buf lint proto
 
 format: setup ## rewrite the code to the house style
@@ -40,6 +40,6 @@ lock: ## resolve the requirements again (needs uv; UPGRADE=1 takes the newest)
 	@scripts/lock.sh
 
 clean: ## remove what was generated, built or cached; .venv stays
-	@rm -rf build dist *.egg-info .*_cache .hypothesis .import_linter.log proto/.generated
+	@rm -rf build dist *.egg-info .*_cache .hypothesis proto/.generated
 	@rm -f proto/pdserve/v1/*_pb2*
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Callable
 
 from cluster.errors import PdserveError
-from router.output import Completed, Delta
+from router.output import Completed, Delta, joined
 
 BUFFER_TOKENS = 4096
 """Tokens that may wait for a client before its request is cut off."""
+
+MERGED_TOKENS = 256
+"""Tokens of one completion that go out in one message at most, when they have waited."""
 
 
 class OutputBuffer:
@@ -21,7 +24,8 @@ class OutputBuffer:
 
     def __init__(self, limit_tokens: int = BUFFER_TOKENS) -> None:
         self._limit = limit_tokens
-        self._deltas: list[Delta] = []
+        self._runs: list[list[Delta]] = []
+        self._run_tokens = 0
         self._tokens = 0
         self._end: Completed | PdserveError | None = None
         self._wake = asyncio.Event()
@@ -30,10 +34,13 @@ class OutputBuffer:
 
     def put(self, delta: Delta) -> bool:
         """False if more tokens wait than may: the request is to be cut off."""
-        if self._deltas and self._deltas[-1].index == delta.index:
-            self._deltas[-1] = self._deltas[-1].followed_by(delta)
+        same = self._runs and self._runs[-1][-1].index == delta.index
+        if same and self._run_tokens < MERGED_TOKENS:
+            self._runs[-1].append(delta)
         else:
-            self._deltas.append(delta)
+            self._runs.append([delta])
+            self._run_tokens = 0
+        self._run_tokens += len(delta.token_ids)
         self._tokens += len(delta.token_ids)
         self._wake.set()
         return self._tokens <= self._limit
@@ -45,8 +52,7 @@ class OutputBuffer:
 
     def cut(self) -> None:
         """Drops what waits and interrupts the client's write."""
-        self._deltas.clear()
-        self._tokens = 0
+        self._runs, self._tokens = [], 0
         if self.on_cut is not None:
             self.on_cut()
 
@@ -56,13 +62,13 @@ class OutputBuffer:
         Raises:
             PdserveError: the request has failed.
         """
-        while not self._deltas and self._end is None:
+        while not self._runs and self._end is None:
             self._wake.clear()
             await self._wake.wait()
-        deltas, self._deltas, self._tokens = self._deltas, [], 0
-        if not deltas and isinstance(self._end, PdserveError):
+        runs, self._runs, self._tokens = self._runs, [], 0
+        if not runs and isinstance(self._end, PdserveError):
             raise self._end
-        return deltas
+        return [joined(run) if len(run) > 1 else run[0] for run in runs]
 
     @property
     def error(self) -> PdserveError | None:

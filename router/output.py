@@ -61,10 +61,6 @@ class Delta:
     finish: FinishReason | None = None
     stop: str | int | None = None
 
-    def followed_by(self, later: Delta) -> Delta:
-        """Both as one; `later` is the next delta of the same completion."""
-        return joined((self, later))
-
 
 @dataclass(frozen=True)
 class Phases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
@@ -16,6 +17,8 @@ from router.output import Completed, Delta
 from router.request import Request
 
 SLOW_CLIENT_RETRY_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
 
 
 class Running:
@@ -61,7 +64,7 @@ class Running:
             while self._events:
                 event, index = self._events.popleft()
                 for effect in self.request.step(self._clock.now(), event, index):
-                    self._carry_out(effect)
+                    self._try(effect)
         finally:
             self._stepping = False
 
@@ -78,6 +81,14 @@ class Running:
         """The client's call is over: whatever still runs is cancelled."""
         late = self._clock.now() >= self.generation.deadline
         self.step(Deadline() if late else Cancel())
+
+    def _try(self, effect: Effect) -> None:
+        """A bug in one effect ends this request, not the task that brought the event."""
+        try:
+            self._carry_out(effect)
+        except Exception:
+            log.exception("request %s: an effect failed", self.generation.request_id)
+            self._events.append((Abort(PdserveError("an effect failed")), None))
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:

@@ -160,6 +160,7 @@ class RouterServer:
         self._workers.on_change(self._dispatch.workers_changed)
         self._workers.on_change(self._wake)
         self._background = asyncio.create_task(self._run(store), name="router")
+        self._background.add_done_callback(self._broke)
         log.info(
             "router %s serves gRPC %s HTTP %s",
             self._router_id,
@@ -176,6 +177,8 @@ class RouterServer:
         """Why requests cannot be served now; empty if they can."""
         if self._stopping:
             return SHUTTING_DOWN
+        if self._background is None or self._background.done():
+            return "the router is broken and must be restarted"
         reasons = [self._workers.missing(name) for name in self._catalog.names]
         return "; ".join(filter(None, reasons))
 
@@ -219,6 +222,11 @@ class RouterServer:
             changed = self._changed
             await self._health.set(not self.not_ready())
             await changed.wait()
+
+    def _broke(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.critical("the router is broken", exc_info=task.exception())
+            self._wake()
 
     async def _end_background(self) -> None:
         if self._background is not None:

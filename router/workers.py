@@ -110,6 +110,9 @@ class Workers:
                     self._seen(members.workers, tasks)
             except PdserveError as error:
                 self._reached(False, str(error))
+            except Exception:
+                log.exception("the registry could not be understood")
+                self._reached(False, "the registry could not be understood")
             await asyncio.sleep(TICK_SECONDS)
 
     def _seen(self, records: Sequence[WorkerRecord], tasks: asyncio.TaskGroup) -> None:

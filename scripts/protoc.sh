@@ -5,9 +5,10 @@ cd "$(dirname "$0")/../proto"
 
 stamp=.generated
 current() {
-  local schema
+  local file
   [[ -e $stamp && -z $(find pdserve -name '*.proto' -newer $stamp) ]] || return 1
-  for schema in pdserve/v1/*.proto; do [[ -e ${schema%.proto}_pb2.py ]] || return 1; done
+  for file in pdserve/v1/*.proto; do [[ -e ${file%.proto}_pb2.py ]] || return 1; done
+  for file in pdserve/v1/*_pb2.py; do [[ -e ${file%_pb2.py}.proto ]] || return 1; done
 }
 if current; then exit 0; fi
 

@@ -86,6 +86,7 @@ install_all() { # downloads wait for the network, unpacking for a core: run them
 }
 
 step "Python environment in .venv"; make_venv; ok
+goal=$(key) # now, so that a file edited meanwhile is installed next time
 step "Packages (about 1 GB the first time)"; install_all; ok
 step "Protobuf modules"; rm -f proto/.generated; scripts/protoc.sh; ok
 step "pdserve itself"
@@ -93,5 +94,5 @@ pip install --no-compile --no-deps --no-build-isolation --editable . >"$logs/sel
   { cat "$logs/self" >&2; fail "pdserve did not install"; }
 ok
 rm -f .venv/.pdserve-setup-*
-touch ".venv/.pdserve-setup-$(key)"
+touch ".venv/.pdserve-setup-$goal"
 echo "Set up in $SECONDS s."

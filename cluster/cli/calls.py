@@ -21,6 +21,7 @@ from pdserve.v1 import (
 
 MAX_MESSAGE_BYTES = 64 << 20
 STATUS_SECONDS = 10.0
+_NO_SERVER = ("failed to connect", "DNS resolution failed")
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _errors() -> Iterator[None]:
         yield
     except grpc.aio.AioRpcError as error:
         details = error.details() or error.code().name
-        if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
+        if error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith(_NO_SERVER):
             raise Unavailable(
                 "no router answers at this address: check --address, or `pdserve status`"
             ) from error

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.25
 CALL_SECONDS = 15.0
+CONNECT_SECONDS = 20.0
 
 
 class Cluster:
@@ -65,6 +66,7 @@ class Cluster:
         self._controller = await runtime.start_controller(launch)
         status = await self._until_ready()
         router = next(slot for slot in status.slots if slot.kind == "router")
+        await self._until_connected(router.grpc_address)
         self._publish("ready", router.grpc_address, router.http_address)
         return status
 
@@ -150,6 +152,22 @@ class Cluster:
                 f"not ready within lifecycle.start_timeout_seconds ({limit:g} s): "
                 + ", ".join(waiting)
             ) from None
+
+    async def _until_connected(self, address: str) -> None:
+        """A request would now be served: the router has a stream to every worker."""
+        from cluster.cli.calls import channel, cluster_view
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CONNECT_SECONDS), channel(address) as to:
+                while True:
+                    view = await cluster_view(to)
+                    if view.workers and all(worker.connected for worker in view.workers):
+                        return
+                    await asyncio.sleep(POLL_SECONDS)
+        raise Unavailable(
+            f"the router at {address} has no stream to its workers after {CONNECT_SECONDS:g} s: "
+            f"see {self._rundir.logs / 'router-0.log'}"
+        )
 
     def _why(self, slot_id: str, reason: str) -> PdserveError:
         log = self._rundir.logs / f"{slot_id}.log"

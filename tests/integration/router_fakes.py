@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
-from pdserve.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.store.records import JournalEntry, RouterRecord, WorkerRecord
 from cluster.store.registry import Members
 from cluster.ticket import Ticket, TicketSigner
+from pdserve.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from router.server import RouterServer, Store
 from router.tokenize import Tokenizer
 

@@ -309,6 +309,34 @@ async def test_contradicting_workers_give_an_internal_error(cluster: Cluster, st
     assert "77" not in message
 
 
+async def test_a_missing_worker_is_waited_for_and_then_named(
+    cluster: Cluster, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.dispatch.PLACEMENT_WAIT_SECONDS", 0.2)
+    cluster.registry.remove("d-0")
+    await cluster.decode.die()
+    code, message, _ = await refusal(stub.Generate(ask(), timeout=TIMEOUT))
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert "tiny has no" in message and "decode worker" in message
+    monkeypatch.setattr("router.dispatch.PLACEMENT_WAIT_SECONDS", TIMEOUT)
+    call = stub.Generate(ask(), timeout=TIMEOUT)
+    await cluster.add(FakeWorker("d-1", "decode"))
+    assert tokens_of(await collect(call)) == [10, 11, 12, 13]
+
+
+async def test_a_worker_that_refuses_the_hello_is_not_placed_on(
+    cluster: Cluster, stub: Any
+) -> None:
+    stranger = FakeWorker("d-1", "decode")
+    await stranger.serve()
+    cluster.registry.put(replace(stranger.record, incarnation="former-life"))
+    for _ in range(3):
+        messages = await collect(stub.Generate(ask(), timeout=TIMEOUT))
+        assert messages[-1].completed.completions[0].decode_worker == "d-0"
+    assert stranger.started.empty()
+    await stranger.die()
+
+
 async def test_a_new_life_of_a_worker_gets_a_new_link(cluster: Cluster, stub: Any) -> None:
     reborn = FakeWorker("d-0", "decode")
     reborn.record = replace(reborn.record, incarnation="second-life")

@@ -259,6 +259,7 @@ async def test_not_ready_says_what_is_missing() -> None:
 async def test_a_failure_before_the_first_token_has_its_status(
     cluster: Cluster, client: openai.AsyncOpenAI
 ) -> None:
+    cluster.decode.gate.clear()
     fail_with(cluster.prefill, worker_pb2.SequenceError(code=3, message="bad grammar"))
     with pytest.raises(openai.BadRequestError, match="bad grammar"):
         await client.completions.create(model=MODEL, prompt="hi", max_tokens=3, stream=True)

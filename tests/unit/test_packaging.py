@@ -50,8 +50,8 @@ def test_locks_hold_every_direct_dependency(extra: str | None, locks: list[str])
     pins = locked(*locks)
     for requirement in map(Requirement, wanted):
         version = pins.get(canonicalize_name(requirement.name))
-        assert version, f"{requirement.name} is in none of {locks}: run make lock"
-        assert requirement.specifier.contains(version), f"{requirement} but {version}: run make lock"
+        assert version, f"no {requirement.name} in {locks}: run make lock"
+        assert requirement.specifier.contains(version), f"{requirement}, locked {version}"
 
 
 def test_cpu_and_dev_locks_do_not_overlap() -> None:
