@@ -14,7 +14,7 @@ from cluster.cli.rundir import RunDir, find, wait_gone
 from cluster.cli.supervise import supervise
 from cluster.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Terminal
 from cluster.config import Config
-from cluster.errors import Unavailable
+from cluster.errors import EngineFailed, Unavailable
 
 WATCH_SECONDS = 1.0
 
@@ -33,7 +33,7 @@ def up(terminal: Terminal, config: Config) -> None:
 
 
 async def _serve(terminal: Terminal, config: Config, rundir: RunDir) -> int:
-    code, drain, error = EXIT_FAILED, 0.0, None
+    code, drain, error = EXIT_INTERRUPTED, 0.0, None
     with Progress(terminal.err) as progress:
         cluster = Cluster(config, rundir, progress)
         try:
@@ -45,7 +45,7 @@ async def _serve(terminal: Terminal, config: Config, rundir: RunDir) -> int:
             code = EXIT_OK
             await _watch(cluster)
         except asyncio.CancelledError:
-            code = EXIT_OK if drain else EXIT_INTERRUPTED
+            pass  # a way to end: 0 once it served
         except Exception as failure:
             error, code = failure, EXIT_FAILED
         left = await cluster.stop(drain)
@@ -63,7 +63,9 @@ async def _watch(cluster: Cluster) -> None:
         with suppress(Unavailable):
             status = await cluster.status()
             if status.failed and all(slot.state == "failed" for slot in status.slots):
-                raise RuntimeError("every worker and router has failed")
+                raise EngineFailed(
+                    "every worker and router has failed: see the logs"
+                )
 
 
 def down(terminal: Terminal, name: str | None, timeout: float) -> int:

@@ -59,6 +59,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         if named != (self._me.worker_id, self._me.incarnation):
             await context.abort(grpc.StatusCode.NOT_FOUND, "another worker lives here now")
             return
+        await context.send_initial_metadata(())  # the hello is accepted
         outbox = Outbox()
         sequences: dict[str, asyncio.Task[None]] = {}
         writer = asyncio.create_task(_write(outbox, context))
