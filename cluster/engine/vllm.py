@@ -118,6 +118,9 @@ class VllmEngine:
             "disable_hybrid_kv_cache_manager": True,
             "enable_log_requests": False,
             "logits_processors": ["cluster.kv.first_token:FirstTokenProcessor"],
+            "worker_cls": (
+                "cluster.engine.cpu_worker.SeededCpuWorker" if current_platform.is_cpu() else "auto"
+            ),
             "worker_extension_cls": "cluster.kv.worker_extension.PdserveWorkerExtension",
             "kv_transfer_config": KVTransferConfig(
                 kv_connector="PdserveConnector",

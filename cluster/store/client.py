@@ -5,6 +5,7 @@ The password of a URL never leaves this module: errors name the host and port on
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -85,7 +86,28 @@ def address_of(url: str) -> str:
 
 @contextmanager
 def store_errors(where: str = "") -> Iterator[None]:
-    """Turns the client library's errors into `Unavailable`, each with its remedy."""
+    """Turns the client library's errors into `Unavailable`, each with its remedy.
+
+    Wrap every call of the library in it: its own timeouts now and then swallow a cancellation of
+    the task (they catch the TimeoutError they caused), and this raises it again.
+    """
+    with _cancellation_kept(), _named(where):
+        yield
+
+
+@contextmanager
+def _cancellation_kept() -> Iterator[None]:
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
     store = f"the store at {where}" if where else "the store"
     try:
         yield

@@ -126,6 +126,22 @@ async def test_changes_come_at_once_and_expiry_within_a_poll(client: Redis) -> N
     await changes.aclose()
 
 
+async def test_following_the_changes_can_be_cancelled_at_any_moment(client: Redis) -> None:
+    registry = Registry(client, "c")
+    await registry.put_worker(WORKER, 60)
+
+    async def follow() -> None:
+        async for _ in registry.changes():
+            pass
+
+    for i in range(100):
+        task = asyncio.create_task(follow())
+        await asyncio.sleep(i / 5000)
+        task.cancel()
+        await asyncio.wait({task}, timeout=2)
+        assert task.cancelled(), f"cancelled after {i / 5} ms and still running"
+
+
 async def test_the_journal_keeps_the_latest_entry_and_its_cap(client: Redis) -> None:
     journal = Journal(client, "c", max_entries=3)
     entries = [JournalEntry(f"r{i}", "m", "done", "router-0", 5, received_at=i) for i in range(5)]
