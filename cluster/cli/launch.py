@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ class Cluster:
         self._progress = progress
         self._store: EmbeddedStore | None = None
         self._ray: RayRuntime | None = None
+        self._ray_runs = False
         self._controller: Any = None
 
     def show_on(self, progress: Progress) -> None:
@@ -93,7 +93,7 @@ class Cluster:
         self._publish("stopping")
         if self._controller is not None:
             await self._drain(drain_seconds)
-        if self._ray is not None:
+        if self._ray is not None and self._ray_runs:
             self._progress.show("ray", "stopping")
             with suppress(Exception):
                 async with asyncio.timeout(CALL_SECONDS):
@@ -103,7 +103,8 @@ class Cluster:
             await asyncio.to_thread(self._store.stop)
             self._progress.show("store", "gone")
         left = await asyncio.to_thread(kill_descendants)
-        shutil.rmtree(self._rundir.path / "ray", ignore_errors=True)
+        if self._ray is not None:
+            self._ray.remove_files()
         self._rundir.clear()
         return left
 
@@ -127,8 +128,9 @@ class Cluster:
         from cluster.control.runtime import RayRuntime
 
         runtime = RayRuntime(self._config, self._rundir.path)
-        await runtime.start()
         self._ray = runtime
+        await runtime.start()
+        self._ray_runs = True
         self._progress.show("ray", "ready", self._config.ray.address or "embedded")
         return runtime
 

@@ -63,9 +63,7 @@ async def _watch(cluster: Cluster) -> None:
         with suppress(Unavailable):
             status = await cluster.status()
             if status.failed and all(slot.state == "failed" for slot in status.slots):
-                raise EngineFailed(
-                    "every worker and router has failed: see the logs"
-                )
+                raise EngineFailed("every worker and router has failed: see the logs")
 
 
 def down(terminal: Terminal, name: str | None, timeout: float) -> int:

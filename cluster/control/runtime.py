@@ -8,12 +8,15 @@ gcs, raylet and with them all actors down when this process is SIGKILLed.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -68,6 +71,7 @@ class RayRuntime:
                     await self._on_thread(lambda: self._join(address))
             except TimeoutError:
                 raise _unreachable(address, f"no answer in {CONNECT_SECONDS:g} s") from None
+        _take_sigterm_back()
 
     async def start_controller(self, launch: Launch) -> Any:
         """The controller's actor handle.
@@ -81,8 +85,11 @@ class RayRuntime:
     async def stop(self) -> None:
         """Ends the controller and, if embedded, Ray with everything in it."""
         await self._on_thread(self._shutdown)
+
+    def remove_files(self) -> None:
+        """Removes an embedded Ray's own files, once all its processes are gone."""
         if self._temp is not None:
-            await asyncio.to_thread(shutil.rmtree, self._temp, ignore_errors=True)
+            shutil.rmtree(self._temp, ignore_errors=True)
 
     async def _on_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
@@ -187,12 +194,29 @@ class RayRuntime:
 
 
 def _temp_dir(runtime_dir: Path) -> Path:
-    own = runtime_dir / "ray"
-    if len(str(own)) > MAX_TEMP_PATH:
-        return Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))
-    shutil.rmtree(own, ignore_errors=True)  # of a run that was killed
-    own.mkdir(mode=0o700, parents=True)
-    return own
+    """A directory for Ray, the same one at every start, so that what a killed run left goes."""
+    path = runtime_dir / "ray"
+    if len(str(path)) > MAX_TEMP_PATH:
+        mark = hashlib.blake2b(str(runtime_dir).encode(), digest_size=6).hexdigest()
+        path = Path("/tmp", f"pdserve-{os.getuid()}-{mark}")
+    with suppress(FileNotFoundError):
+        if path.lstat().st_uid == os.getuid():
+            shutil.rmtree(path, ignore_errors=True)
+    try:
+        path.mkdir(mode=0o700, parents=True)
+    except FileExistsError:  # someone else's
+        path = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))
+    return path
+
+
+def _take_sigterm_back() -> None:
+    """Ray's C++ core puts a handler of its own in front of ours, one that prints a stack and aborts
+    the process three seconds later: in the middle of an orderly shutdown."""
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+            signal.siginterrupt(signal.SIGTERM, False)
 
 
 def _unreachable(address: str, why: str) -> Unavailable:

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.config import HandoffConfig, ModelConfig
 from cluster.engine.protocol import (
@@ -28,7 +28,7 @@ from cluster.engine.protocol import (
 from cluster.engine.results import HandoffResults
 from cluster.engine.sampling import to_vllm
 from cluster.engine.stats import FrontEndStats
-from cluster.errors import EngineFailed, InvalidRequest
+from cluster.errors import EngineFailed, InvalidRequest, PdserveError
 from cluster.kv.connector.worker import SECRET_ENV
 from cluster.kv.handoff import HandoffResult
 from cluster.kv.layout import model_digest
@@ -149,8 +149,8 @@ class VllmEngine:
                 yield _output(output)
         except EngineDeadError as error:
             raise EngineFailed("the engine has died") from error
-        except ValueError as error:
-            raise InvalidRequest("", str(error)) from error
+        except (ValueError, EngineGenerateError) as error:
+            raise _refusal(request, error) from error
 
     async def handoff_result(self, handoff_id: str) -> HandoffResult:
         return await self._results.wait(handoff_id)
@@ -192,6 +192,17 @@ class VllmEngine:
         if self._llm is None:
             raise EngineFailed("the engine is not started")
         return self._llm
+
+
+def _refusal(request: EngineRequest, error: Exception) -> PdserveError:
+    """vLLM checks a request's parameters, and compiles its guide, before it takes it."""
+    cause = error.__cause__ if isinstance(error, EngineGenerateError) else error
+    reason = str(cause).strip().split("\n")[0]
+    if request.sampling.guide is not None:
+        return InvalidRequest("sampling.guide", reason)
+    if isinstance(cause, ValueError):
+        return InvalidRequest("sampling", reason)
+    return EngineFailed(f"the engine could not take the request: {reason}")
 
 
 def _output(output: RequestOutput) -> EngineOutput:

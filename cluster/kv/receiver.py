@@ -59,6 +59,10 @@ class _Reservation:
     last_frame_at: float = 0.0
 
 
+class _CalledOff(HandoffRefused):
+    """Refused because the request has ended meanwhile, as when a client goes away."""
+
+
 class Receiver:
     """Takes handoffs for one engine rank.
 
@@ -147,7 +151,8 @@ class Receiver:
             await self._take(inbound, handoff_id)
             await inbound.send(Ack())
         except HandoffRefused as refusal:
-            log.warning("handoff %s refused: %s", handoff_id or "(unknown)", refusal)
+            level = logging.INFO if isinstance(refusal, _CalledOff) else logging.WARNING
+            log.log(level, "handoff %s refused: %s", handoff_id or "(unknown)", refusal)
             self._fail(handoff_id, str(refusal))
             await inbound.send(Refused(str(refusal)))
             if handoff_id:
@@ -185,7 +190,7 @@ class Receiver:
                 del self._arrivals[handoff_id]
         reservation = self._reservations.get(handoff_id)
         if reservation is None:
-            raise HandoffRefused("the request was cancelled")
+            raise _CalledOff("the request was cancelled")
         if reservation.reserve.ticket.encode() != opening.ticket:
             raise HandoffRefused("the push shows another ticket than the request")
         return reservation
@@ -194,7 +199,7 @@ class Receiver:
         while (frame := await inbound.receive()) is not None:
             reservation = self._reservations.get(handoff_id)
             if reservation is None:
-                raise HandoffRefused("the reservation is gone")
+                raise _CalledOff("the request has ended")
             match frame:
                 case Blocks():
                     self._land(reservation, frame)
@@ -204,7 +209,7 @@ class Receiver:
                     raise HandoffRefused(f"prefill gave up: {reason}")
                 case _:
                     raise HandoffRefused("a second ticket on one push")
-        raise HandoffRefused("prefill stopped half-way")
+        raise _CalledOff("prefill stopped half-way")
 
     def _land(self, reservation: _Reservation, frame: Blocks) -> None:
         run, payload = frame.run, frame.payload

@@ -1,0 +1,109 @@
+"""Workers that die: their requests end with a clear error, the survivors' ledgers return to 0, and
+the controller puts new lives in their place."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import grpc
+import psutil
+import pytest
+
+from cluster.store.client import connect
+from cluster.store.records import WorkerRecord
+from cluster.store.registry import Registry
+from examples.recall_task import make_case
+from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from tests.cluster.running import RunningCluster, generate
+
+RESTART_SECONDS = 200.0
+PREFILL, DECODE = "recall-tiny-prefill-0", "recall-tiny-decode-0"
+
+
+def registered(cluster: RunningCluster) -> dict[str, WorkerRecord]:
+    async def read() -> dict[str, WorkerRecord]:
+        url = (cluster.folder / "run" / cluster.name / "store_url").read_text()
+        client = await connect(url, timeout=5)
+        try:
+            workers = await Registry(client, cluster.name).workers()
+        finally:
+            await client.aclose()
+        return {worker.worker_id: worker for worker in workers}
+
+    return asyncio.run(read())
+
+
+def wait_for_new_life(cluster: RunningCluster, before: WorkerRecord) -> None:
+    deadline = time.monotonic() + RESTART_SECONDS
+    while time.monotonic() < deadline:
+        now = registered(cluster).get(before.worker_id)
+        connected = any(
+            w.worker_id == before.worker_id and w.connected and w.state == "ready"
+            for w in cluster.view().workers
+        )
+        if now and now.incarnation != before.incarnation and now.state == "ready" and connected:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"{before.worker_id} did not come back")
+
+
+def start_long(channel: grpc.Channel) -> grpc.Call:
+    sampling = common_pb2.SamplingParams(max_tokens=900, temperature=1, ignore_eos=True)
+    request = inference_pb2.GenerateRequest(text="Here are the codes:\n", sampling=sampling)
+    call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=120)
+    next(call)
+    next(call)
+    return call
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("worker_id", "victim"),
+    [(DECODE, "the worker"), (PREFILL, "its engine")],
+    ids=["decode worker killed", "prefill engine killed"],
+)
+def test_a_dead_worker_is_replaced(
+    cluster: RunningCluster, channel: grpc.Channel, worker_id: str, victim: str
+) -> None:
+    before = registered(cluster)[worker_id]
+    call = start_long(channel)
+    process = psutil.Process(before.pid)
+    if victim == "its engine":
+        process = next(p for p in process.children(recursive=True) if "EngineCore" in p.name())
+    family = psutil.Process(before.pid).children(recursive=True)
+    process.kill()
+    if worker_id == DECODE:
+        with pytest.raises(grpc.RpcError):
+            list(call)
+        assert call.code() == grpc.StatusCode.UNAVAILABLE
+        assert DECODE in call.details()
+    else:
+        call.cancel()
+    wait_for_new_life(cluster, before)
+    assert not psutil.wait_procs(family, timeout=10)[1], "the dead worker's children live on"
+    case = make_case(random.Random(7), n_facts=30)
+    sampling = common_pb2.SamplingParams(temperature=0, max_tokens=12)
+    assert case.is_right(generate(channel, case.prompt, sampling).completions[0].text)
+    cluster.wait_idle()
+
+
+def test_the_data_path_survives_the_store(cluster: RunningCluster, channel: grpc.Channel) -> None:
+    """The store stops answering for a while; requests go on, and so does the cluster after it."""
+    assert cluster.process is not None
+    store = next(
+        p
+        for p in psutil.Process(cluster.process.pid).children(recursive=True)
+        if "valkey" in p.name()
+    )
+    case = make_case(random.Random(8), n_facts=30)
+    sampling = common_pb2.SamplingParams(temperature=0, max_tokens=12)
+    store.suspend()
+    try:
+        for _ in range(3):
+            assert case.is_right(generate(channel, case.prompt, sampling).completions[0].text)
+    finally:
+        store.resume()
+    assert case.is_right(generate(channel, case.prompt, sampling).completions[0].text)
+    cluster.wait_idle()
