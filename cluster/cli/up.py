@@ -14,6 +14,7 @@ from cluster.cli.rundir import RunDir, find, wait_gone
 from cluster.cli.supervise import supervise
 from cluster.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Terminal
 from cluster.config import Config
+from cluster.control.orphans import reap_adopted
 from cluster.errors import EngineFailed, Unavailable
 
 WATCH_SECONDS = 1.0
@@ -60,6 +61,7 @@ async def _watch(cluster: Cluster) -> None:
     """Shows what dies and comes back, until cancelled."""
     while True:
         await asyncio.sleep(WATCH_SECONDS)
+        reap_adopted()
         with suppress(Unavailable):
             status = await cluster.status()
             if status.failed and all(slot.state == "failed" for slot in status.slots):

@@ -58,6 +58,17 @@ def become_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def reap_adopted() -> None:
+    """Reaps what ended below this process after its own parent had gone.
+
+    As child subreaper it inherits a dead actor's children; nobody else would ever wait for them.
+    """
+    for child in psutil.Process().children():
+        with suppress(psutil.Error, ChildProcessError):
+            if child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, os.WNOHANG)
+
+
 def descendants() -> list[psutil.Process]:
     """Every living process below this one."""
     living = []

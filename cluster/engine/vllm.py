@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -149,7 +150,7 @@ class VllmEngine:
                 yield _output(output)
         except EngineDeadError as error:
             raise EngineFailed("the engine has died") from error
-        except (ValueError, EngineGenerateError) as error:
+        except (ValueError, VLLMClientError, EngineGenerateError) as error:
             raise _refusal(request, error) from error
 
     async def handoff_result(self, handoff_id: str) -> HandoffResult:
@@ -200,7 +201,7 @@ def _refusal(request: EngineRequest, error: Exception) -> PdserveError:
     reason = str(cause).strip().split("\n")[0]
     if request.sampling.guide is not None:
         return InvalidRequest("sampling.guide", reason)
-    if isinstance(cause, ValueError):
+    if isinstance(cause, ValueError | VLLMClientError):
         return InvalidRequest("sampling", reason)
     return EngineFailed(f"the engine could not take the request: {reason}")
 

@@ -35,6 +35,12 @@ def registered(cluster: RunningCluster) -> dict[str, WorkerRecord]:
     return asyncio.run(read())
 
 
+def left_of(family: list[psutil.Process]) -> list[str]:
+    """What of the dead worker's processes is still there after a while."""
+    _, alive = psutil.wait_procs(family, timeout=10)
+    return [f"{p.pid} {p.name()} {p.status()} of {p.parent()}" for p in alive]
+
+
 def wait_for_new_life(cluster: RunningCluster, before: WorkerRecord) -> None:
     deadline = time.monotonic() + RESTART_SECONDS
     while time.monotonic() < deadline:
@@ -82,7 +88,7 @@ def test_a_dead_worker_is_replaced(
     else:
         call.cancel()
     wait_for_new_life(cluster, before)
-    assert not psutil.wait_procs(family, timeout=10)[1], "the dead worker's children live on"
+    assert left_of(family) == []
     case = make_case(random.Random(7), n_facts=30)
     sampling = common_pb2.SamplingParams(temperature=0, max_tokens=12)
     assert case.is_right(generate(channel, case.prompt, sampling).completions[0].text)
