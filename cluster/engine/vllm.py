@@ -74,6 +74,9 @@ class VllmEngine:
         if current_platform.is_cpu():
             os.environ["OMP_NUM_THREADS"] = str(self._threads)
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        else:
+            # The forced first token and the per-layer hooks are written for the V1 model runner.
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         try:
             self._llm = await asyncio.to_thread(self._open)
             ranks = await self._running.collective_rpc("pdserve_endpoint")

@@ -19,7 +19,7 @@ from cluster.kv.assembly import BlockRun
 from cluster.kv.handoff import HandoffResult
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
-from cluster.kv.paged import PagedCache, checksum
+from cluster.kv.paged import Fence, PagedCache, checksum
 from cluster.kv.transport.frames import Ack, Blocks, Commit, Grant, Open, Refused, Reply
 from cluster.kv.transport.seam import Outbound, Transport
 
@@ -57,11 +57,19 @@ class Release:
     first_token_id: int | None
 
 
+@dataclass(frozen=True)
+class _Ready:
+    layer: int
+    first_block: int
+    block_ids: tuple[int, ...]
+    fence: Fence | None
+
+
 @dataclass
 class _Handoff:
     offer: Offer
     task: asyncio.Task[str] | None = None
-    ready: deque[tuple[int, int, tuple[int, ...]]] = field(default_factory=deque)
+    ready: deque[_Ready] = field(default_factory=deque)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     release: Release | None = None
     ended: bool = False
@@ -114,12 +122,14 @@ class Sender:
         else:
             self._ledger.grow(offer.handoff_id, len(offer.block_ids), size)
 
-    def layer_ready(self, layer: int, offers: tuple[Offer, ...]) -> None:
-        """The step's blocks of a layer have been written by the engine."""
+    def layer_ready(
+        self, layer: int, offers: tuple[Offer, ...], fence: Fence | None = None
+    ) -> None:
+        """The step's blocks of a layer have been written by the engine once `fence` is reached."""
         for offer in offers:
             handoff = self._handoffs.get(offer.handoff_id)
             if handoff is not None and not handoff.ended:
-                handoff.ready.append((layer, offer.first_block, offer.block_ids))
+                handoff.ready.append(_Ready(layer, offer.first_block, offer.block_ids, fence))
                 handoff.changed.set()
 
     def release(self, release: Release) -> None:
@@ -199,7 +209,7 @@ class Sender:
             while handoff.ready:
                 if reply.done():
                     raise HandoffRefused(_refusal(reply.result()))
-                await self._send_run(handoff, grant, outbound, *handoff.ready.popleft())
+                await self._send_ready(handoff, grant, outbound, handoff.ready.popleft())
             release = handoff.release
             if release is not None and release.first_token_id is not None:
                 break
@@ -218,23 +228,20 @@ class Sender:
         if not isinstance(verdict, Ack):
             raise HandoffRefused(_refusal(verdict))
 
-    async def _send_run(
-        self,
-        handoff: _Handoff,
-        grant: Grant,
-        outbound: Outbound,
-        layer: int,
-        first: int,
-        block_ids: tuple[int, ...],
+    async def _send_ready(
+        self, handoff: _Handoff, grant: Grant, outbound: Outbound, ready: _Ready
     ) -> None:
-        skip = max(0, grant.held_blocks - first)
-        for start in range(skip, len(block_ids), self._run_blocks):
-            ids = block_ids[start : start + self._run_blocks]
-            payload = self._cache.gather(layer, ids)
+        if ready.fence is not None:
+            await asyncio.to_thread(ready.fence.synchronize)
+        skip = max(0, grant.held_blocks - ready.first_block)
+        for start in range(skip, len(ready.block_ids), self._run_blocks):
+            ids = ready.block_ids[start : start + self._run_blocks]
+            payload = self._cache.gather(ready.layer, ids)
             if handoff.bytes + len(payload) > grant.credit_bytes:
                 raise HandoffRefused("decode granted less than the prompt needs")
             digest = checksum(payload, handoff.offer.handoff_id)
-            run = BlockRun(handoff.frames, layer, first + start, len(ids), digest)
+            first = ready.first_block + start
+            run = BlockRun(handoff.frames, ready.layer, first, len(ids), digest)
             handoff.first_frame_at = handoff.first_frame_at or time.monotonic()
             await outbound.send(Blocks(run, payload))
             handoff.frames += 1

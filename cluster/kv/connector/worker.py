@@ -45,12 +45,13 @@ class WorkerSide:
         self._backend = backend
         self._layers: dict[str, int] = {}
         self._offers: tuple[Offer, ...] = ()
+        self._cache: PagedCache | None = None
         self.agent: HandoffAgent | None = None
         self.layout: KvLayout | None = None
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The caches are there: open the transfer port."""
-        cache = PagedCache(kv_caches)
+        cache = self._cache = PagedCache(kv_caches)
         self._layers = {name: i for i, name in enumerate(cache.layer_names)}
         config = self._config
         self.layout = KvLayout(
@@ -99,10 +100,11 @@ class WorkerSide:
         self.agent.post(apply)
 
     def layer_written(self, layer_name: str) -> None:
-        """The step's KV of a layer is in the cache."""
+        """The step's KV of a layer is in the cache, or on its way there on the device."""
         if self._offers and self.agent is not None:
             sender, layer, offers = self.agent.sender, self._layers[layer_name], self._offers
-            self.agent.post(lambda: sender.layer_ready(layer, offers))
+            fence = self._cache.fence() if self._cache else None
+            self.agent.post(lambda: sender.layer_ready(layer, offers, fence))
 
     def end_step(self) -> None:
         self._offers = ()
