@@ -33,8 +33,8 @@ format: setup ## rewrite the code to the house style
 	@.venv/bin/ruff check --quiet --fix --exit-zero
 	@.venv/bin/ruff format
 
-bench: setup ## measure TTFT, TPOT and goodput of a cluster on this machine
-	@.venv/bin/pdserve bench $(ARGS)
+bench: setup ## measure start-up, memory, TTFT and TPOT of a cluster on this machine
+	@$(PY) bench/cluster_cpu.py $(ARGS)
 
 lock: ## resolve the requirements again (needs uv; UPGRADE=1 takes the newest)
 	@scripts/lock.sh

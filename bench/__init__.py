@@ -1,0 +1,1 @@
+"""Measurements of a cluster as it runs, each a command of its own: see README.md."""
