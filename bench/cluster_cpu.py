@@ -9,6 +9,8 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from cluster.cli.calls import channel, cluster_view
 from cluster.config import Config
 from cluster.control.compose import engine_threads
 
-IDLE_SECONDS = 5.0
+IDLE_SECONDS = 10.0
+"""Two of the workers' looks at what they hold."""
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +39,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
             "random and so never cached. Takes some four minutes on two cores; let nothing else "
             "run meanwhile."
         ),
-        epilog="Ratios are cluster/vLLM: above 1 the cluster takes longer (or, tokens/s, does more).",
+        epilog="Ratios are cluster/vLLM: above 1 the cluster takes longer, or gives more tokens/s.",
     )
     add = parser.add_argument
     add("-f", "--file", type=Path, help="the cluster's YAML (default: the shipped demo cluster)")
@@ -49,8 +52,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--requests", type=int, default=48, help="requests per round of the closed loop (48)")
     add("--rounds", type=int, default=3, help="rounds of the closed loop after a warm-up (3)")
     add("--starts", type=int, default=1, help="starts to time; the last one is measured on (1)")
-    add("--vllm-threads", type=int,
-        help="threads of the one vLLM (default: as many as an engine of the cluster has)")  # fmt: skip
+    add("--vllm-threads", type=int, metavar="N",
+        help="threads of the one vLLM (default: what an engine of the cluster has)")  # fmt: skip
     add("--start-timeout", type=float, default=300, help="seconds for a start (default 300)")
     add("--json", action="store_true", help="print JSON, with ranges and phases, not tables")
     chosen = parser.parse_args(given)
@@ -69,7 +72,7 @@ def say(text: str) -> None:
 def main() -> None:
     chosen = arguments()
     say(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pds-bench-") as folder, stdout_to_stderr():
         results = asyncio.run(measure(chosen, Path(folder)))
     if chosen.json:
         print(json.dumps(results, indent=2))
@@ -80,6 +83,20 @@ def main() -> None:
     print(tables.latency_table(rows), end="\n\n")
     print(tables.phase_table(rows), end="\n\n")
     print(tables.load_table(load))
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """vLLM and its processes log to stdout, where only the results belong."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 async def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -115,7 +132,7 @@ async def compare(
 ) -> dict[str, Any]:
     root = psutil.Process(up.pid)
     say("memory")
-    at_ready = {row.pid: row for row in tree(root, idle_seconds=IDLE_SECONDS)}
+    at_ready = {row.pid: row for row in tree(root, 0, IDLE_SECONDS)}
     say(f"one vLLM with {threads} threads")
     vllm = await asyncio.to_thread(VllmSystem, config.models[0], threads)
     try:
@@ -129,12 +146,12 @@ async def compare(
                 cluster, vllm, chosen.load_prompt, chosen.output, chosen.concurrency,
                 chosen.requests, chosen.rounds, vocab, say,
             )  # fmt: skip
+            say("memory again")
+            await asyncio.sleep(IDLE_SECONDS)
+            memory = [_with(row, at_ready.get(row.pid)) for row in tree(root, 0, IDLE_SECONDS)]
+            alone = tree(psutil.Process(), up.pid, IDLE_SECONDS)
+            memory += [{**_with(row, None), "part": "one vLLM"} for row in alone]
             view = await cluster_view(to)
-            memory = [_with(row, at_ready.get(row.pid)) for row in tree(root)]
-            memory += [
-                {**_with(row, None), "part": "one vLLM"}
-                for row in tree(psutil.Process(), skip=up.pid)
-            ]
     finally:
         vllm.stop()
     return {

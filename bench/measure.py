@@ -11,8 +11,9 @@ from typing import Any
 from bench.samples import Load, Sample, latency_row, load_row
 from bench.systems import System, random_prompt
 
-SETTLE_SECONDS = 0.05
-"""Between two measurements: the one before may still be freeing its blocks."""
+SETTLE_SECONDS = 1.5
+"""Between two measurements: vLLM's workers go on spinning for 1 s after their last step, and would
+take a core from the other system."""
 
 Say = Callable[[str], None]
 

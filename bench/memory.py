@@ -15,6 +15,9 @@ _RAY = {
     "raylet/raylet": "raylet",
     "runtime_env/agent": "runtime env agent",
     "dashboard/agent": "dashboard agent",
+    "dashboard/dashboard": "dashboard",
+    "ray::RuntimeEnvAgent": "runtime env agent",
+    "ray::DashboardAgent": "dashboard agent",
     "log_monitor": "log monitor",
     "monitor.py": "monitor",
 }
@@ -43,18 +46,17 @@ def part_of(command: list[str], log: str) -> tuple[str, str]:
     """The part and the process's role in it, from its command line and what its stdout is."""
     line = " ".join(command)
     title = command[0] if command else "?"
-    if log.endswith(".log") and Path(log).parent.name == "logs" and "pdserve" not in line:
-        slot = Path(log).stem
-        if slot != "cli":
-            return slot, _role(title, line)
     for mark, role in _RAY.items():
         if mark in line:
             return "ray", role
-    if "valkey" in line or "redis-server" in line:
-        return "store", "valkey"
-    if "pdserve" in line:
+    if any(Path(word).name == "pdserve" for word in command[:3]):
         return "cli", "pdserve up"
-    return "other", _role(title, line)
+    if "valkey" in title:
+        return "store", "valkey"
+    file = Path(log)
+    if file.suffix == ".log" and file.parent.name == "logs" and file.stem != "cli":
+        return file.stem, _role(title, line)
+    return ("ray", title) if title.startswith("ray::") else ("other", _role(title, line))
 
 
 def _role(title: str, line: str) -> str:
@@ -64,11 +66,14 @@ def _role(title: str, line: str) -> str:
         return "engine core"
     if "VLLM::Worker" in line:
         return "engine worker"
-    return "main" if title.startswith("ray::") else Path(title).name.split(" ")[0]
+    return "main" if title.startswith("ray::") else Path(title.split(" ")[0]).name
 
 
-def tree(root: psutil.Process, skip: int = 0, idle_seconds: float = 5.0) -> list[ProcessMemory]:
-    """`root` and everything below it, but `skip` and what is below that; watched for a while."""
+def tree(root: psutil.Process, skip: int, idle_seconds: float) -> list[ProcessMemory]:
+    """`root` and everything below it, but for process `skip` and what is below that; 0 skips none.
+
+    Takes `idle_seconds`, in which nothing should be asked.
+    """
     processes = [root, *root.children(recursive=True)]
     if skip:
         with suppress(psutil.Error):

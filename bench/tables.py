@@ -74,12 +74,10 @@ def phase_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def load_table(row: dict[str, Any]) -> str:
-    lines = [
-        [title, f"{row[f'{name}_cluster{unit}']:.1f}", f"{row[f'{name}_vllm{unit}']:.1f}",
-         f"{row[f'{name}_ratio']:.2f}"]
-        for title, name, unit in (
-            ("tokens/s", "tokens_per_second", ""), ("TTFT ms", "ttft", "_ms"), ("TPOT ms", "tpot", "_ms"),
-        )
-    ]  # fmt: skip
+    lines = []
+    kinds = (("tokens/s", "tokens_per_second", ""), ("TTFT ms", "ttft", "_ms"))
+    for title, name, unit in (*kinds, ("TPOT ms", "tpot", "_ms")):
+        values = [row[f"{name}_{system}{unit}"] for system in ("cluster", "vllm")]
+        lines.append([title, *(f"{v:.1f}" for v in values), f"{row[f'{name}_ratio']:.2f}"])
     title = f"{row['concurrency']} at once, {row['prompt_tokens']} tokens"
     return table([title, "cluster", "vLLM", "ratio"], lines)

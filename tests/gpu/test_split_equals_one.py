@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from cluster.config import HandoffConfig, ModelConfig
 from cluster.engine.protocol import EngineInfo, EngineRequest, Sampling
@@ -65,7 +66,7 @@ class Pair:
         return tokens, await self.decode.handoff_result(ticket.handoff_id)  # type: ignore[attr-defined]
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair() -> AsyncIterator[Pair]:
     from cluster.engine.vllm import VllmEngine
 

@@ -1,0 +1,92 @@
+"""The configuration: what it refuses, and in what words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config, RouterConfig
+from cluster.errors import ConfigError
+
+GOOD = "models:\n- {name: m, path: p}\n"
+
+
+def load(folder: Path, text: str) -> Config:
+    file = folder / "cluster.yaml"
+    file.write_text(text)
+    return Config.load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["mapping"]),
+        ("models: []", ["models"]),
+        ("models: [", ["not YAML"]),
+        (GOOD + "roter: {}", ["roter", "did you mean 'router'"]),
+        (GOOD + "router: {grpc_prt: 1}", ["router.grpc_prt", "did you mean 'grpc_port'"]),
+        ("models:\n- {nam: m, path: p}", ["models.0.nam", "did you mean 'name'"]),
+        ("models:\n- {name: m}", ["models.0.path", "required"]),
+        (GOOD + "router: {http_port: 70000}", ["router.http_port", "70000"]),
+        (GOOD + "router: {http_port: 50051}", ["must differ"]),
+        (GOOD + "- {name: m, path: q}", ["m is named twice"]),
+        (GOOD + "store: {url: 'http://x'}", ["store", "redis://"]),
+        (GOOD + "secret: short", ["16 characters"]),
+        ("models:\n- {name: m, path: p, engine_args: {block_size: 1}}", ["block_size"]),
+        ("models:\n- {name: m, path: p, engine_args: {speculative_config: {}}}", ["speculative"]),
+        ("models:\n- {name: m, path: p, decode: {replicas: -1}}", ["models.0.decode.replicas"]),
+    ],
+)
+def test_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_secrets_are_never_repeated(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, GOOD + "secret: hunter2\nstore: {url: 'http://:hunter3@x'}")
+    assert "hunter" not in str(caught.value)
+    config = load(tmp_path, GOOD + "secret: hunter2-hunter2-hunter2")
+    assert "hunter2" not in repr(config)
+
+
+def test_the_environment_overrides_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PDSERVE_ROUTER__GRPC_PORT", "6000")
+    config = load(tmp_path, GOOD + "router: {grpc_port: 5000, http_port: 5001}")
+    assert (config.router.grpc_port, config.router.http_port) == (6000, 5001)
+
+
+def test_model_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    config = load(tmp_path, "models:\n- {name: m, path: weights}\n- {name: h, path: org/model}")
+    assert [m.path for m in config.models] == [str(tmp_path / "weights"), "org/model"]
+
+
+def test_without_a_file_it_is_the_shipped_model() -> None:
+    config = Config.load(None)
+    assert (Path(config.models[0].path) / "config.json").exists()
+    assert config.router == RouterConfig()
+
+
+def test_the_sample_has_every_field() -> None:
+    """deploy/cluster.yaml is the reference; a field that it misses is not documented."""
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "deploy" / "cluster.yaml").read_text()
+    Config.load(root / "deploy" / "cluster.yaml")
+
+    def names(model: type) -> set[str]:
+        found = set()
+        for name, info in model.model_fields.items():  # type: ignore[attr-defined]
+            found.add(name)
+            for inner in (info.annotation, *getattr(info.annotation, "__args__", ())):
+                if hasattr(inner, "model_fields"):
+                    found |= names(inner)
+        return found
+
+    missing = {name for name in names(Config) if f"{name}:" not in text}
+    assert not missing
