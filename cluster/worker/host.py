@@ -134,7 +134,8 @@ class WorkerHost:
         )
         address = await self._listen(self._servicer)
         metrics, _ = prometheus_client.start_http_server(0, addr=self._host)
-        self._holdings = HoldingsMetrics(self._engine, record.role)
+        servicer = self._servicer
+        self._holdings = HoldingsMetrics(self._engine, record.role, lambda: servicer.served)
         self._record = replace(
             self._record,
             address=address,

@@ -46,6 +46,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         self._role = role
         self._running: set[asyncio.Task[None]] = set()
         self.draining = False
+        self.served = 0
+        """Sequences taken so far."""
 
     async def Serve(
         self, request_iterator: AsyncIterator[worker_pb2.RouterMessage], context: Any
@@ -81,6 +83,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         match message.WhichOneof("kind"):
             case "start":
+                self.served += 1
                 sequence_id = message.start.sequence_id
                 task = asyncio.create_task(self._run(message.start, outbox))
                 sequences[sequence_id] = task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -182,3 +183,18 @@ def stream(
     channel: grpc.Channel, request: inference_pb2.GenerateRequest, timeout: float
 ) -> Iterator[inference_pb2.GenerateResponse]:
     yield from inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout)
+
+
+def registered(cluster: RunningCluster) -> dict[str, WorkerRecord]:
+    """The registry's workers, read from the cluster's own store."""
+
+    async def read() -> dict[str, WorkerRecord]:
+        url = (cluster.folder / "run" / cluster.name / "store_url").read_text()
+        client = await connect(url, timeout=5)
+        try:
+            workers = await Registry(client, cluster.name).workers()
+        finally:
+            await client.aclose()
+        return {worker.worker_id: worker for worker in workers}
+
+    return asyncio.run(read())

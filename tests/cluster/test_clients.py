@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from examples.recall_task import Case, make_case
-from tests.cluster.running import RunningCluster
+from tests.cluster.running import RunningCluster, registered
 
 
 @pytest.fixture
@@ -167,3 +167,11 @@ def test_status_command(cluster: RunningCluster) -> None:
     workers = json.loads(done.stdout)["workers"]
     assert {worker["role"] for worker in workers} == {"prefill", "decode"}
     assert {worker["state"] for worker in workers} == {"ready"}
+
+
+def test_workers_export_vllms_metrics_and_ours(cluster: RunningCluster) -> None:
+    for worker in registered(cluster).values():
+        with urllib.request.urlopen(f"http://{worker.metrics_address}/metrics") as reply:
+            text = reply.read().decode()
+        assert "vllm:num_requests_running" in text
+        assert f'pdserve_kv_pinned_bytes{{reason="reserved",role="{worker.role}"}} 0.0' in text

@@ -3,7 +3,6 @@ the controller puts new lives in their place."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 
@@ -11,28 +10,13 @@ import grpc
 import psutil
 import pytest
 
-from cluster.store.client import connect
 from cluster.store.records import WorkerRecord
-from cluster.store.registry import Registry
 from examples.recall_task import make_case
 from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
-from tests.cluster.running import RunningCluster, generate
+from tests.cluster.running import RunningCluster, generate, registered
 
 RESTART_SECONDS = 200.0
 PREFILL, DECODE = "recall-tiny-prefill-0", "recall-tiny-decode-0"
-
-
-def registered(cluster: RunningCluster) -> dict[str, WorkerRecord]:
-    async def read() -> dict[str, WorkerRecord]:
-        url = (cluster.folder / "run" / cluster.name / "store_url").read_text()
-        client = await connect(url, timeout=5)
-        try:
-            workers = await Registry(client, cluster.name).workers()
-        finally:
-            await client.aclose()
-        return {worker.worker_id: worker for worker in workers}
-
-    return asyncio.run(read())
 
 
 def left_of(family: list[psutil.Process]) -> list[str]:
