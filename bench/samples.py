@@ -75,7 +75,7 @@ def latency_row(prompt: int, cluster: Sequence[Sample], vllm: Sequence[Sample]) 
             both.append(median(values))
             row[f"{name}_{system}_ms"] = both[-1]
             row[f"{name}_{system}_range_ms"] = [min(values), max(values)]
-        row[f"{name}_ratio"] = both[0] / both[1] if both[1] else None
+        row[f"{name}_ratio"] = _ratio(*both)
     for name in cluster[0].phases:
         row[f"{name}_ms"] = 1000 * median(sample.phases[name] for sample in cluster)
     row["transfer_ms"] = 1000 * median(sample.transfer for sample in cluster)
@@ -118,5 +118,10 @@ def load_row(
         row[f"tpot_{system}_ms"] = 1000 * median(sample.tpot for sample in samples)
     for name in ("tokens_per_second", "ttft", "tpot"):
         unit = "" if name == "tokens_per_second" else "_ms"
-        row[f"{name}_ratio"] = row[f"{name}_cluster{unit}"] / row[f"{name}_vllm{unit}"]
+        row[f"{name}_ratio"] = _ratio(row[f"{name}_cluster{unit}"], row[f"{name}_vllm{unit}"])
     return row
+
+
+def _ratio(cluster: float, vllm: float) -> float | None:
+    """None where vLLM's is 0, as the gap after a single token is."""
+    return cluster / vllm if vllm else None

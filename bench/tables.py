@@ -23,6 +23,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), f"| {' | '.join(rule)} |", *map(line, rows)])
 
 
+def ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 def startup_table(startup: dict[str, Any]) -> str:
     rows = [["the CLI's first line", "", f"{startup['first_line_seconds']:.1f}"]]
     for part in startup["parts"]:
@@ -51,7 +55,7 @@ def latency_table(rows: Sequence[dict[str, Any]]) -> str:
             cells += [
                 f"{row[f'{name}_cluster_ms']:.1f}",
                 f"{row[f'{name}_vllm_ms']:.1f}",
-                f"{row[f'{name}_ratio']:.2f}",
+                ratio(row[f"{name}_ratio"]),
             ]
         cells += [f"{row['handoff_wait_ms']:.1f}", f"{row['handoff_bytes'] / 1024:.0f}"]
         lines.append(cells)
@@ -67,7 +71,7 @@ def phase_table(rows: Sequence[dict[str, Any]]) -> str:
         outside = row["ttft_cluster_ms"] - sum(row[f"{name}_ms"] for name in names[:3])
         cells = [f"{row[f'{name}_ms']:.1f}" for name in names]
         lines.append(
-            [str(row["prompt_tokens"]), *cells, f"{outside:.1f}", f"{row['second_ratio']:.1f}"]
+            [str(row["prompt_tokens"]), *cells, f"{outside:.1f}", ratio(row["second_ratio"])]
         )
     spoken = [name.replace("_", " ") for name in names]
     return table(["prompt, ms", *spoken, "TTFT outside", "2nd token, ratio"], lines)
@@ -78,6 +82,6 @@ def load_table(row: dict[str, Any]) -> str:
     kinds = (("tokens/s", "tokens_per_second", ""), ("TTFT ms", "ttft", "_ms"))
     for title, name, unit in (*kinds, ("TPOT ms", "tpot", "_ms")):
         values = [row[f"{name}_{system}{unit}"] for system in ("cluster", "vllm")]
-        lines.append([title, *(f"{v:.1f}" for v in values), f"{row[f'{name}_ratio']:.2f}"])
+        lines.append([title, *(f"{v:.1f}" for v in values), ratio(row[f"{name}_ratio"])])
     title = f"{row['concurrency']} at once, {row['prompt_tokens']} tokens"
     return table([title, "cluster", "vLLM", "ratio"], lines)

@@ -21,7 +21,7 @@ BLOCKS_USED = Gauge("pdserve_kv_blocks_used", "KV blocks that requests hold.", [
 
 
 class HoldingsMetrics:
-    """Looks at the engine's holdings now and then, and leaves an idle engine alone: asking wakes it.
+    """Looks at the engine's holdings now and then, but not while it idles: asking wakes it.
 
     Args:
         role: the label of the gauges.

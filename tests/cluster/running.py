@@ -16,6 +16,9 @@ from pathlib import Path
 import grpc
 import psutil
 
+from cluster.store.client import connect
+from cluster.store.records import WorkerRecord
+from cluster.store.registry import Registry
 from pdserve.v1 import (
     common_pb2,
     inference_pb2,

@@ -125,13 +125,23 @@ def test_a_tree_holds_this_process() -> None:
     assert mine.pss is None or mine.pss <= mine.rss
 
 
+def test_one_token_makes_tables_too() -> None:
+    names = ("queue", "prefill_queue", "prefill", "handoff_wait", "decode_queue", "first_step")
+    one = Sample((1,), 0.1, 0.0, 0.0, 0.1, phases=dict.fromkeys(names, 0.0))
+    row = latency_row(128, [one], [one])
+    assert row["tpot_ratio"] is None
+    assert "1.00" in tables.latency_table([row])
+    assert tables.phase_table([row])
+    assert tables.load_table(load_row(128, 1, [Load(1, (one,))], [Load(1, (one,))]))
+
+
 def test_tables_are_aligned() -> None:
     lines = tables.table(["a", "bb"], [["long", "1"], ["b", "1000"]]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1] == "| ---- | ---: |"
 
 
-@pytest.mark.parametrize("bad", [["--runs", "0"], ["--prompts", "0"], ["--output", "1"]])
+@pytest.mark.parametrize("bad", [["--runs", "0"], ["--prompts", "0"], ["--output", "0"]])
 def test_impossible_arguments_are_refused(bad: list[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         cluster_cpu.arguments(bad)
