@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
 
@@ -11,6 +12,9 @@ from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.ticket import TicketSigner
 from cluster.worker.sequence import Emit, Identity, SequenceReport, SequenceStart, SequenceStep
 from cluster.worker.tickets import check_ticket
+
+RESULT_SECONDS = 5.0
+"""A result comes with the engine step in which its request goes on; more is never."""
 
 
 class DecodeFace:
@@ -27,6 +31,8 @@ class DecodeFace:
         request = EngineRequest(
             start.sequence_id, start.prompt_token_ids, start.sampling, start.cache_salt, handoff
         )
+        if handoff is not None:
+            self._engine.expect_handoff(handoff.handoff_id)
         try:
             await self._stream(request, accepted, emit)
         finally:
@@ -71,17 +77,24 @@ class DecodeFace:
                 offset += len(output.token_ids)
 
     async def _report(self, request: EngineRequest, stamps: _Stamps) -> SequenceReport:
-        result = None
-        if request.handoff is not None:
-            result = await self._engine.handoff_result(request.handoff.handoff_id)
-        return stamps.report(result, self._me.transport)
+        return stamps.report(await self._result(request), self._me.transport)
 
     async def _why(self, request: EngineRequest) -> PdserveError:
         """vLLM says only that a request failed; the handoff's result says why."""
+        result = await self._result(request)
+        if result is None or result.ok:
+            return EngineFailed("the decode engine could not run the request")
+        return HandoffRefused(result.error)
+
+    async def _result(self, request: EngineRequest) -> HandoffResult | None:
+        """How the handoff ended; None if there was none, or the engine has nothing to say of it."""
         if request.handoff is None:
-            return EngineFailed("the engine could not run the request")
-        result = await self._engine.handoff_result(request.handoff.handoff_id)
-        return HandoffRefused(result.error or "the engine could not take the handoff")
+            return None
+        try:
+            async with asyncio.timeout(RESULT_SECONDS):
+                return await self._engine.handoff_result(request.handoff.handoff_id)
+        except TimeoutError:
+            return None
 
 
 class _Stamps:

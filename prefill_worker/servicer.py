@@ -35,6 +35,8 @@ class PrefillFace:
             start.cache_salt,
             handoff,
         )
+        if handoff is not None:
+            self._engine.expect_handoff(handoff.handoff_id)
         try:
             output = await self._first_token(request)
         finally:

@@ -161,8 +161,12 @@ class Engine(Protocol):
         """
         ...
 
+    def expect_handoff(self, handoff_id: str) -> None:
+        """Somebody will ask how this handoff ended; call it before `generate`."""
+        ...
+
     async def handoff_result(self, handoff_id: str) -> HandoffResult:
-        """How a handoff ended on this engine; waits for it."""
+        """How an expected handoff ended on this engine; waits for it."""
         ...
 
     def forget_handoff(self, handoff_id: str) -> None:

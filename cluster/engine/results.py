@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from cluster.kv.handoff import HandoffResult
 
-MAX_UNCLAIMED = 4096
+
+@dataclass
+class _Expected:
+    parts: list[HandoffResult] = field(default_factory=list)
+    whole: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class HandoffResults:
-    """Waits for every rank's part and joins them: bytes add up, the first error counts.
+    """Joins the parts of every rank: bytes add up, the first error counts.
+
+    Only what is expected is kept, so a result that comes after its request has ended is no burden.
 
     Args:
         ranks: parts that make a whole.
@@ -20,35 +25,31 @@ class HandoffResults:
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
-        self._parts: OrderedDict[str, list[HandoffResult]] = OrderedDict()
-        self._waiters: dict[str, asyncio.Future[HandoffResult]] = {}
+        self._expected: dict[str, _Expected] = {}
+
+    def expect(self, handoff_id: str) -> None:
+        """Keeps what comes of this handoff until `forget`."""
+        self._expected[handoff_id] = _Expected()
 
     def add(self, part: HandoffResult) -> None:
-        parts = self._parts.setdefault(part.handoff_id, [])
-        parts.append(part)
-        while len(self._parts) > MAX_UNCLAIMED:
-            self._parts.popitem(last=False)
-        waiter = self._waiters.get(part.handoff_id)
-        if waiter is not None and not waiter.done() and self._whole(parts):
-            waiter.set_result(_join(parts))
+        """A rank's part; any rank's failure makes the whole a failure at once."""
+        expected = self._expected.get(part.handoff_id)
+        if expected is not None:
+            expected.parts.append(part)
+            if part.error or len(expected.parts) >= self._ranks:
+                expected.whole.set()
 
     async def wait(self, handoff_id: str) -> HandoffResult:
-        """The joined result; any rank's failure ends the wait at once."""
-        parts = self._parts.get(handoff_id, [])
-        if self._whole(parts):
-            return _join(parts)
-        waiter = self._waiters.get(handoff_id)
-        if waiter is None:
-            waiter = self._waiters[handoff_id] = asyncio.get_running_loop().create_future()
-        return await asyncio.shield(waiter)
+        """The joined result of an expected handoff. Raises KeyError for another one."""
+        expected = self._expected[handoff_id]
+        await expected.whole.wait()
+        return _join(expected.parts)
 
     def forget(self, handoff_id: str) -> None:
-        self._parts.pop(handoff_id, None)
-        if waiter := self._waiters.pop(handoff_id, None):
-            waiter.cancel()
+        self._expected.pop(handoff_id, None)
 
-    def _whole(self, parts: list[HandoffResult]) -> bool:
-        return len(parts) >= self._ranks or any(part.error for part in parts)
+    def __len__(self) -> int:
+        return len(self._expected)
 
 
 def _join(parts: list[HandoffResult]) -> HandoffResult:

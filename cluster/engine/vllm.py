@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -33,6 +34,8 @@ from cluster.errors import EngineFailed, InvalidRequest, PdserveError
 from cluster.kv.connector.worker import SECRET_ENV
 from cluster.kv.handoff import HandoffResult
 from cluster.kv.layout import model_digest
+
+log = logging.getLogger(__name__)
 
 _FINISH = {"stop": "stop", "length": "length", "abort": "cancelled", "error": "error"}
 DEATH_POLL_SECONDS = 0.5
@@ -121,6 +124,9 @@ class VllmEngine:
             "enable_prefix_caching": True,
             "disable_hybrid_kv_cache_manager": True,
             "enable_log_requests": False,
+            # One backend for every guide: vLLM keeps the first one it was asked for, and xgrammar
+            # takes regular expressions whose every token then costs seconds.
+            "structured_outputs_config": {"backend": "guidance"},
             "logits_processors": ["cluster.kv.first_token:FirstTokenProcessor"],
             "worker_cls": (
                 "cluster.engine.cpu_worker.SeededCpuWorker" if current_platform.is_cpu() else "auto"
@@ -155,6 +161,9 @@ class VllmEngine:
             raise EngineFailed("the engine has died") from error
         except (ValueError, VLLMClientError, EngineGenerateError) as error:
             raise _refusal(request, error) from error
+
+    def expect_handoff(self, handoff_id: str) -> None:
+        self._results.expect(handoff_id)
 
     async def handoff_result(self, handoff_id: str) -> HandoffResult:
         return await self._results.wait(handoff_id)
@@ -206,7 +215,8 @@ def _refusal(request: EngineRequest, error: Exception) -> PdserveError:
         return InvalidRequest("sampling.guide", reason)
     if isinstance(cause, ValueError | VLLMClientError):
         return InvalidRequest("sampling", reason)
-    return EngineFailed(f"the engine could not take the request: {reason}")
+    log.error("request %s was not taken", request.sequence_id, exc_info=error)
+    return EngineFailed("the engine could not take the request")
 
 
 def _output(output: RequestOutput) -> EngineOutput:

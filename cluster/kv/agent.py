@@ -15,7 +15,7 @@ from cluster.kv.first_token import FIRST_TOKENS
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
 from cluster.kv.paged import PagedCache
-from cluster.kv.receiver import Receiver
+from cluster.kv.receiver import Receiver, Terms
 from cluster.kv.sender import Sender
 from cluster.kv.transport.grpc import GrpcTransport
 from cluster.kv.transport.seam import Transport
@@ -47,6 +47,7 @@ class HandoffAgent:
         host: str,
         max_message_bytes: int,
         max_streams: int,
+        vocab_size: int,
     ) -> None:
         self.mailbox = Mailbox()
         self.address = ""
@@ -54,7 +55,12 @@ class HandoffAgent:
         message_bytes = max(max_message_bytes, cache.block_bytes)
         self._transport: Transport = GrpcTransport(host, message_bytes, max_streams)
         self.receiver = Receiver(
-            cache, self._ledger, self.mailbox, signer, FIRST_TOKENS, worker_id, incarnation, layout
+            cache,
+            self._ledger,
+            self.mailbox,
+            signer,
+            FIRST_TOKENS,
+            Terms(worker_id, incarnation, layout, rank, vocab_size),
         )
         self.sender = Sender(
             cache, self._ledger, self.mailbox, self._transport, rank, max_message_bytes

@@ -7,6 +7,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+SAMPLES = 256
+SAMPLE_BYTES = 64 << 10
+
 
 @dataclass(frozen=True)
 class KvLayout:
@@ -49,16 +52,29 @@ class KvLayout:
 
 
 def model_digest(path: str, revision: str | None, quantization: str | None) -> str:
-    """Tells models apart: a local model by its config and its weight files' names and sizes, a hub
-    model by name and revision."""
+    """Tells weights apart: a hub model by its commit, a local one by its configuration and by its
+    weight files' names, sizes and samples of their contents, ends included.
+
+    Raises:
+        OSError: a hub model's configuration can neither be fetched nor found in the cache.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{revision}\n{quantization}\n".encode())
+    digest.update(f"{quantization}\n".encode())
     folder = Path(path)
     if not folder.is_dir():
-        digest.update(path.encode())
+        from huggingface_hub import snapshot_download
+
+        commit = Path(snapshot_download(path, revision=revision, allow_patterns="config.json")).name
+        digest.update(f"{path}@{commit}".encode())
         return digest.hexdigest()
-    config = folder / "config.json"
-    digest.update(config.read_bytes() if config.exists() else b"")
-    for weights in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{weights.name}:{weights.stat().st_size}\n".encode())
+    for file in sorted(folder.iterdir()):
+        if file.name == "config.json" or file.suffix in (".safetensors", ".bin", ".pt", ".gguf"):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}\n".encode())
+            with file.open("rb") as content:
+                for at in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+                    content.seek(at)
+                    digest.update(content.read(SAMPLE_BYTES))
+                content.seek(max(0, size - SAMPLE_BYTES))
+                digest.update(content.read(SAMPLE_BYTES))
     return digest.hexdigest()

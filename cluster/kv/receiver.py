@@ -59,6 +59,21 @@ class _Reservation:
     last_frame_at: float = 0.0
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What this engine rank is; pushes for anything else are refused.
+
+    Attributes:
+        layout: fingerprint of its KV layout.
+    """
+
+    worker_id: str
+    incarnation: str
+    layout: str
+    rank: int
+    vocab_size: int
+
+
 class _CalledOff(HandoffRefused):
     """Refused because the request has ended meanwhile, as when a client goes away."""
 
@@ -67,8 +82,7 @@ class Receiver:
     """Takes handoffs for one engine rank.
 
     Args:
-        worker_id, incarnation: of this worker; tickets for another are refused.
-        layout: fingerprint of this worker's KV layout.
+        terms: what a push must be for.
     """
 
     def __init__(
@@ -78,17 +92,14 @@ class Receiver:
         mailbox: Mailbox,
         signer: TicketSigner,
         first_tokens: FirstTokens,
-        worker_id: str,
-        incarnation: str,
-        layout: str,
+        terms: Terms,
     ) -> None:
         self._cache = cache
         self._ledger = ledger
         self._mailbox = mailbox
         self._signer = signer
         self._first_tokens = first_tokens
-        self._me = (worker_id, incarnation)
-        self._layout = layout
+        self._terms = terms
         self._reservations: dict[str, _Reservation] = {}
         self._arrivals: dict[str, asyncio.Event] = {}
         self._spent: dict[str, float] = {}
@@ -165,9 +176,12 @@ class Receiver:
 
     def _admit(self, opening: Open) -> Ticket:
         ticket = self._signer.verify(opening.ticket, time.time())
-        if (ticket.decode_worker, ticket.decode_incarnation) != self._me:
+        me = (self._terms.worker_id, self._terms.incarnation)
+        if (ticket.decode_worker, ticket.decode_incarnation) != me:
             raise HandoffRefused("the ticket is for another worker or another life of this one")
-        if ticket.layout != self._layout:
+        if opening.rank != self._terms.rank:
+            raise HandoffRefused(f"rank {opening.rank} pushes to rank {self._terms.rank}")
+        if ticket.layout != self._terms.layout:
             raise HandoffRefused("the ticket is for another KV layout")
         now = time.monotonic()
         self._spent = {key: until for key, until in self._spent.items() if until > now}
@@ -230,6 +244,8 @@ class Receiver:
             raise HandoffRefused("prefill committed before every block had arrived")
         if commit.num_tokens != reserve.num_tokens:
             raise HandoffRefused(f"committed {commit.num_tokens} of {reserve.num_tokens} tokens")
+        if commit.first_token_id >= self._terms.vocab_size:
+            raise HandoffRefused(f"first token {commit.first_token_id} is not in the vocabulary")
         self._first_tokens.put(reserve.handoff_id, commit.first_token_id)
         self._end(reserve.handoff_id, error="")
 

@@ -7,16 +7,16 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
 from cluster.engine.protocol import Engine
-from cluster.errors import PdserveError
 
 log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 5.0
 
 PINNED = Gauge("pdserve_kv_pinned_bytes", "KV bytes that handoffs pin.", ["role", "reason"])
+FAULTS = Counter("pdserve_kv_ledger_faults_total", "Looks that found the ledger wrong.", ["role"])
 BLOCKS_USED = Gauge("pdserve_kv_blocks_used", "KV blocks that requests hold.", ["role"])
 
 
@@ -25,28 +25,28 @@ class HoldingsMetrics:
 
     Args:
         role: the label of the gauges.
-        served: sequences taken so far.
+        busy: whether sequences run now.
     """
 
-    def __init__(self, engine: Engine, role: str, served: Callable[[], int]) -> None:
+    def __init__(self, engine: Engine, role: str, busy: Callable[[], bool]) -> None:
         self._engine = engine
         self._role = role
-        self._served = served
+        self._busy = busy
         self._task = asyncio.create_task(self._watch())
 
     def stop(self) -> None:
         self._task.cancel()
 
     async def _watch(self) -> None:
-        seen, holds = -1, True
+        look = True
         while True:
-            served = self._served()
-            if holds or served != seen:
-                seen = served
+            busy = self._busy()
+            if look or busy:
                 try:
-                    holds = await self._look()
-                except PdserveError as error:
-                    log.warning("holdings unknown: %s", error)
+                    look = await self._look() or busy  # once more after the last sequence
+                except Exception:
+                    log.exception("holdings unknown")
+                    FAULTS.labels(self._role).inc()
             await asyncio.sleep(INTERVAL_SECONDS)
 
     async def _look(self) -> bool:

@@ -19,7 +19,7 @@ from grpc_health.v1.health import aio as health_aio
 
 from cluster.config import Config, ModelConfig
 from cluster.engine.protocol import Engine, EngineInfo, EngineRequest, Guide, Sampling
-from cluster.errors import ConfigError, EngineFailed, PdserveError
+from cluster.errors import ConfigError, EngineFailed, PdserveError, Unavailable
 from cluster.store.client import connect
 from cluster.store.records import WorkerRecord
 from cluster.store.registry import Registry
@@ -135,7 +135,7 @@ class WorkerHost:
         address = await self._listen(self._servicer)
         metrics, _ = prometheus_client.start_http_server(0, addr=self._host)
         servicer = self._servicer
-        self._holdings = HoldingsMetrics(self._engine, record.role, lambda: servicer.served)
+        self._holdings = HoldingsMetrics(self._engine, record.role, lambda: servicer.busy)
         self._record = replace(
             self._record,
             address=address,
@@ -150,10 +150,11 @@ class WorkerHost:
         )
 
     def _refuse_unservable(self, info: EngineInfo) -> None:
-        if info.num_blocks * info.block_size < info.max_model_len:
+        room = (info.num_blocks - 1) * info.block_size  # vLLM keeps one block for itself
+        if room < info.max_model_len:
             raise ConfigError(
                 f"models.{self._model.name}.kv_cache_bytes: holds"
-                f" {info.num_blocks * info.block_size} tokens, and one request may take"
+                f" {room} tokens, and one request may take"
                 f" {info.max_model_len}; raise it or lower max_model_len"
             )
 
@@ -200,14 +201,14 @@ class WorkerHost:
         if self._stopped.is_set():
             return
         cause = died.result() if died.done() and not died.cancelled() else "superseded"
-        await self._announce("failed", cause)
+        await self._announce_if_possible("failed", cause)
         raise EngineFailed(cause)
 
     async def stop(self, drain_seconds: float) -> None:
         """Drains, then ends every part; harmless if it never started."""
         if self._servicer is not None and self._membership is not None:
             self._servicer.draining = True
-            await self._announce("draining", "stopping")
+            await self._announce_if_possible("draining", "stopping")
             await self._servicer.drain(drain_seconds)
         self._stopped.set()
         if self._holdings is not None:
@@ -218,6 +219,15 @@ class WorkerHost:
             await self._engine.stop()
         if self._membership is not None:
             await self._membership.withdraw()
+
+    async def _announce_if_possible(
+        self, state: Literal["draining", "failed"], detail: str
+    ) -> None:
+        """What must go on also while the store is out."""
+        try:
+            await self._announce(state, detail)
+        except Unavailable as error:
+            log.warning("not announced as %s: %s", state, error)
 
     async def _announce(
         self, state: Literal["starting", "ready", "draining", "failed"], detail: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -19,6 +20,8 @@ from cluster.worker.wire import sequence_output, sequence_start
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
+
+PUSH_POLL_SECONDS = 0.1
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
@@ -46,8 +49,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         self._role = role
         self._running: set[asyncio.Task[None]] = set()
         self.draining = False
-        self.served = 0
-        """Sequences taken so far."""
+
+    @property
+    def busy(self) -> bool:
+        """Sequences run now."""
+        return bool(self._running)
 
     async def Serve(
         self, request_iterator: AsyncIterator[worker_pb2.RouterMessage], context: Any
@@ -65,15 +71,23 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         outbox = Outbox()
         sequences: dict[str, asyncio.Task[None]] = {}
         writer = asyncio.create_task(_write(outbox, context))
+        reader = asyncio.create_task(self._read(request_iterator, sequences, outbox))
         try:
-            async for message in request_iterator:
-                self._receive(message, sequences, outbox)
+            await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            writer.cancel()
-            tasks = list(sequences.values())
+            tasks = [writer, reader, *sequences.values()]
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(writer, *tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(
+        self,
+        messages: AsyncIterator[worker_pb2.RouterMessage],
+        sequences: dict[str, asyncio.Task[None]],
+        outbox: Outbox,
+    ) -> None:
+        async for message in messages:
+            self._receive(message, sequences, outbox)
 
     def _receive(
         self,
@@ -83,7 +97,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         match message.WhichOneof("kind"):
             case "start":
-                self.served += 1
                 sequence_id = message.start.sequence_id
                 task = asyncio.create_task(self._run(message.start, outbox))
                 sequences[sequence_id] = task
@@ -151,10 +164,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         return worker_pb2.DrainResponse(remaining=await self.drain(request.timeout_seconds))
 
     async def drain(self, timeout_seconds: float) -> int:
-        """Refuses new sequences; the number still running when the time is over."""
+        """Refuses new sequences; waits for the running ones and for the pushes they left behind.
+
+        Returns:
+            The sequences still running when the time is over.
+        """
         self.draining = True
+        deadline = time.monotonic() + timeout_seconds
         if self._running:
             await asyncio.wait(self._running, timeout=timeout_seconds)
+        with contextlib.suppress(PdserveError):
+            while time.monotonic() < deadline and (await self._engine.holdings()).ledger:
+                await asyncio.sleep(PUSH_POLL_SECONDS)
         return len(self._running)
 
     async def _authorize(self, context: Any) -> None:

@@ -113,6 +113,18 @@ def test_details_name_the_field(channel: grpc.Channel) -> None:
     assert "google.rpc.BadRequest" in status.details[0].type_url
 
 
+@pytest.mark.parametrize("regex", ["((a{0,100}){0,100}){0,100}", "(a|aa)+(a|aa)+(a|aa)+b" * 20])
+def test_a_guide_that_explodes_hurts_nobody_else(channel: grpc.Channel, regex: str) -> None:
+    """It may end in any way, but soon; `still_serves` does the rest."""
+    guide = common_pb2.Guide(regex=regex)
+    request = ask(text="hi", sampling={"max_tokens": 60, "guide": guide})
+    call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=30)
+    try:
+        list(call)
+    except grpc.RpcError:
+        assert call.code() != grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 def test_unknown_model(channel: grpc.Channel) -> None:
     code, details = refusal(channel, ask(text="hi", model="other"))
     assert code == grpc.StatusCode.NOT_FOUND

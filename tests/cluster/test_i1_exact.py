@@ -134,6 +134,7 @@ def reference() -> Iterator[Any]:
         kv_cache_memory_bytes=128 << 20,
         enforce_eager=True,
         disable_log_stats=True,
+        structured_outputs_config={"backend": "guidance"},
     )
     yield llm
     llm.llm_engine.engine_core.shutdown()

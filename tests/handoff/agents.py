@@ -38,6 +38,7 @@ def start_agent(name: str, cache: PagedCache, max_message_bytes: int = 4096) -> 
         host="127.0.0.1",
         max_message_bytes=max_message_bytes,
         max_streams=64,
+        vocab_size=100,
     )
     agent.start()
     return agent

@@ -242,6 +242,7 @@ async def test_order_repetition_and_gaps(prefill: Prefill, decode: Decode, peer:
             "no blocks": [Blocks(BlockRun(0, 0, 0, 0, run.checksum), memoryview(b""))],
             "short payload": [Blocks(run, a.payload[:-4])],
             "second ticket": [Open(sign(ticket), 0)],
+            "no such token": [a, b, c, Commit(3, 100, 2 * TOKENS)],
             "given up": [a, Abort("preempted")],
             "stopped half-way": [a, b],
         }[name]  # fmt: skip
@@ -249,7 +250,7 @@ async def test_order_repetition_and_gaps(prefill: Prefill, decode: Decode, peer:
     for name in [
         "reordered", "repeated", "repeated with the right number", "missing layer", "short count",
         "wrong length", "no such layer", "past the end", "no blocks", "short payload",
-        "second ticket", "given up", "stopped half-way",
+        "second ticket", "no such token", "given up", "stopped half-way",
     ]:  # fmt: skip
         ticket = make_ticket(2 * TOKENS)
         wire = sign(ticket)
@@ -274,6 +275,11 @@ async def test_frames_that_are_none_are_refused(
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
     await refused(decode, peer, ticket, wire, Open(wire, 0), garbage)
+
+
+async def test_another_rank_is_refused(decode: Decode, peer: RawPeer) -> None:
+    replies = await peer.push(Open(sign(make_ticket(TOKENS)), 1))
+    assert replies == [Refused("rank 1 pushes to rank 0")]
 
 
 async def test_a_push_must_begin_with_a_ticket(decode: Decode, peer: RawPeer) -> None:

@@ -29,6 +29,7 @@ class ScriptedEngine:
         self.error = error  # None: the handoff never ends
         self.requests: list[EngineRequest] = []
         self.aborted = False
+        self.expected: list[str] = []
         self.forgotten: list[str] = []
         self.hang = asyncio.Event()
 
@@ -43,7 +44,11 @@ class ScriptedEngine:
             self.aborted = True
             raise
 
+    def expect_handoff(self, handoff_id: str) -> None:
+        self.expected.append(handoff_id)
+
     async def handoff_result(self, handoff_id: str) -> HandoffResult:
+        assert handoff_id in self.expected
         if self.error is None:
             await self.hang.wait()
         return HandoffResult(handoff_id, "decode", self.error or "", bytes=9, ended_at=1.0)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cluster.engine.results import MAX_UNCLAIMED, HandoffResults
+from cluster.engine.results import HandoffResults
 from cluster.kv.handoff import HandoffResult
 
 
@@ -14,8 +14,14 @@ def part(handoff_id: str = "h", error: str = "", size: int = 10) -> HandoffResul
     return HandoffResult(handoff_id, "decode", error, bytes=size, frames=1, ended_at=float(size))
 
 
+def expecting(ranks: int) -> HandoffResults:
+    results = HandoffResults(ranks)
+    results.expect("h")
+    return results
+
+
 async def test_every_rank_counts() -> None:
-    results = HandoffResults(ranks=2)
+    results = expecting(ranks=2)
     results.add(part(size=10))
     waiting = asyncio.create_task(results.wait("h"))
     await asyncio.sleep(0)
@@ -26,7 +32,7 @@ async def test_every_rank_counts() -> None:
 
 
 async def test_one_rank_that_fails_ends_the_wait() -> None:
-    results = HandoffResults(ranks=2)
+    results = expecting(ranks=2)
     waiting = asyncio.create_task(results.wait("h"))
     await asyncio.sleep(0)
     results.add(part(error="checksum differs"))
@@ -34,22 +40,18 @@ async def test_one_rank_that_fails_ends_the_wait() -> None:
 
 
 async def test_a_result_may_come_before_the_question() -> None:
-    results = HandoffResults(ranks=1)
+    results = expecting(ranks=1)
     results.add(part())
     assert (await results.wait("h")).ok
 
 
-async def test_who_waits_is_told_when_it_is_forgotten() -> None:
-    results = HandoffResults(ranks=1)
-    waiting = asyncio.create_task(results.wait("h"))
-    await asyncio.sleep(0)
-    results.forget("h")
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-
-
-async def test_unclaimed_results_are_bounded() -> None:
-    results = HandoffResults(ranks=1)
-    for i in range(MAX_UNCLAIMED + 10):
+async def test_what_nobody_expects_is_not_kept() -> None:
+    results = expecting(ranks=1)
+    for i in range(10_000):
         results.add(part(handoff_id=str(i)))
-    assert len(results._parts) == MAX_UNCLAIMED
+    results.add(part())
+    results.forget("h")
+    results.add(part())
+    assert len(results) == 0
+    with pytest.raises(KeyError):
+        await results.wait("h")

@@ -56,11 +56,14 @@ class PdserveConnector(KVConnectorBase_V1):
                 get_tensor_model_parallel_rank(),
                 vllm_config.parallel_config.tensor_parallel_size,
                 _backend(vllm_config),
+                vllm_config.model_config.get_vocab_size(),
             )
 
     @property
     def requires_kv_delivery(self) -> bool:
-        return True
+        """False: a preempted prefill's handoff is called off here, so nothing it says in flight can
+        hand stale blocks off, and a preempted decode must not lose a token it has drawn."""
+        return False
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:

@@ -38,11 +38,14 @@ class ConnectorConfig:
 class WorkerSide:
     """Starts the handoff agent on the registered cache and relays between it and the engine."""
 
-    def __init__(self, config: ConnectorConfig, rank: int, ranks: int, backend: str) -> None:
+    def __init__(
+        self, config: ConnectorConfig, rank: int, ranks: int, backend: str, vocab_size: int
+    ) -> None:
         self._config = config
         self._rank = rank
         self._ranks = ranks
         self._backend = backend
+        self._vocab_size = vocab_size
         self._layers: dict[str, int] = {}
         self._offers: tuple[Offer, ...] = ()
         self._cache: PagedCache | None = None
@@ -75,6 +78,7 @@ class WorkerSide:
             config.host,
             config.max_message_bytes,
             config.max_streams,
+            self._vocab_size,
         )
         self.agent.start()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from cluster.kv.transport.frames import (
     encode_reply,
 )
 from cluster.kv.transport.seam import Outbound, Serve
+
+log = logging.getLogger(__name__)
 
 _METHOD = "/pdserve.v1.KvTransfer/Push"
 _FRAME_SLACK = 8192  # a ticket, or a header
@@ -90,6 +93,7 @@ class GrpcTransport:
             *self._options,
             ("grpc.so_reuseport", 0),
             ("grpc.max_concurrent_streams", max_streams),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ]
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._server: grpc.aio.Server | None = None
@@ -132,8 +136,10 @@ class GrpcTransport:
 def _why(error: BaseException) -> str:
     if not isinstance(error, grpc.aio.AioRpcError):
         return "the decode worker closed the transfer"
-    verb = "cannot be reached" if error.code() == grpc.StatusCode.UNAVAILABLE else "broke off"
-    return f"the decode worker {verb}: {error.code().name}: {error.details()}"
+    log.warning("push failed: %s: %s", error.code().name, error.details())
+    if error.code() == grpc.StatusCode.UNAVAILABLE:
+        return "the decode worker cannot be reached"
+    return f"the decode worker broke the transfer off ({error.code().name})"
 
 
 def _bracketed(host: str) -> str:
