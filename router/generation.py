@@ -7,9 +7,6 @@ from typing import Literal
 
 from cluster.ids import RequestId
 
-GREEDY_BELOW = 1e-5
-"""A temperature below it is greedy, as in vLLM."""
-
 
 @dataclass(frozen=True)
 class Guide:
@@ -53,8 +50,8 @@ class Sampling:
     @property
     def replayable(self) -> bool:
         """Running it again on the same prompt gives the same tokens."""
-        greedy = self.temperature is not None and self.temperature < GREEDY_BELOW
-        return greedy or self.seed is not None
+        # vLLM draws at any temperature above 0, and takes a seed of -1 as none.
+        return self.temperature == 0 or (self.seed is not None and self.seed != -1)
 
     def completion(self, index: int) -> Sampling:
         """The sampling of completion `index` of n: alone, with its own seed, as vLLM splits it."""

@@ -111,3 +111,5 @@ async def _send(running: Running, request_id: RequestId, context: Context) -> No
     except TimeoutError:
         error = running.buffer.error or PdserveError("cut without an error")
         await refuse(context, error)
+    finally:
+        running.buffer.on_cut = None

@@ -106,6 +106,9 @@ class Running:
     def _end(self, end: Completed | PdserveError) -> None:
         self._deadline.cancel()
         self.buffer.close(end)
-        if isinstance(end, Overloaded) or self._clock.now() >= self.generation.deadline:
-            self.buffer.cut()
-        self._ended(self, end)
+        late = self._clock.now() >= self.generation.deadline
+        try:
+            if isinstance(end, Overloaded) or (late and isinstance(end, PdserveError)):
+                self.buffer.cut()
+        finally:
+            self._ended(self, end)

@@ -89,6 +89,8 @@ class RouterServer:
         self._background: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
+        self.broken = asyncio.Event()
+        """Set when a part of the router has died: it serves errors only and must be replaced."""
         self.metrics = RouterMetrics(CollectorRegistry())
         self.grpc_address = ""
         self.http_address = ""
@@ -226,6 +228,7 @@ class RouterServer:
     def _broke(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             log.critical("the router is broken", exc_info=task.exception())
+            self.broken.set()
             self._wake()
 
     async def _end_background(self) -> None:

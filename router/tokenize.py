@@ -19,6 +19,9 @@ from router.generation import ChatMessage, Prompt
 INLINE_CHARS = 50_000
 """Longer texts are encoded in a thread, so that they do not hold up other requests' tokens."""
 
+MESSAGE_CHARS = 16
+"""What a chat template is taken to write around a message."""
+
 
 class Tokenizer:
     """One model's tokenizer.
@@ -70,7 +73,7 @@ class Tokenizer:
         if prompt.token_ids is not None:
             return prompt.token_ids
         if prompt.chat is not None:
-            chars = sum(len(m.content) for m in prompt.chat)
+            chars = sum(len(m.role) + len(m.content) + MESSAGE_CHARS for m in prompt.chat)
             return await self._run(chars, self._encode_chat, prompt.chat)
         text = prompt.text or ""
         return await self._run(len(text), self._encode_text, text)

@@ -88,13 +88,25 @@ def check_timeout(seconds: float | None) -> float:
     return seconds
 
 
+MAX_MESSAGES = 4096
+MAX_ROLE_CHARS = 64
+
+
 def check_chat(messages: Sequence[ChatMessage]) -> None:
-    """Raises InvalidRequest if there is no message, or one without a role."""
+    """Raises InvalidRequest if there is no message or too many, or one without a fit role."""
     if not messages:
         raise InvalidRequest("chat.messages", "must have at least one message")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(
+            "chat.messages", f"must have at most {MAX_MESSAGES} messages, not {len(messages)}"
+        )
     for i, message in enumerate(messages):
         if not message.role:
             raise InvalidRequest(f"chat.messages[{i}].role", "is required")
+        if len(message.role) > MAX_ROLE_CHARS:
+            raise InvalidRequest(
+                f"chat.messages[{i}].role", f"must have at most {MAX_ROLE_CHARS} characters"
+            )
 
 
 def check_prompt(token_ids: Sequence[int], limits: ModelLimits, field: str) -> None:
@@ -151,7 +163,7 @@ def check_sampling(sampling: Sampling, limits: ModelLimits) -> None:
     _integer("n", s.n, 1, MAX_N)
     _number("temperature", s.temperature, 0, 2)
     _number("top_p", s.top_p, 0, 1, above=True)
-    _integer("top_k", s.top_k, 0, None)
+    _integer("top_k", s.top_k, 0, limits.vocab_size)
     _number("min_p", s.min_p, 0, 1)
     _integer("seed", s.seed, INT64_MIN, INT64_MAX - MAX_N)
     _number("presence_penalty", s.presence_penalty, -2, 2)

@@ -18,6 +18,7 @@ from typing import Any
 from cluster.config import Config
 from cluster.control.orphans import become_subreaper, kill_descendants
 from cluster.control.reconcile import Slot
+from cluster.errors import EngineFailed
 
 WORKER_BODY = "cluster.control.compose:worker_host"
 ROUTER_BODY = "router.server:RouterServer"
@@ -115,7 +116,15 @@ class RouterActor(_LifeActor):
             store_url=launch.store_url,
         )
         await self._body.start()
-        await self._stopped.wait()
+        waits = {
+            asyncio.create_task(self._stopped.wait()),
+            asyncio.create_task(self._body.broken.wait()),
+        }
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if not self._stopped.is_set():
+            raise EngineFailed("the router broke: its log tells why")
 
 
 def redirect_output(path: Path) -> None:

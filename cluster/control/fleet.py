@@ -92,8 +92,12 @@ class RayLife:
             return _explain(error)
         except RayActorError:
             return End("its process died (killed, out of memory or crashed)")
+        except TimeoutError:
+            return End(f"its former life's name was not free within {NAME_SECONDS:g} s")
         except (RayError, ValueError) as error:
             return End(f"Ray could not start it: {_first_line(error)}")
+        except Exception as error:  # one slot must not stop the reconciling of all
+            return End(f"{type(error).__name__}: {_first_line(error)}")
         finally:
             if self._actor is not None:
                 with suppress(RayError):

@@ -25,6 +25,8 @@ from cluster.kv.transport.seam import Outbound, Transport
 
 log = logging.getLogger(__name__)
 
+STOPPED_GRACE_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -51,10 +53,13 @@ class Release:
 
     Attributes:
         first_token_id: decode goes on after it; None if there is nothing to go on with.
+        stopped: the first token was the last. Decode hears it from the router, who should hear
+            it before decode complains of a push that was called off.
     """
 
     handoff_id: str
     first_token_id: int | None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,8 @@ class Sender:
         handoff.release = release
         handoff.changed.set()
         if release.first_token_id is None and handoff.task is not None:
-            handoff.task.cancel()
+            grace = STOPPED_GRACE_SECONDS if release.stopped else 0.0
+            asyncio.get_running_loop().call_later(grace, handoff.task.cancel)
         self._let_go(handoff)
 
     def fail(self, handoff_id: str) -> None:

@@ -50,6 +50,7 @@ class Router:
 
     def __init__(self, **given: Any) -> None:
         self._given = given
+        self.broken = asyncio.Event()
 
     async def start(self) -> None:
         given = self._given

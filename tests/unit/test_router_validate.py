@@ -24,7 +24,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("temperature", {"temperature": math.inf}, "0 to 2"),
     ("top_p", {"top_p": 0.0}, "above 0 and at most 1"),
     ("top_p", {"top_p": 1.5}, "above 0 and at most 1"),
-    ("top_k", {"top_k": -2}, "at least 0"),
+    ("top_k", {"top_k": -2}, "from 0 to"),
     ("min_p", {"min_p": -1.0}, "0 to 1"),
     ("min_p", {"min_p": 1e300}, "0 to 1"),
     ("presence_penalty", {"presence_penalty": 2.5}, "-2 to 2"),
@@ -143,3 +143,11 @@ def test_each_of_n_has_its_own_seed() -> None:
     assert [sampling.completion(i).seed for i in range(3)] == [40, 41, 42]
     assert Sampling(n=3).completion(2).seed is None
     assert sampling.completion(1).n == 1
+
+
+def test_chats_are_bounded() -> None:
+    message = ChatMessage("user", "")
+    with pytest.raises(InvalidRequest, match="at most 4096 messages"):
+        validate.check_chat([message] * 4097)
+    with pytest.raises(InvalidRequest, match=r"messages\[0\].role: must have at most 64"):
+        validate.check_chat([ChatMessage("x" * 65, "")])

@@ -156,5 +156,6 @@ class SchedulerSide:
             and not prefill.failed
         )
         token = request.output_token_ids[0] if goes_on else None
-        self._sent.append(Release(prefill.params.handoff_id, token))
+        stopped = request.status == RequestStatus.FINISHED_STOPPED
+        self._sent.append(Release(prefill.params.handoff_id, token, stopped))
         return True
