@@ -11,6 +11,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cluster.errors import InvalidRequest
 from pdserve.v1 import common_pb2, inference_pb2
+from router import validate
 from router.generation import Ask, ChatMessage, Guide, Prompt, Sampling
 from router.output import (
     Completed,
@@ -64,6 +65,7 @@ def ask(
     request: inference_pb2.GenerateRequest, received_at: float, timeout_seconds: float | None
 ) -> Ask:
     """What `request` asks for. Raises InvalidRequest for unknown fields and a missing prompt."""
+    validate.check_message_count(len(request.chat.messages))
     refuse_unknown_fields(request)
     return Ask(
         model=request.model,

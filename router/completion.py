@@ -6,10 +6,14 @@
 
 Prefill and decode work on it at once under one sequence id. Prefill answers once, with the first
 token; decode's stream begins with the same token. Whichever comes first is sent.
+
+When prefill's token is the last one, nothing is pushed and decode gives up: so a retryable failure
+of decode counts only once prefill has answered, or failed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -71,8 +75,11 @@ class _Leg:
 
 @dataclass
 class _Attempt:
+    """One try; `decode_error` is decode's failure while prefill has yet to answer."""
+
     sequence_id: str
     legs: dict[Stage, _Leg]
+    decode_error: PdserveError | None = None
 
 
 class Completion:
@@ -150,6 +157,9 @@ class Completion:
         try:
             if event.stage is Stage.PREFILL:
                 self._check_prefill(event, finish)
+                if self._attempt.decode_error is not None and finish is None:
+                    leg.ended = True
+                    return self._retry_or_fail(self._attempt.decode_error, Stage.DECODE)
             delta = self._sent.take(event, leg.source, finish)
         except Contradiction as error:
             return self._fail(error)
@@ -225,9 +235,18 @@ class Completion:
         decode = self._attempt.legs.get(Stage.DECODE)
         if event.stage is Stage.PREFILL and decode and not decode.ended and decode.source.tokens:
             return []  # Decode has what prefill was for.
-        error = event.error
+        if self._attempt.decode_error is not None and event.error.retryable:
+            return self._retry_or_fail(self._attempt.decode_error, Stage.DECODE, Stage.PREFILL)
+        prefill = self._attempt.legs.get(Stage.PREFILL)
+        undecided = prefill is not None and not prefill.ended and self._sent.count <= 1
+        if event.stage is Stage.DECODE and event.error.retryable and undecided:
+            self._attempt.decode_error = event.error
+            return []
+        return self._retry_or_fail(event.error, event.stage)
+
+    def _retry_or_fail(self, error: PdserveError, *failed: Stage) -> list[Effect]:
         if error.retryable and self._may_retry():
-            return self._retry(leg.worker)
+            return self._retry(failed)
         if self._sent.count and error.retryable:
             error = Unavailable(f"{error} after {self._sent.count} tokens had been sent")
         return self._fail(error)
@@ -237,10 +256,10 @@ class Completion:
             return False
         return self._sent.count == 0 or self._sampling.replayable
 
-    def _retry(self, failed: Target) -> list[Effect]:
+    def _retry(self, failed: Iterable[Stage]) -> list[Effect]:
         effects = self._cancel_legs()
         self._retries += 1
-        self._avoid |= {failed.worker_id}
+        self._avoid |= {self._attempt.legs[stage].worker.worker_id for stage in failed}
         self._attempt = _Attempt("", {})
         self.state = State.ADMITTED
         delay = RETRY_DELAY_SECONDS * (self._retries - 1)

@@ -74,6 +74,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
+        validate.check_message_count(len(request.chat.messages))
         wire.refuse_unknown_fields(request)
         model = validate.check_model(request.model, self._catalog.names)
         token_ids = await self._intake.encode(model, wire.prompt(request))

@@ -23,6 +23,8 @@ MAX_LOGIT_BIAS = 300
 MAX_CACHE_SALT_CHARS = 256
 MAX_GUIDE_CHARS = 64 << 10
 MAX_CHOICES = 1024
+MAX_MESSAGES = 4096
+MAX_ROLE_CHARS = 64
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
@@ -88,18 +90,11 @@ def check_timeout(seconds: float | None) -> float:
     return seconds
 
 
-MAX_MESSAGES = 4096
-MAX_ROLE_CHARS = 64
-
-
 def check_chat(messages: Sequence[ChatMessage]) -> None:
     """Raises InvalidRequest if there is no message or too many, or one without a fit role."""
     if not messages:
         raise InvalidRequest("chat.messages", "must have at least one message")
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(
-            "chat.messages", f"must have at most {MAX_MESSAGES} messages, not {len(messages)}"
-        )
+    check_message_count(len(messages))
     for i, message in enumerate(messages):
         if not message.role:
             raise InvalidRequest(f"chat.messages[{i}].role", "is required")
@@ -107,6 +102,14 @@ def check_chat(messages: Sequence[ChatMessage]) -> None:
             raise InvalidRequest(
                 f"chat.messages[{i}].role", f"must have at most {MAX_ROLE_CHARS} characters"
             )
+
+
+def check_message_count(count: int) -> None:
+    """Raises InvalidRequest if a chat has too many messages; for before they are looked at."""
+    if count > MAX_MESSAGES:
+        raise InvalidRequest(
+            "chat.messages", f"must have at most {MAX_MESSAGES} messages, not {count}"
+        )
 
 
 def check_prompt(token_ids: Sequence[int], limits: ModelLimits, field: str) -> None:

@@ -123,7 +123,9 @@ class RouterActor(_LifeActor):
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-        if not self._stopped.is_set():
+        if self._stopping:  # the process is killed when this returns
+            await self._stopped.wait()
+        else:
             raise EngineFailed("the router broke: its log tells why")
 
 

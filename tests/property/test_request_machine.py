@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cluster.errors import EngineFailed, InvalidRequest, Unavailable
 from cluster.ids import RequestId
+from router.completion import TERMINAL
 from router.events import (
     Abort,
     Admitted,
@@ -183,6 +184,15 @@ class RequestMachine(RuleBasedStateMachine):
     def nothing_is_left_on_workers(self) -> None:
         if self.request.ended:
             assert not self.on_workers
+
+    @invariant()
+    def something_can_go_on(self) -> None:
+        if self.request.ended or self.request.state == "received":
+            return
+        for completion in self.request.completions:
+            waits = [s for s in self.on_workers.values() if s.index == completion.index]
+            waits += [p for p in self.placing if p.index == completion.index]
+            assert waits or completion.state in TERMINAL
 
     @invariant()
     def tokens_are_those_of_one_engine(self) -> None:

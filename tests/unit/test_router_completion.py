@@ -258,8 +258,14 @@ def test_retry_before_the_first_token(stage: Stage, other: str) -> None:
     bench.place()
     failed = "p-0" if stage is Stage.PREFILL else "d-0"
     effects = bench.fails(stage)
-    assert cancelled(effects) == {other}
+    if stage is Stage.DECODE:
+        assert effects == []
+        assert bench.machine.state is State.PREFILLING
+        effects = bench.prefill()
+        other = ""  # prefill has ended by itself
+    assert cancelled(effects) == ({other} if other else set())
     assert effects[-1] == Place(0, 1, frozenset({failed}), 0.0)
+    assert bench.deltas == []
     assert bench.machine.state is State.ADMITTED
     old = bench.sequence
     bench.place()
@@ -273,9 +279,58 @@ def test_retries_are_counted() -> None:
     bench = Bench()
     for _ in range(MAX_RETRIES):
         bench.place()
-        assert isinstance(bench.fails(Stage.DECODE)[-1], Place)
+        assert isinstance(bench.fails(Stage.PREFILL)[-1], Place)
     bench.place()
-    assert error_of(bench.fails(Stage.DECODE)) is LOST
+    assert error_of(bench.fails(Stage.PREFILL)) is LOST
+
+
+@pytest.mark.parametrize("first_sent", [False, True])
+def test_decode_that_gives_up_because_prefill_ended_it_is_no_failure(first_sent: bool) -> None:
+    bench = Bench(Sampling(max_tokens=8, temperature=1))
+    bench.place()
+    if first_sent:
+        bench.decode(0, 7, text="he")
+    assert bench.fails(Stage.DECODE) == []
+    effects = bench.prefill(finish=STOP)
+    assert report_of(effects).decode_worker == ""
+    assert cancelled(effects) == set()
+    assert (bench.tokens, bench.text, bench.deltas[-1].finish) == ([7], "he", STOP)
+
+
+def test_both_workers_failed() -> None:
+    bench = Bench(Sampling(max_tokens=8, temperature=1))
+    bench.place()
+    assert bench.fails(Stage.DECODE) == []
+    effects = bench.fails(Stage.PREFILL)
+    assert effects == [Place(0, 1, frozenset({"p-0", "d-0"}), 0.0)]
+
+
+def test_prefill_that_cannot_be_retried_decides() -> None:
+    bench = Bench()
+    bench.place()
+    bench.fails(Stage.DECODE)
+    error = InvalidRequest("", "the grammar is wrong")
+    assert error_of(bench.fails(Stage.PREFILL, error)) is error
+
+
+def test_a_decode_failure_that_waits_is_told_when_there_is_no_retry() -> None:
+    bench = Bench(Sampling(max_tokens=8, temperature=1))
+    bench.place()
+    bench.decode(0, 7, text="he")
+    assert bench.fails(Stage.DECODE) == []
+    error = error_of(bench.prefill())
+    assert isinstance(error, Unavailable)
+    assert "d-0" in str(error) and "1 tokens" in str(error)
+
+
+@pytest.mark.parametrize("event", [Cancel(), Deadline()])
+def test_a_wait_for_prefill_can_be_ended(event: Event) -> None:
+    bench = Bench()
+    bench.place()
+    bench.fails(Stage.DECODE)
+    effects = bench.step(event)
+    assert cancelled(effects) == {"p-0"}
+    error_of(effects)
 
 
 def test_retry_after_the_first_token_sends_it_once() -> None:

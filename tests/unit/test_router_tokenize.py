@@ -60,6 +60,22 @@ async def test_long_texts_leave_the_event_loop() -> None:
     tokenizer.close()
 
 
+@pytest.mark.parametrize(
+    "chat",
+    [
+        (ChatMessage("user", ""),) * (INLINE_CHARS // 16),
+        (ChatMessage("x" * INLINE_CHARS, ""),),
+    ],
+    ids=["many empty messages", "a long role"],
+)
+async def test_chats_that_take_long_leave_the_event_loop(chat: tuple[ChatMessage, ...]) -> None:
+    pretrained = Pretrained()
+    tokenizer = Tokenizer(pretrained)
+    await tokenizer.encode(Prompt(chat=chat))
+    assert threading.get_ident() not in pretrained.threads
+    tokenizer.close()
+
+
 async def test_a_template_that_refuses() -> None:
     tokenizer = Tokenizer(Pretrained())
     with pytest.raises(InvalidRequest, match=r"chat.messages.*roles must be"):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import DeadlineExceeded, InvalidRequest, NotFound
-from router import validate
+from pdserve.v1 import inference_pb2
+from router import client_wire, validate
 from router.generation import ChatMessage, Guide, Sampling
 from router.validate import ModelLimits
 
@@ -24,7 +25,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("temperature", {"temperature": math.inf}, "0 to 2"),
     ("top_p", {"top_p": 0.0}, "above 0 and at most 1"),
     ("top_p", {"top_p": 1.5}, "above 0 and at most 1"),
-    ("top_k", {"top_k": -2}, "from 0 to"),
+    ("top_k", {"top_k": -2}, "from 0 to 100"),
+    ("top_k", {"top_k": 1 << 32}, "from 0 to 100"),
     ("min_p", {"min_p": -1.0}, "0 to 1"),
     ("min_p", {"min_p": 1e300}, "0 to 1"),
     ("presence_penalty", {"presence_penalty": 2.5}, "-2 to 2"),
@@ -145,9 +147,51 @@ def test_each_of_n_has_its_own_seed() -> None:
     assert sampling.completion(1).n == 1
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_tokens": 1 << 32},
+        {"min_tokens": 1 << 32},
+        {"stop_token_ids": (1 << 32,)},
+        {"logit_bias": ((1 << 32, 1.0),)},
+        {"logit_bias": ((-1, 1.0),)},
+        {"seed": -(1 << 63) - 1},
+        {"seed": (1 << 63) - 1, "n": 16},
+    ],
+)
+def test_no_integer_is_beyond_what_the_protocol_carries(values: dict[str, Any]) -> None:
+    sampling = Sampling(**values)
+    with pytest.raises(InvalidRequest):
+        validate.check_sampling(sampling, LIMITS)
+        validate.resolve_max_tokens(sampling, 1, LIMITS)
+
+
+def test_replayable_is_greedy_or_seeded_as_vllm_has_it() -> None:
+    assert Sampling(temperature=0).replayable
+    assert not Sampling(temperature=1e-6).replayable  # vLLM raises it to 0.01
+    assert not Sampling().replayable
+    assert Sampling(seed=0).replayable
+    assert Sampling(seed=-2).replayable
+    assert not Sampling(seed=-1).replayable
+    assert not Sampling(seed=-2, n=2).completion(1).replayable
+
+
 def test_chats_are_bounded() -> None:
     message = ChatMessage("user", "")
     with pytest.raises(InvalidRequest, match="at most 4096 messages"):
         validate.check_chat([message] * 4097)
     with pytest.raises(InvalidRequest, match=r"messages\[0\].role: must have at most 64"):
         validate.check_chat([ChatMessage("x" * 65, "")])
+
+
+def test_too_many_messages_are_refused_before_they_are_walked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walked: list[object] = []
+    monkeypatch.setattr(client_wire, "refuse_unknown_fields", walked.append)
+    request = inference_pb2.GenerateRequest()
+    for _ in range(validate.MAX_MESSAGES + 1):
+        request.chat.messages.add()
+    with pytest.raises(InvalidRequest, match="at most 4096 messages"):
+        client_wire.ask(request, 0.0, 1.0)
+    assert walked == []

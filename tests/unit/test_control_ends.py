@@ -1,0 +1,125 @@
+"""A life that ends in an unusual way is an end like others."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import Config
+from cluster.control import actors, fleet
+from cluster.control.actors import Launch, RouterActor
+from cluster.control.reconcile import Slot
+from cluster.errors import EngineFailed
+from router.server import RouterServer
+
+SLOT = Slot("router", "router-0")
+
+
+def launch(path: Path) -> Launch:
+    config = Config.model_validate({"name": "c", "models": [{"name": "m", "path": "/m"}]})
+    return Launch(config, b"s" * 32, "", path)
+
+
+class Group:
+    """A placement group that is ready."""
+
+    bundle_count = 1
+
+    async def ready(self) -> None:
+        pass
+
+
+async def end_of(monkeypatch: pytest.MonkeyPatch, path: Path, error: Exception) -> fleet.End:
+    class Remote:
+        def options(self, **given: Any) -> Remote:
+            return self
+
+        def remote(self, *given: Any) -> Any:
+            raise error
+
+    monkeypatch.setattr(fleet, "NAME_SECONDS", 0.05)
+    monkeypatch.setattr(fleet, "placement_group", lambda *_, **__: Group())
+    monkeypatch.setattr(fleet, "remove_placement_group", lambda _: None)
+    monkeypatch.setattr(fleet, "PlacementGroupSchedulingStrategy", lambda group: group)
+    monkeypatch.setattr(fleet.ray, "remote", lambda kind: Remote())
+    return await fleet.RayLife(launch(path), SLOT, "x", "n").ended
+
+
+async def test_a_name_that_is_not_freed_ends_the_life(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    end = await end_of(monkeypatch, tmp_path, ValueError("the name is taken"))
+    assert not end.permanent
+    assert "name was not free within" in end.reason
+
+
+async def test_whatever_ray_raises_ends_the_life(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    end = await end_of(monkeypatch, tmp_path, KeyError("something new"))
+    assert "KeyError" in end.reason and "something new" in end.reason
+
+
+class Body:
+    """A router that does nothing."""
+
+    def __init__(self, **given: Any) -> None:
+        self.broken = asyncio.Event()
+        self.drained = asyncio.Event()
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self, drain_seconds: float) -> None:
+        await self.drained.wait()
+
+
+@pytest.fixture
+def actor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RouterActor:
+    for name in ("redirect_output", "become_subreaper", "_setup_logging", "kill_descendants"):
+        monkeypatch.setattr(actors, name, lambda *_: None)
+    monkeypatch.setattr(actors, "_load", lambda _: Body)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return RouterActor(launch(tmp_path), SLOT, "x")
+
+
+async def started(actor: RouterActor) -> asyncio.Task[None]:
+    running = asyncio.create_task(actor.run())
+    await asyncio.sleep(0.01)
+    assert not running.done()
+    return running
+
+
+async def test_a_broken_router_ends_its_life(actor: RouterActor) -> None:
+    running = await started(actor)
+    actor._body.broken.set()
+    with pytest.raises(EngineFailed, match="router broke"):
+        await asyncio.wait_for(running, 5)
+
+
+async def test_a_router_that_breaks_while_it_drains_is_stopped_in_order(
+    actor: RouterActor,
+) -> None:
+    running = await started(actor)
+    stopping = asyncio.create_task(actor.stop(1))
+    await asyncio.sleep(0)
+    actor._body.broken.set()
+    await asyncio.sleep(0.01)
+    assert not running.done()
+    actor._body.drained.set()
+    await asyncio.wait_for(running, 5)
+    await stopping
+
+
+async def test_a_router_whose_background_died_says_so(tmp_path: Path) -> None:
+    server = RouterServer(launch(tmp_path).config, "router-0", "x", b"s" * 32, "")
+
+    async def die() -> None:
+        raise RuntimeError("a bug")
+
+    task = asyncio.create_task(die())
+    task.add_done_callback(server._broke)
+    await asyncio.wait_for(server.broken.wait(), 5)
