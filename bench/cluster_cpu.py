@@ -24,7 +24,6 @@ from bench.systems import ClusterSystem, VllmSystem
 from bench.upstart import Up
 from cluster.cli.calls import channel, cluster_view
 from cluster.config import Config
-from cluster.control.compose import engine_threads
 
 IDLE_SECONDS = 10.0
 """Two of the workers' looks at what they hold."""
@@ -116,6 +115,8 @@ async def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
             say(f"ready after {up.ready_seconds:.1f} s")
             starts.append(up.ready_seconds)
             if number == chosen.starts - 1:
+                from cluster.control.compose import engine_threads  # brings vLLM
+
                 threads = chosen.vllm_threads or engine_threads(config, model, "prefill")
                 results = await compare(chosen, config, up, threads)
         finally:

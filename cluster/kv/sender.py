@@ -25,8 +25,6 @@ from cluster.kv.transport.seam import Outbound, Transport
 
 log = logging.getLogger(__name__)
 
-STOPPED_GRACE_SECONDS = 1.0
-
 
 @dataclass(frozen=True)
 class Offer:
@@ -53,13 +51,10 @@ class Release:
 
     Attributes:
         first_token_id: decode goes on after it; None if there is nothing to go on with.
-        stopped: the first token was the last. Decode hears it from the router, who should hear
-            it before decode complains of a push that was called off.
     """
 
     handoff_id: str
     first_token_id: int | None
-    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,8 +140,7 @@ class Sender:
         handoff.release = release
         handoff.changed.set()
         if release.first_token_id is None and handoff.task is not None:
-            grace = STOPPED_GRACE_SECONDS if release.stopped else 0.0
-            asyncio.get_running_loop().call_later(grace, handoff.task.cancel)
+            handoff.task.cancel()
         self._let_go(handoff)
 
     def fail(self, handoff_id: str) -> None:

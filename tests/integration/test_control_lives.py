@@ -1,92 +1,25 @@
-"""A real Ray, a real Valkey and bodies without engines: start, kill, restart, shutdown."""
+"""The controller over a real Ray, in a process of its own: Ray's core reads its authentication mode
+when it is first imported, and other tests import it here."""
 
 from __future__ import annotations
 
-import asyncio
-import os
+import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
-from cluster.config import Config
-from cluster.control.actors import Launch
-from cluster.control.status import ClusterStatus
-from cluster.store.client import connect
-from cluster.store.embedded import EmbeddedStore
-from cluster.store.registry import Registry
-
-pytestmark = pytest.mark.slow
+SCENARIOS = Path(__file__).with_name("control_lives.py")
 
 
-@pytest.fixture
-async def controller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[tuple[Any, EmbeddedStore]]:
-    from cluster.control.runtime import RayRuntime
-
-    bodies = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(bodies), *filter(None, sys.path)]))
-    config = Config.model_validate({"name": "lives", "models": [{"name": "m", "path": "/m"}]})
-    store = EmbeddedStore.start(tmp_path)
-    runtime = RayRuntime(config, tmp_path)
-    try:
-        await runtime.start()
-        launch = Launch(
-            config,
-            b"s" * 32,
-            store.url,
-            tmp_path / "logs",
-            worker_body="control_bodies:Worker",
-            router_body="control_bodies:Router",
-        )
-        yield await runtime.start_controller(launch), store
-    finally:
-        await runtime.stop()
-        runtime.remove_files()
-        store.stop()
-
-
-async def until_ready(controller: Any) -> ClusterStatus:
-    async with asyncio.timeout(60):
-        while True:
-            status: ClusterStatus = await controller.status.remote()
-            assert not status.failed
-            if status.ready:
-                return status
-            await asyncio.sleep(0.1)
-
-
-async def test_a_killed_worker_comes_back_as_another_life_and_shutdown_leaves_nothing(
-    controller: tuple[Any, EmbeddedStore],
-) -> None:
-    actor, store = controller
-    first = await until_ready(actor)
-    assert [s.slot_id for s in first.slots] == ["m-decode-0", "m-prefill-0", "router-0"]
-    victim = psutil.Process(first.slots[0].pid)
-    children = victim.children()
-    assert children
-    victim.kill()
-
-    second = first
-    async with asyncio.timeout(30):
-        while second.slots[0].incarnation == first.slots[0].incarnation:
-            second = await until_ready(actor)
-    assert second.slots[1].incarnation == first.slots[1].incarnation  # the other lived on
-    client = await connect(store.url, 2.0)
-    registry = Registry(client, "lives")
-    assert {w.incarnation for w in await registry.workers()} == {
-        slot.incarnation for slot in second.slots[:2]
-    }
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive  # the engine of the killed worker went with it
-
-    last = [child for s in second.slots[:2] for child in psutil.Process(s.pid).children()]
-    await actor.shutdown.remote(1.0)
-    assert await registry.workers() == [] and await registry.routers() == []
-    await client.aclose()
-    _, alive = psutil.wait_procs(last, timeout=10)
-    assert not alive
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_control_lives() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SCENARIOS)],
+        capture_output=True,
+        text=True,
+        timeout=220,
+        cwd=SCENARIOS.parents[2],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -156,6 +156,5 @@ class SchedulerSide:
             and not prefill.failed
         )
         token = request.output_token_ids[0] if goes_on else None
-        stopped = request.status == RequestStatus.FINISHED_STOPPED
-        self._sent.append(Release(prefill.params.handoff_id, token, stopped))
+        self._sent.append(Release(prefill.params.handoff_id, token))
         return True
