@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -50,7 +51,7 @@ class StructuredOutputs(_Body):
     json_object: bool | None = None
 
 
-class _Generate(_Body):
+class _Generate(_Body, ABC):
     """What both endpoints take; the fields behind `user` are vLLM's."""
 
     model: str
@@ -102,11 +103,11 @@ class _Generate(_Body):
             default_max_tokens=self._default_max_tokens(),
         )
 
-    def _prompt(self) -> Prompt:
-        raise NotImplementedError
+    @abstractmethod
+    def _prompt(self) -> Prompt: ...
 
-    def _logprobs(self) -> int | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _logprobs(self) -> int | None: ...
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens
