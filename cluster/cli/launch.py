@@ -142,8 +142,9 @@ class Cluster:
                     status = await self.status()
                     if status.ready:
                         return status
-                    if status.failed:
-                        raise self._why(status.failed[0].slot_id, status.failed[0].detail)
+                    # Nobody wants to watch a first start fail three times over.
+                    if failed := [slot for slot in status.slots if slot.failures]:
+                        raise self._why(failed[0].slot_id, failed[0].detail)
                     await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
             status = await self.status()
