@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Reason = Literal["sending", "reserved", "landed"]
+Reason = Literal["sending", "reserved"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class LedgerEntry:
 
     Attributes:
         reason: sending (prefill keeps blocks until they are acknowledged), reserved (decode took
-            blocks, KV is on its way), landed (verified, the engine has not taken it over yet).
+            blocks, KV is on its way).
         lease_expires: on the ledger's clock, seconds.
     """
 
@@ -37,8 +37,6 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: dict[str, LedgerEntry] = {}
-        self.leaked_blocks = 0
-        """Blocks reclaimed because their lease ran out; each is a bug or a lost peer."""
 
     def pin(self, entry: LedgerEntry) -> None:
         """Adds an entry. Raises LedgerError if the handoff pins something already."""
@@ -52,10 +50,6 @@ class Ledger:
         self._entries[handoff_id] = replace(
             entry, blocks=entry.blocks + blocks, bytes=entry.bytes + size
         )
-
-    def turn(self, handoff_id: str, reason: Reason) -> None:
-        """The same blocks are held for another reason now."""
-        self._entries[handoff_id] = replace(self._entries[handoff_id], reason=reason)
 
     def unpin(self, handoff_id: str) -> bool:
         """Removes an entry; False if there was none."""
