@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _FINISH = {"stop": "stop", "length": "length", "abort": "cancelled", "error": "error"}
 DEATH_POLL_SECONDS = 0.5
+ENGINE_CORE = "EngineCor"
+"""In the core's process name, of which the kernel keeps 15 characters: VLLM::EngineCore."""
 
 
 class VllmEngine:
@@ -181,7 +183,7 @@ class VllmEngine:
         for rank, held in enumerate(ranks):
             resident[f"engine worker {rank}"] = held["resident_bytes"]
         for child in psutil.Process().children(recursive=True):
-            if child.pid not in known and "EngineCore" in child.name():
+            if child.pid not in known and ENGINE_CORE in child.name():
                 resident["engine core"] = child.memory_info().rss
         entries = tuple(
             PinnedKv(e["handoff_id"], e["reason"], e["blocks"], e["bytes"], e["lease_left"])

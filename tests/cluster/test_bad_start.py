@@ -59,13 +59,16 @@ def refused(file: Path, timeout: float = 60) -> str:
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
     assert "Traceback" not in said
-    left = [
-        p.name()
-        for p in psutil.process_iter()
-        if p.pid not in before and str(file.parent) in " ".join(p.environ().values())
-    ]
+    left = [p for p in psutil.process_iter() if p.pid not in before and started_for(file, p)]
     assert not left
     return said
+
+
+def started_for(file: Path, process: psutil.Process) -> bool:
+    try:
+        return str(file.parent) in " ".join(process.environ().values())
+    except psutil.NoSuchProcess:  # another's, that has just ended
+        return False
 
 
 def taken_port() -> socket.socket:

@@ -16,6 +16,7 @@ from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.cluster.running import RunningCluster, generate, registered
 
 RESTART_SECONDS = 200.0
+ENGINE_CORE = "EngineCor"  # of VLLM::EngineCore the kernel keeps 15 characters
 PREFILL, DECODE = "recall-tiny-prefill-0", "recall-tiny-decode-0"
 
 
@@ -61,7 +62,7 @@ def test_a_dead_worker_is_replaced(
     call = start_long(channel)
     process = psutil.Process(before.pid)
     if victim == "its engine":
-        process = next(p for p in process.children(recursive=True) if "EngineCore" in p.name())
+        process = next(p for p in process.children(recursive=True) if ENGINE_CORE in p.name())
     family = psutil.Process(before.pid).children(recursive=True)
     process.kill()
     if worker_id == DECODE:
