@@ -7,16 +7,22 @@ path, what was meant and how to mend it. Environment: `PDSERVE_ROUTER__GRPC_PORT
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from cluster.config_clients import (
+    ClassesConfig,
+    CredentialsConfig,
+    TenantConfig,
+    TlsConfig,
+    check_callers,
+)
 from cluster.config_errors import explain
+from cluster.config_files import default_cluster, read_yaml
 from cluster.errors import ConfigError
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -117,11 +123,12 @@ class RouterConfig(_Section):
         int, Field(ge=1, description="Requests placed at once; more wait.")
     ] = 1024
     max_queued_requests: Annotated[
-        int, Field(ge=0, description="Requests waiting; more are refused.")
+        int, Field(ge=0, description="Requests of a class waiting; more are refused.")
     ] = 1024
     default_timeout_seconds: Annotated[
         float, Field(gt=0, description="Deadline of HTTP requests that set none.")
     ] = 600.0
+    tls: Annotated[TlsConfig | None, Field(description="Unset: both ports are in clear.")] = None
 
 
 class StoreConfig(_Section):
@@ -203,6 +210,13 @@ class Config(BaseSettings):
     ray: RayConfig = RayConfig()
     handoff: HandoffConfig = HandoffConfig()
     targets: TargetsConfig = TargetsConfig()
+    classes: ClassesConfig = ClassesConfig()
+    tenants: Annotated[
+        list[TenantConfig], Field(description="None: everyone is the one tenant `default`.")
+    ] = []
+    operator: Annotated[
+        CredentialsConfig, Field(description="Of the Operator API; needed once there are tenants.")
+    ] = CredentialsConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
     secret: Annotated[
         SecretStr | None,
@@ -227,6 +241,7 @@ class Config(BaseSettings):
             raise ValueError(f"models: {', '.join(twice)} is named twice")
         if self.router.grpc_port and self.router.grpc_port == self.router.http_port:
             raise ValueError("router: grpc_port and http_port must differ")
+        check_callers(self.tenants, self.operator, self.router.tls)
         if self.secret is not None and len(self.secret.get_secret_value()) < 16:
             raise ValueError("secret: needs at least 16 characters")
         return self
@@ -238,7 +253,7 @@ class Config(BaseSettings):
         Raises:
             ConfigError: the file cannot be read, or a field is unknown or impossible.
         """
-        raw = _read(path) if path else default_cluster()
+        raw = read_yaml(path) if path else default_cluster()
         try:
             config = cls(**raw)
         except ValidationError as error:
@@ -246,14 +261,19 @@ class Config(BaseSettings):
         return config if path is None else config._relative_to(path.resolve().parent)
 
     def _relative_to(self, base: Path) -> Config:
-        """Model paths are relative to the file that names them."""
+        """Paths are relative to the file that names them."""
         models = []
         for model in self.models:
             local = base / model.path
             models.append(
                 model.model_copy(update={"path": str(local)}) if local.is_dir() else model
             )
-        return self.model_copy(update={"models": models})
+        tls = self.router.tls
+        router = self.router.model_copy(update={"tls": tls and tls.beside(base)})
+        tenants = [tenant.beside(base) for tenant in self.tenants]
+        operator = self.operator.beside(base)
+        changed = {"models": models, "router": router, "tenants": tenants, "operator": operator}
+        return self.model_copy(update=changed)
 
     def model(self, name: str) -> ModelConfig:
         """The model called `name`. Raises KeyError."""
@@ -261,33 +281,3 @@ class Config(BaseSettings):
             if model.name == name:
                 return model
         raise KeyError(name)
-
-
-def default_cluster() -> dict[str, Any]:
-    """The cluster of `pdserve up` without a file: the shipped model, one worker a role."""
-    root = os.environ.get("PDSERVE_EXAMPLES")
-    examples = Path(root) if root else Path(__file__).resolve().parent.parent / "examples"
-    return {
-        "models": [
-            {
-                "name": "recall-tiny",
-                "path": str(examples / "recall-tiny"),
-                "dtype": "float32",
-                "max_num_batched_tokens": 512,
-                "kv_cache_bytes": 256 * MIB,
-                "enforce_eager": True,
-            }
-        ]
-    }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must be a mapping with a `models` list")
-    return raw
