@@ -1,4 +1,4 @@
-"""Tenants over real sockets: who gets in, what is refused and how, TLS, and salts on the workers."""
+"""Tenants over real sockets: who gets in, what is refused and how, TLS, and workers' salts."""
 
 from __future__ import annotations
 
