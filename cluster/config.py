@@ -20,7 +20,14 @@ from cluster.config_errors import explain
 from cluster.config_models import MIB, ModelConfig, PoolConfig, Section
 from cluster.errors import ConfigError
 
-__all__ = ["Config", "HandoffConfig", "LifecycleConfig", "ModelConfig", "PoolConfig", "RouterConfig"]
+__all__ = [
+    "Config",
+    "HandoffConfig",
+    "LifecycleConfig",
+    "ModelConfig",
+    "PoolConfig",
+    "RouterConfig",
+]
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Role = Literal["prefill", "decode", "both"]

@@ -34,9 +34,9 @@ class SimulationConfig(Section):
         float, Field(ge=0, description="More per token of a decoding sequence's context.")
     ] = 3.9e-8
     kv_bytes_per_token: Annotated[int, Field(ge=1, description="What a handoff moves.")] = 131_072
-    link_bytes_per_second: Annotated[
-        float, Field(gt=0, description="Between any two workers.")
-    ] = 50e9
+    link_bytes_per_second: Annotated[float, Field(gt=0, description="Between any two workers.")] = (
+        50e9
+    )
     link_seconds: Annotated[float, Field(ge=0, description="A transfer's fixed part.")] = 5e-4
     num_blocks: Annotated[int, Field(ge=2, description="Of a worker's KV pool.")] = 16_384
     vocab_size: Annotated[int, Field(ge=16, description="Tokens are drawn below it.")] = 512
@@ -72,9 +72,9 @@ class ModelConfig(Section):
         Literal["vllm", "simulated"],
         Field(description="simulated: a timing model in place of the network, for load tests."),
     ] = "vllm"
-    simulation: Annotated[
-        SimulationConfig, Field(description="Of a simulated engine.")
-    ] = SimulationConfig()
+    simulation: Annotated[SimulationConfig, Field(description="Of a simulated engine.")] = (
+        SimulationConfig()
+    )
     revision: Annotated[str | None, Field(description="Of a hub model.")] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Field(description="Of the weights.")

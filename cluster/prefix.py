@@ -34,9 +34,7 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> Hashes
     return named(states, salt)
 
 
-def chain(
-    token_ids: Sequence[int], block_size: int, parent: int = 0, position: int = 0
-) -> Hashes:
+def chain(token_ids: Sequence[int], block_size: int, parent: int = 0, position: int = 0) -> Hashes:
     """The chain's states after each full block of `token_ids`.
 
     Args:

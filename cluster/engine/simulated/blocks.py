@@ -1,4 +1,4 @@
-"""A KV pool with a prefix cache, as vLLM keeps one: counted blocks, freed ones reused oldest first."""
+"""A KV pool with a prefix cache, as vLLM keeps one: freed blocks are reused, the oldest first."""
 
 from __future__ import annotations
 

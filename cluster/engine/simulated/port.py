@@ -131,9 +131,15 @@ class TransferPort:
                     ended_at=now,
                 )
             )
-            self._landed(expected.sequence_id, int(commit["token"]))
+            self._landed(expected.sequence_id, commit["token"])
             line.say("ack")
-        except (HandoffRefused, TimeoutError, asyncio.CancelledError, KeyError, ValueError) as error:
+        except (
+            HandoffRefused,
+            TimeoutError,
+            asyncio.CancelledError,
+            KeyError,
+            ValueError,
+        ) as error:
             reason = str(error) or "the handoff's time is over"
             if expected is not None and self._expected.get(handoff_id) is expected:
                 self._ended(HandoffResult(handoff_id, "decode", reason, ended_at=time.monotonic()))

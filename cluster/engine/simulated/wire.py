@@ -1,12 +1,12 @@
 """What two simulated engines say to each other about a handoff: a line of JSON each, over TCP.
 
-    prefill                       decode
-      offer(ticket)     ───────►  signature, expiry, worker, incarnation, layout, used once?
-                                  waits until its scheduler has reserved the blocks
-                        ◄───────  grant(held tokens)
-      … the time that the transfer takes …
-      commit(first token) ─────►  lets the request run
-                        ◄───────  ack, or refused(reason) at any point
+prefill                       decode
+  offer(ticket)     ───────►  signature, expiry, worker, incarnation, layout, used once?
+                              waits until its scheduler has reserved the blocks
+                    ◄───────  grant(held tokens)
+  … the time that the transfer takes …
+  commit(first token) ─────►  lets the request run
+                    ◄───────  ack, or refused(reason) at any point
 """
 
 from __future__ import annotations
