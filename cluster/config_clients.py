@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from cluster.config_models import Section
 from cluster.errors import ConfigError
 
 SloClassName = Literal["interactive", "standard", "batch"]
 MIN_TOKEN_CHARS = 16
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CredentialsConfig(_Section):
+class CredentialsConfig(Section):
     """What a caller shows: a bearer token, or a client certificate."""
 
     token_file: Annotated[
@@ -79,7 +76,7 @@ class CredentialsConfig(_Section):
         return lines
 
 
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """What a tenant may ask of the whole cluster; unset: no limit of its own."""
 
     requests_per_second: Annotated[
@@ -118,7 +115,7 @@ class TenantConfig(CredentialsConfig):
         return self
 
 
-class ClassConfig(_Section):
+class ClassConfig(Section):
     """The targets of one class of requests, where a request brings none of its own."""
 
     ttft_seconds: Annotated[
@@ -132,7 +129,7 @@ class ClassConfig(_Section):
     ] = None
 
 
-class ClassesConfig(_Section):
+class ClassesConfig(Section):
     """The classes of requests, most urgent first, and which class a request is of."""
 
     interactive: ClassConfig = ClassConfig(ttft_seconds=2.0, tpot_seconds=0.1)
@@ -147,7 +144,7 @@ class ClassesConfig(_Section):
     ] = 0.8
 
 
-class TlsConfig(_Section):
+class TlsConfig(Section):
     """TLS of the routers' two ports."""
 
     cert_file: Annotated[Path, Field(description="The chain, PEM.")]
