@@ -22,7 +22,8 @@ from bench.measure import latencies, throughput
 from bench.memory import ProcessMemory, tree
 from bench.systems import ClusterSystem, VllmSystem
 from bench.upstart import Up
-from cluster.cli.calls import channel, cluster_view
+from cluster.cli.access import channel
+from cluster.cli.calls import cluster_view
 from cluster.config import Config
 
 IDLE_SECONDS = 10.0

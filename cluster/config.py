@@ -7,104 +7,39 @@ path, what was meant and how to mend it. Environment: `PDSERVE_ROUTER__GRPC_PORT
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from cluster.config_clients import (
+    ClassesConfig,
+    CredentialsConfig,
+    TenantConfig,
+    TlsConfig,
+    check_callers,
+)
 from cluster.config_errors import explain
+from cluster.config_files import default_cluster, read_yaml
+from cluster.config_models import MIB, ModelConfig, PoolConfig, Section
 from cluster.errors import ConfigError
+
+__all__ = [
+    "Config",
+    "HandoffConfig",
+    "LifecycleConfig",
+    "ModelConfig",
+    "PoolConfig",
+    "RouterConfig",
+]
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Role = Literal["prefill", "decode", "both"]
-MIB = 1 << 20
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PoolConfig(_Section):
-    """The workers of one role, for one model."""
-
-    replicas: Annotated[int, Field(ge=0, le=4096, description="Workers to keep alive.")] = 1
-    num_cpus: Annotated[float, Field(ge=0, description="CPUs Ray reserves per worker.")] = 0
-    num_gpus: Annotated[
-        int | None,
-        Field(ge=0, description="GPUs per worker; unset: what the engine needs."),
-    ] = None
-    resources: Annotated[
-        dict[str, float], Field(description="Custom Ray resources per worker.")
-    ] = {}
-
-
-class ModelConfig(_Section):
-    """One model and its two pools."""
-
-    name: Annotated[
-        str,
-        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,95}$", description="What clients ask for."),
-    ]
-    path: Annotated[str, Field(min_length=1, description="A local directory or a hub name.")]
-    revision: Annotated[str | None, Field(description="Of a hub model.")] = None
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], Field(description="Of the weights.")
-    ] = "auto"
-    max_model_len: Annotated[
-        int | None, Field(ge=2, description="Prompt and output tokens; unset: the model's own.")
-    ] = None
-    block_size: Annotated[
-        int, Field(ge=1, le=1024, description="Tokens per KV block; on CPU a multiple of 32.")
-    ] = 32
-    kv_cache_bytes: Annotated[
-        int | None,
-        Field(ge=MIB, description="KV cache per worker, bytes; unset: what GPU memory leaves."),
-    ] = None
-    max_num_batched_tokens: Annotated[
-        int, Field(ge=32, description="Tokens per engine step: the prefill chunk.")
-    ] = 2048
-    max_num_seqs: Annotated[int, Field(ge=1, description="Sequences per engine step.")] = 128
-    tensor_parallel_size: Annotated[int, Field(ge=1, description="GPUs per engine.")] = 1
-    enforce_eager: Annotated[bool, Field(description="No compilation and no CUDA graphs.")] = False
-    trust_remote_code: Annotated[bool, Field(description="Run code from the model's repo.")] = False
-    engine_args: Annotated[
-        dict[str, Any], Field(description="Further vLLM engine arguments, passed as they are.")
-    ] = {}
-    prefill: PoolConfig = PoolConfig()
-    decode: PoolConfig = PoolConfig()
-
-    @model_validator(mode="after")
-    def _engine_args_do_not_collide(self) -> ModelConfig:
-        own = {
-            "model",
-            "kv_transfer_config",
-            "logits_processors",
-            "dtype",
-            "max_model_len",
-            "block_size",
-            "max_num_batched_tokens",
-            "max_num_seqs",
-            "tensor_parallel_size",
-            "enforce_eager",
-            "trust_remote_code",
-            "revision",
-            "kv_cache_memory_bytes",
-        }
-        if taken := sorted(own & self.engine_args.keys()):
-            raise ValueError(f"engine_args must not set {', '.join(taken)}: pdserve sets them")
-        if "speculative_config" in self.engine_args:
-            raise ValueError(
-                "engine_args.speculative_config: speculative decoding cannot be exact "
-                "with a handed-off first token and is refused"
-            )
-        return self
-
-
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """The routers' servers and limits."""
 
     host: Annotated[str, Field(description="Interface to listen on.")] = "127.0.0.1"
@@ -117,14 +52,15 @@ class RouterConfig(_Section):
         int, Field(ge=1, description="Requests placed at once; more wait.")
     ] = 1024
     max_queued_requests: Annotated[
-        int, Field(ge=0, description="Requests waiting; more are refused.")
+        int, Field(ge=0, description="Requests of a class waiting; more are refused.")
     ] = 1024
     default_timeout_seconds: Annotated[
         float, Field(gt=0, description="Deadline of HTTP requests that set none.")
     ] = 600.0
+    tls: Annotated[TlsConfig | None, Field(description="Unset: both ports are in clear.")] = None
 
 
-class StoreConfig(_Section):
+class StoreConfig(Section):
     """Where the registry and the journal live."""
 
     url: Annotated[
@@ -147,7 +83,7 @@ class StoreConfig(_Section):
         return self
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """The Ray cluster that places the processes."""
 
     address: Annotated[
@@ -156,7 +92,7 @@ class RayConfig(_Section):
     namespace: str = "pdserve"
 
 
-class HandoffConfig(_Section):
+class HandoffConfig(Section):
     """The KV transfer between workers."""
 
     transport: Annotated[Literal["auto", "grpc"], Field(description="How KV moves.")] = "auto"
@@ -173,14 +109,14 @@ class HandoffConfig(_Section):
     max_streams: Annotated[int, Field(ge=1, description="Handoffs received at once.")] = 256
 
 
-class TargetsConfig(_Section):
+class TargetsConfig(Section):
     """What the cluster is to reach."""
 
     ttft_seconds: Annotated[float, Field(gt=0, description="Time to first token.")] = 2.0
     tpot_seconds: Annotated[float, Field(gt=0, description="Time per output token.")] = 0.1
 
 
-class LifecycleConfig(_Section):
+class LifecycleConfig(Section):
     """How long starting and stopping may take."""
 
     start_timeout_seconds: Annotated[float, Field(gt=0, description="For all workers.")] = 900.0
@@ -203,6 +139,13 @@ class Config(BaseSettings):
     ray: RayConfig = RayConfig()
     handoff: HandoffConfig = HandoffConfig()
     targets: TargetsConfig = TargetsConfig()
+    classes: ClassesConfig = ClassesConfig()
+    tenants: Annotated[
+        list[TenantConfig], Field(description="None: everyone is the one tenant `default`.")
+    ] = []
+    operator: Annotated[
+        CredentialsConfig, Field(description="Of the Operator API; needed once there are tenants.")
+    ] = CredentialsConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
     secret: Annotated[
         SecretStr | None,
@@ -227,6 +170,7 @@ class Config(BaseSettings):
             raise ValueError(f"models: {', '.join(twice)} is named twice")
         if self.router.grpc_port and self.router.grpc_port == self.router.http_port:
             raise ValueError("router: grpc_port and http_port must differ")
+        check_callers(self.tenants, self.operator, self.router.tls)
         if self.secret is not None and len(self.secret.get_secret_value()) < 16:
             raise ValueError("secret: needs at least 16 characters")
         return self
@@ -238,7 +182,7 @@ class Config(BaseSettings):
         Raises:
             ConfigError: the file cannot be read, or a field is unknown or impossible.
         """
-        raw = _read(path) if path else default_cluster()
+        raw = read_yaml(path) if path else default_cluster()
         try:
             config = cls(**raw)
         except ValidationError as error:
@@ -246,14 +190,19 @@ class Config(BaseSettings):
         return config if path is None else config._relative_to(path.resolve().parent)
 
     def _relative_to(self, base: Path) -> Config:
-        """Model paths are relative to the file that names them."""
+        """Paths are relative to the file that names them."""
         models = []
         for model in self.models:
             local = base / model.path
             models.append(
                 model.model_copy(update={"path": str(local)}) if local.is_dir() else model
             )
-        return self.model_copy(update={"models": models})
+        tls = self.router.tls
+        router = self.router.model_copy(update={"tls": tls and tls.beside(base)})
+        tenants = [tenant.beside(base) for tenant in self.tenants]
+        operator = self.operator.beside(base)
+        changed = {"models": models, "router": router, "tenants": tenants, "operator": operator}
+        return self.model_copy(update=changed)
 
     def model(self, name: str) -> ModelConfig:
         """The model called `name`. Raises KeyError."""
@@ -261,33 +210,3 @@ class Config(BaseSettings):
             if model.name == name:
                 return model
         raise KeyError(name)
-
-
-def default_cluster() -> dict[str, Any]:
-    """The cluster of `pdserve up` without a file: the shipped model, one worker a role."""
-    root = os.environ.get("PDSERVE_EXAMPLES")
-    examples = Path(root) if root else Path(__file__).resolve().parent.parent / "examples"
-    return {
-        "models": [
-            {
-                "name": "recall-tiny",
-                "path": str(examples / "recall-tiny"),
-                "dtype": "float32",
-                "max_num_batched_tokens": 512,
-                "kv_cache_bytes": 256 * MIB,
-                "enforce_eager": True,
-            }
-        ]
-    }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must be a mapping with a `models` list")
-    return raw

@@ -4,6 +4,7 @@
     ├── InvalidRequest        the caller's input; names the field and the limit
     ├── NotFound              no such model, request or worker
     ├── Unauthenticated       no or wrong credentials
+    ├── PermissionDenied      known, but not allowed to do this
     ├── Overloaded            no room now; carries when to come back
     ├── DeadlineExceeded      the caller's time is over
     ├── Cancelled             the caller gave up
@@ -53,6 +54,10 @@ class NotFound(PdserveError):
 
 class Unauthenticated(PdserveError):
     """No or wrong credentials."""
+
+
+class PermissionDenied(PdserveError):
+    """The caller is known, but may not do this."""
 
 
 class Overloaded(PdserveError):
@@ -112,6 +117,7 @@ STATUS: dict[type[PdserveError], Status] = {
     InvalidRequest: Status(3, 400, "INVALID_ARGUMENT"),
     NotFound: Status(5, 404, "NOT_FOUND"),
     Unauthenticated: Status(16, 401, "UNAUTHENTICATED"),
+    PermissionDenied: Status(7, 403, "PERMISSION_DENIED"),
     Overloaded: Status(8, 429, "RESOURCE_EXHAUSTED"),
     DeadlineExceeded: Status(4, 504, "DEADLINE_EXCEEDED"),
     Cancelled: Status(1, 499, "CANCELLED"),

@@ -12,7 +12,8 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from cluster.errors import InvalidRequest
 from pdserve.v1 import common_pb2, inference_pb2
 from router import validate
-from router.generation import Ask, ChatMessage, Guide, Prompt, Sampling
+from router.admission.offers import SloClass
+from router.generation import Ask, ChatMessage, Guide, Prompt, Sampling, Urgency
 from router.output import (
     Completed,
     CompletionReport,
@@ -26,6 +27,11 @@ _FINISH = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+}
+_CLASSES = {
+    common_pb2.SLO_CLASS_INTERACTIVE: SloClass.INTERACTIVE,
+    common_pb2.SLO_CLASS_STANDARD: SloClass.STANDARD,
+    common_pb2.SLO_CLASS_BATCH: SloClass.BATCH,
 }
 _OPTIONAL_SAMPLING = (
     "max_tokens",
@@ -75,6 +81,19 @@ def ask(
         timeout_seconds=timeout_seconds,
         request_id=request.request_id,
         cache_salt=request.cache_salt,
+        urgency=_urgency(request),
+    )
+
+
+def _urgency(request: inference_pb2.GenerateRequest) -> Urgency:
+    if request.slo_class and request.slo_class not in _CLASSES:
+        raise InvalidRequest("slo_class", f"{request.slo_class} is not a class")
+    targets = request.targets
+    return Urgency(
+        _CLASSES.get(request.slo_class),
+        request.priority,
+        targets.ttft_seconds if targets.HasField("ttft_seconds") else None,
+        targets.tpot_seconds if targets.HasField("tpot_seconds") else None,
     )
 
 

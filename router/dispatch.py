@@ -1,18 +1,18 @@
-"""Dispatch: drives every request's machine between admission, placement and the workers' links."""
+"""Dispatch: drives every request's machine between the gate, placement and the workers' links."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.clock import Clock
-from cluster.config import RouterConfig
-from cluster.errors import InvalidRequest, PdserveError, Unavailable
+from cluster.errors import Cancelled, InvalidRequest, Overloaded, PdserveError, Unavailable
 from cluster.ids import sequence_id
-from router.admission import Admission
+from router.admission.offers import Capacity, SloClass
+from router.admission.policy import Policy
 from router.events import (
     Abort,
     Admitted,
@@ -22,16 +22,18 @@ from router.events import (
     Output,
     Place,
     Placed,
+    PromptComputed,
     Started,
     StartSequence,
     WorkerFailed,
 )
+from router.gate import Gate
 from router.generation import Generation
 from router.link import WorkerLink
 from router.observe import Observer
 from router.output import Completed
 from router.placement import Demand, Placement, Target, Unplaced, WorkerView
-from router.running import Running
+from router.running import Running, request_key
 from router.tickets import TicketMint
 from router.worker_wire import SequenceStart
 
@@ -42,6 +44,8 @@ PLACEMENT_WAIT_SECONDS = 10.0
 class Workers(Protocol):
     """What dispatch needs of the worker pool."""
 
+    @property
+    def routers(self) -> int: ...
     def view(self) -> Sequence[WorkerView]: ...
     def link(self, target: Target) -> WorkerLink | None: ...
 
@@ -61,7 +65,8 @@ class Dispatch:
 
     def __init__(
         self,
-        config: RouterConfig,
+        policy: Policy,
+        capacities: Callable[[], Mapping[str, Capacity]],
         workers: Workers,
         placement: Placement,
         mint: TicketMint,
@@ -73,10 +78,11 @@ class Dispatch:
         self._mint = mint
         self._observer = observer
         self._clock = clock
-        self._admission = Admission(config.max_running_requests, config.max_queued_requests)
+        self.gate = Gate(policy, capacities, clock, self._admit, self._refuse, self._give_way)
         self._requests: dict[str, Running] = {}
         self._unplaced: dict[tuple[str, int], _Unplaced] = {}
         self._nonce = secrets.token_hex(4)
+        self._sequences = 0
         self._refusal: PdserveError | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -85,11 +91,11 @@ class Dispatch:
     def running(self) -> int:
         return len(self._requests)
 
-    def check_room(self) -> None:
+    def check_room(self, tenant: str, slo_class: SloClass) -> None:
         """Raises what `submit` would raise for want of room, before work is spent on a request."""
         if self._refusal is not None:
             raise self._refusal
-        self._admission.check()
+        self.gate.check(tenant, slo_class)
 
     def submit(self, generation: Generation) -> Running:
         """Takes a request in. The caller consumes its deltas and calls `leave` in the end.
@@ -99,34 +105,37 @@ class Dispatch:
             Overloaded: there is no room.
             Unavailable: the router is stopping.
         """
-        self.check_room()
-        if generation.request_id in self._requests:
+        if self._refusal is not None:
+            raise self._refusal
+        key = request_key(generation.tenant, generation.request_id)
+        if key in self._requests:
             raise InvalidRequest(
                 "request_id", f"{generation.request_id} is the id of a request that is running"
             )
-        admitted = self._admission.offer(self._clock.now(), generation.request_id)
+        self.gate.offer(key, generation)
         running = Running(generation, self._clock, self._act, self._ended)
-        self._requests[generation.request_id] = running
+        self._requests[key] = running
         self._idle.clear()
         self._observer.received(running)
+        self.gate.pump()
         self._gauge()
-        if admitted:
-            running.step(Admitted())
         return running
 
-    def cancel(self, request_id: str) -> bool:
-        """False if no such request is running."""
-        running = self._requests.get(request_id)
+    def cancel(self, tenant: str, request_id: str) -> bool:
+        """False if the tenant has no such request running."""
+        running = self._requests.get(request_key(tenant, request_id))
         if running is None:
             return False
         running.step(Cancel())
         return True
 
     def workers_changed(self) -> None:
-        """Tries to place what waits for workers."""
+        """Tries to place what waits for workers, and to start what waits for room."""
         for key, waiting in list(self._unplaced.items()):
             if self._unplaced.get(key) is waiting:
                 self._place(waiting.running, waiting.place)
+        self.gate.set_share(1 / self._workers.routers)
+        self.gate.pump()
 
     def refuse(self, error: PdserveError) -> None:
         """From now on nothing is taken in."""
@@ -155,6 +164,8 @@ class Dispatch:
             case CancelSequence(worker, sequence):
                 if link := self._workers.link(worker):
                     link.cancel(sequence)
+            case PromptComputed():
+                self.gate.first_token(running.key)
 
     def _place(self, running: Running, place: Place) -> None:
         if running.request.ended:
@@ -172,15 +183,17 @@ class Dispatch:
         if isinstance(plan, Unplaced):
             self._wait_for_workers(running, place, plan.missing)
             return
-        self._no_longer_waits(generation.request_id, place.index)
+        self._no_longer_waits(running.key, place.index)
         by_id = {w.target.worker_id: w for w in view}
         ticket = self._mint.mint(generation, running.prompt_digest, plan, by_id)
-        name = sequence_id(generation.request_id, place.index, place.attempt, self._nonce)
+        self._sequences += 1
+        nonce = f"{self._nonce}{self._sequences}"
+        name = sequence_id(generation.request_id, place.index, place.attempt, nonce)
         running.step(Placed(plan, name, ticket), place.index)
         running.step(Started(), place.index)
 
     def _wait_for_workers(self, running: Running, place: Place, missing: str) -> None:
-        key = (running.generation.request_id, place.index)
+        key = (running.key, place.index)
         if waiting := self._unplaced.get(key):
             waiting.missing = missing
             return
@@ -215,23 +228,32 @@ class Dispatch:
             listener,
         )
 
-    def _no_longer_waits(self, request_id: str, index: int) -> None:
-        if waiting := self._unplaced.pop((request_id, index), None):
+    def _no_longer_waits(self, key: str, index: int) -> None:
+        if waiting := self._unplaced.pop((key, index), None):
             waiting.timer.cancel()
 
+    def _admit(self, key: str) -> None:
+        self._requests[key].step(Admitted())
+
+    def _refuse(self, key: str, error: Overloaded) -> None:
+        self._requests[key].step(Abort(error))
+
+    def _give_way(self, key: str) -> None:
+        self._requests[key].step(Abort(Yielded("online work needs the room")))
+
     def _ended(self, running: Running, end: Completed | PdserveError) -> None:
-        request_id = running.generation.request_id
-        del self._requests[request_id]
+        del self._requests[running.key]
         for completion in running.request.completions:
-            self._no_longer_waits(request_id, completion.index)
-        admitted = self._admission.release(self._clock.now(), request_id)
+            self._no_longer_waits(running.key, completion.index)
+        self.gate.release(running.key, running.generation, running.request.tokens)
         self._observer.ended(running, end)
         self._gauge()
         if not self._requests:
             self._idle.set()
-        for name in admitted:
-            if waiting := self._requests.get(name):
-                waiting.step(Admitted())
 
     def _gauge(self) -> None:
-        self._observer.load(self._admission.running, self._admission.queued)
+        self._observer.load(self.gate.running, {c: self.gate.queued(c) for c in SloClass})
+
+
+class Yielded(Cancelled):
+    """A batch request gave its place to online work; it may be asked again."""

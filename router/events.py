@@ -127,6 +127,11 @@ class Emit:
 
 
 @dataclass(frozen=True)
+class PromptComputed:
+    """The first tokens of all completions are there: prefill has done its part."""
+
+
+@dataclass(frozen=True)
 class Finish:
     """A completion has ended well. The request machine keeps it until all have."""
 
@@ -147,4 +152,4 @@ class Fail:
     error: PdserveError
 
 
-Effect = Place | StartSequence | CancelSequence | Emit | Finish | Complete | Fail
+Effect = Place | StartSequence | CancelSequence | Emit | PromptComputed | Finish | Complete | Fail

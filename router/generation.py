@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.ids import RequestId
+from router.admission.offers import SloClass
+
+DEFAULT_TENANT = "default"
+"""Everyone, where no tenants are configured."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,32 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Urgency:
+    """What a caller says of how urgent its request is; None: as its class has it.
+
+    Attributes:
+        slo_class: None: by its deadline.
+        priority: among the caller's own, higher goes first.
+        ttft_seconds, tpot_seconds: its targets.
+    """
+
+    slo_class: SloClass | None = None
+    priority: int = 0
+    ttft_seconds: float | None = None
+    tpot_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Slo:
+    """A request's class and targets; infinite where it has none."""
+
+    slo_class: SloClass = SloClass.STANDARD
+    priority: int = 0
+    ttft_seconds: float = math.inf
+    tpot_seconds: float = math.inf
+
+
+@dataclass(frozen=True)
 class Ask:
     """A request as it came, not yet checked.
 
@@ -94,6 +125,7 @@ class Ask:
     request_id: str = ""
     cache_salt: str = ""
     default_max_tokens: int | None = None
+    urgency: Urgency = Urgency()
 
 
 @dataclass(frozen=True)
@@ -102,6 +134,7 @@ class Generation:
 
     Attributes:
         sampling: with max_tokens set.
+        cache_salt: the caller's own, under its tenant's.
         received_at, deadline: seconds of the router's clock.
     """
 
@@ -112,6 +145,8 @@ class Generation:
     cache_salt: str
     received_at: float
     deadline: float
+    tenant: str = DEFAULT_TENANT
+    slo: Slo = Slo()
 
     @property
     def max_tokens(self) -> int:

@@ -15,12 +15,14 @@ from cluster.obs.logs import REQUEST_ID
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 from router import client_wire as wire
 from router import validate
+from router.caller import shown_by
 from router.catalog import Catalog
 from router.dispatch import Dispatch
 from router.intake import Intake
-from router.observe import Observer
+from router.reception import Reception
 from router.refusal import refuse, refusing
 from router.running import Running
+from router.tenants import Tenants
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -30,17 +32,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def __init__(
         self,
+        tenants: Tenants,
         catalog: Catalog,
         intake: Intake,
+        reception: Reception,
         dispatch: Dispatch,
-        observer: Observer,
         clock: Clock,
         missing: Callable[[str], str],
     ) -> None:
+        self._tenants = tenants
         self._catalog = catalog
         self._intake = intake
+        self._reception = reception
         self._dispatch = dispatch
-        self._observer = observer
         self._clock = clock
         self._missing = missing
 
@@ -48,14 +52,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received_at = self._clock.now()
         try:
-            self._dispatch.check_room()
+            tenant = self._tenants.identify(shown_by(context))
             ask = wire.ask(request, received_at, context.time_remaining())
-            generation = await self._intake.prepare(ask)
-            running = self._dispatch.submit(generation)
         except Exception as error:
-            known = request.model if request.model in self._catalog.names else ""
-            self._observer.refused(known, error)
+            self._reception.refused("", request.model, error)
             raise
+        running = await self._reception.receive(tenant, ask)
+        generation = running.generation
         REQUEST_ID.set(generation.request_id)
         try:
             await _send(running, generation.request_id, context)
@@ -66,14 +69,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Cancel(
         self, request: inference_pb2.CancelRequest, context: Context
     ) -> inference_pb2.CancelResponse:
+        tenant = self._tenants.identify(shown_by(context))
         wire.refuse_unknown_fields(request)
         request_id = validate.check_request_id(request.request_id)
-        return inference_pb2.CancelResponse(cancelled=self._dispatch.cancel(request_id))
+        return inference_pb2.CancelResponse(
+            cancelled=self._dispatch.cancel(tenant.name, request_id)
+        )
 
     @refusing
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
+        self._tenants.identify(shown_by(context))
         validate.check_message_count(len(request.chat.messages))
         wire.refuse_unknown_fields(request)
         model = validate.check_model(request.model, self._catalog.names)
@@ -84,6 +91,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
+        self._tenants.identify(shown_by(context))
         wire.refuse_unknown_fields(request)
         models = []
         for name in self._catalog.names:

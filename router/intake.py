@@ -7,7 +7,8 @@ from cluster.errors import DeadlineExceeded
 from cluster.ids import new_request_id
 from router import validate
 from router.catalog import Catalog
-from router.generation import Ask, Generation, Prompt
+from router.generation import Ask, Generation, Prompt, Slo
+from router.tenants import Tenant
 
 
 class Intake:
@@ -17,8 +18,8 @@ class Intake:
         self._catalog = catalog
         self._clock = clock
 
-    async def prepare(self, ask: Ask) -> Generation:
-        """The generation that `ask` means; cheap checks come before tokenising.
+    async def prepare(self, ask: Ask, tenant: Tenant, slo: Slo) -> Generation:
+        """The generation that the tenant's `ask` means; cheap checks come before tokenising.
 
         Raises:
             InvalidRequest, NotFound, DeadlineExceeded: as `router.validate` says.
@@ -41,7 +42,15 @@ class Intake:
         if self._clock.now() >= deadline:
             raise DeadlineExceeded("the deadline passed while the prompt was tokenised")
         return Generation(
-            request_id, model, token_ids, sampling, ask.cache_salt, ask.received_at, deadline
+            request_id,
+            model,
+            token_ids,
+            sampling,
+            tenant.cache_salt(ask.cache_salt),
+            ask.received_at,
+            deadline,
+            tenant.name,
+            slo,
         )
 
     async def encode(self, model: str, prompt: Prompt) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from cluster.config import RouterConfig
 from cluster.errors import ConfigError
 from pdserve.v1 import inference_pb2, operator_pb2
+from router.tls import grpc_credentials, http_context
 
 MAX_RESPONSE_BYTES = 16 << 20
 HTTP_SHUTDOWN_SECONDS = 1.0
@@ -42,9 +43,13 @@ def grpc_options(config: RouterConfig) -> Sequence[tuple[str, Any]]:
 
 
 def bind_grpc(server: grpc.aio.Server, config: RouterConfig) -> str:
-    """The address it listens on. Raises ConfigError if the port is taken."""
+    """The address it listens on. Raises ConfigError if the port is taken or TLS cannot work."""
     try:
-        port = server.add_insecure_port(_join(config.host, config.grpc_port))
+        where = _join(config.host, config.grpc_port)
+        if config.tls is None:
+            port = server.add_insecure_port(where)
+        else:
+            port = server.add_secure_port(where, grpc_credentials(config.tls))
     except RuntimeError:
         port = 0
     if not port:
@@ -53,12 +58,13 @@ def bind_grpc(server: grpc.aio.Server, config: RouterConfig) -> str:
 
 
 async def bind_http(app: web.Application, config: RouterConfig) -> tuple[web.AppRunner, str]:
-    """Serves `app`; the caller cleans the runner up. Raises ConfigError if the port is taken."""
+    """Serves `app`; the caller cleans the runner up. Raises ConfigError as `bind_grpc`."""
+    context = None if config.tls is None else http_context(config.tls)
     runner = web.AppRunner(
         app, access_log=None, handler_cancellation=True, shutdown_timeout=HTTP_SHUTDOWN_SECONDS
     )
     await runner.setup()
-    site = web.TCPSite(runner, config.host, config.http_port, reuse_port=False)
+    site = web.TCPSite(runner, config.host, config.http_port, reuse_port=False, ssl_context=context)
     try:
         await site.start()
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Protocol
 
@@ -11,6 +12,9 @@ from cluster.clock import Clock
 from cluster.errors import PdserveError, Unavailable, status_of
 from cluster.obs.metrics import RouterMetrics
 from cluster.store.records import JournalEntry
+from router.admission.offers import SloClass
+from router.attainment import ATTAINED, missed
+from router.generation import Slo
 from router.output import Completed, CompletionReport
 from router.running import Running
 
@@ -41,13 +45,24 @@ class Observer:
     def retried(self, running: Running) -> None:
         self.metrics.retries.labels(running.generation.model).inc()
 
-    def load(self, running: int, queued: int) -> None:
+    def load(self, running: int, queued: Mapping[SloClass, int]) -> None:
         self.metrics.running_requests.set(running)
-        self.metrics.queued_requests.set(queued)
+        for slo_class, count in queued.items():
+            self.metrics.queued_requests.labels(slo_class).set(count)
 
-    def refused(self, model: str, error: BaseException) -> None:
-        """A request that was never taken in; `model` is a known name, or empty."""
-        self.metrics.requests.labels(model, status_of(error).name).inc()
+    def refused(self, model: str, tenant: str, slo: Slo | None, error: BaseException) -> None:
+        """A request that was never taken in.
+
+        Args:
+            model, tenant: known names, or empty.
+            slo: as far as it was known what was asked for.
+        """
+        status = status_of(error).name
+        self.metrics.requests.labels(model, status).inc()
+        if tenant:
+            self.metrics.tenant_requests.labels(tenant, status).inc()
+        if slo is not None and isinstance(error, PdserveError):
+            self._attainment(model, slo, error)
 
     def ended(self, running: Running, end: Completed | PdserveError) -> None:
         generation = running.generation
@@ -56,6 +71,8 @@ class Observer:
         tokens = self.metrics.request_tokens
         tokens.labels(generation.model, "prompt").inc(len(generation.prompt_token_ids))
         tokens.labels(generation.model, "completion").inc(running.request.tokens)
+        self._tenant(running, status)
+        self._attainment(generation.model, generation.slo, end)
         seconds = self._clock.now() - generation.received_at
         entry = replace(
             self._entry(running),
@@ -64,7 +81,9 @@ class Observer:
         )
         fields: dict[str, object] = {
             "request_id": generation.request_id,
+            "tenant": generation.tenant,
             "model": generation.model,
+            "class": generation.slo.slo_class.value,
             "status": status,
             "prompt_tokens": len(generation.prompt_token_ids),
             "completion_tokens": running.request.tokens,
@@ -105,6 +124,23 @@ class Observer:
         except TimeoutError:
             self.metrics.journal_dropped.inc(self._entries.qsize())
 
+    def _tenant(self, running: Running, status: str) -> None:
+        tenant = running.generation.tenant
+        self.metrics.tenant_requests.labels(tenant, status).inc()
+        tokens = self.metrics.tenant_tokens
+        tokens.labels(tenant, "prompt").inc(len(running.generation.prompt_token_ids))
+        tokens.labels(tenant, "completion").inc(running.request.tokens)
+
+    def _attainment(self, model: str, slo: Slo, end: Completed | PdserveError) -> None:
+        reason = missed(slo, end)
+        if reason is None:
+            return
+        self.metrics.slo_requests.labels(model, slo.slo_class).inc()
+        if reason == ATTAINED:
+            self.metrics.slo_attained.labels(model, slo.slo_class).inc()
+        else:
+            self.metrics.slo_missed.labels(model, slo.slo_class, reason).inc()
+
     def _completion(self, model: str, report: CompletionReport) -> None:
         self.metrics.ttft.labels(model).observe(report.ttft_seconds)
         if report.tokens > 1:
@@ -120,6 +156,7 @@ class Observer:
         generation = running.generation
         return JournalEntry(
             request_id=generation.request_id,
+            tenant=generation.tenant,
             model=generation.model,
             state=running.request.state.value,
             router_id=self._router_id,

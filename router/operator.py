@@ -10,10 +10,12 @@ import grpc
 from cluster.errors import PdserveError
 from cluster.store.records import RouterRecord, WorkerRecord
 from pdserve.v1 import operator_pb2, operator_pb2_grpc, worker_pb2
+from router.caller import shown_by
 from router.client_wire import refuse_unknown_fields
 from router.dispatch import Dispatch
 from router.placement import Target
 from router.refusal import refusing
+from router.tenants import Tenants
 from router.workers import STORE_TIMEOUT_SECONDS, Registry, Workers
 
 DESCRIBE_TIMEOUT_SECONDS = 2.0
@@ -29,12 +31,14 @@ class OperatorServicer(operator_pb2_grpc.OperatorServicer):
         workers: Workers,
         registry: Registry,
         dispatch: Dispatch,
+        tenants: Tenants,
     ) -> None:
         self._cluster = cluster
         self._router = router
         self._workers = workers
         self._registry = registry
         self._dispatch = dispatch
+        self._tenants = tenants
 
     @refusing
     async def GetCluster(
@@ -42,6 +46,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServicer):
         request: operator_pb2.GetClusterRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> operator_pb2.GetClusterResponse:
+        self._tenants.check_operator(shown_by(context))
         refuse_unknown_fields(request)
         workers = await asyncio.gather(*map(self._worker, self._workers.records))
         routers = await self._routers()

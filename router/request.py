@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from cluster.errors import Cancelled
 from router.completion import TERMINAL, Completion, State
-from router.events import Abort, Cancel, Complete, Deadline, Effect, Event, Fail, Finish
+from router.events import (
+    Abort,
+    Cancel,
+    Complete,
+    Deadline,
+    Effect,
+    Event,
+    Fail,
+    Finish,
+    PromptComputed,
+)
 from router.generation import Generation
 from router.output import Completed, CompletionReport
 
@@ -24,6 +34,7 @@ class Request:
             for i in range(generation.sampling.n)
         ]
         self._reports: dict[int, CompletionReport] = {}
+        self._prompt_computed = False
 
     @property
     def ended(self) -> bool:
@@ -48,6 +59,9 @@ class Request:
                         return [*effects, *self._fail(now, effect, event)]
                     case _:
                         effects.append(effect)
+        if not self._prompt_computed and all(c.tokens for c in self.completions):
+            self._prompt_computed = True
+            effects.append(PromptComputed())
         if len(self._reports) == len(self.completions):
             self.state = State.FINISHED
             effects.append(Complete(self._completed()))

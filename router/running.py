@@ -37,6 +37,7 @@ class Running:
         ended: Callable[[Running, Completed | PdserveError], None],
     ) -> None:
         self.generation = generation
+        self.key = request_key(generation.tenant, generation.request_id)
         self.request = Request(generation)
         self.buffer = OutputBuffer()
         self.prompt_digest = prompt_digest(generation.prompt_token_ids)
@@ -112,3 +113,8 @@ class Running:
                 self.buffer.cut()
         finally:
             self._ended(self, end)
+
+
+def request_key(tenant: str, request_id: str) -> str:
+    """What a request is filed under: ids are the caller's, and two tenants may choose the same."""
+    return f"{tenant}/{request_id}"

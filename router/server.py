@@ -25,6 +25,7 @@ from cluster.store import registry as store_registry
 from cluster.store.records import RouterRecord
 from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
+from router.capacity import Capacities, policy
 from router.catalog import Catalog
 from router.dispatch import Dispatch
 from router.http.app import HttpApp
@@ -36,6 +37,8 @@ from router.listen import Health, bind_grpc, bind_http, grpc_options
 from router.observe import Journal, Observer
 from router.operator import OperatorServicer
 from router.placement import LeastLoaded
+from router.reception import Reception
+from router.tenants import Tenants
 from router.tickets import TicketMint
 from router.tokenize import Tokenizer
 from router.workers import Registry, Workers
@@ -80,6 +83,7 @@ class RouterServer:
         self._config = config
         self._router_id = router_id
         self._incarnation = incarnation
+        self._secret = secret
         self._signer = TicketSigner(secret)
         self._store_url = store_url
         self._store = store
@@ -124,8 +128,10 @@ class RouterServer:
         self._stack.callback(self._catalog.close)
         await self._catalog.load()
         self._observer = Observer(self.metrics, self._router_id, clock)
+        tenants = Tenants(config, self._secret, self._signer.call_token())
         self._dispatch = Dispatch(
-            config.router,
+            policy(config),
+            Capacities(config.models, self._workers),
             self._workers,
             LeastLoaded(random.Random()),
             TicketMint(self._signer, clock, config.handoff.ticket_seconds),
@@ -133,13 +139,15 @@ class RouterServer:
             clock,
         )
         intake = Intake(self._catalog, clock)
+        reception = Reception(config.classes, self._catalog, intake, self._dispatch, self._observer)
         self._server = grpc.aio.server(options=grpc_options(config.router))
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceServicer(
+                tenants,
                 self._catalog,
                 intake,
+                reception,
                 self._dispatch,
-                self._observer,
                 clock,
                 self._workers.missing,
             ),
@@ -148,12 +156,17 @@ class RouterServer:
         self._health = Health(self._server)
         self.grpc_address = bind_grpc(self._server, config.router)
         self._stack.push_async_callback(self._server.stop, GRPC_GRACE_SECONDS)
-        runner, self.http_address = await bind_http(self._http(intake), config.router)
+        runner, self.http_address = await bind_http(self._http(tenants, reception), config.router)
         self._stack.push_async_callback(runner.cleanup)
         self._lease = RouterLease(store.registry, self._record(), config.store.lease_seconds)
         operator_pb2_grpc.add_OperatorServicer_to_server(
             OperatorServicer(
-                config.name, self._lease.record, self._workers, store.registry, self._dispatch
+                config.name,
+                self._lease.record,
+                self._workers,
+                store.registry,
+                self._dispatch,
+                tenants,
             ),
             self._server,
         )
@@ -243,14 +256,19 @@ class RouterServer:
         name = self._config.name
         return Store(store_registry.Registry(client, name), store_journal.Journal(client, name))
 
-    def _http(self, intake: Intake) -> web.Application:
+    def _http(self, tenants: Tenants, reception: Reception) -> web.Application:
         settings = self._config.router
         handlers = GenerateHandlers(
-            intake, self._dispatch, self._observer, self._clock, settings.default_timeout_seconds
+            tenants, reception, self._clock, settings.default_timeout_seconds
         )
         registry = self.metrics.registry
         built = HttpApp(
-            handlers, self._catalog, registry, self.not_ready, settings.max_request_bytes
+            handlers,
+            tenants,
+            self._catalog,
+            registry,
+            self.not_ready,
+            settings.max_request_bytes,
         )
         return built.app
 

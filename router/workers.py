@@ -68,6 +68,8 @@ class Workers:
         self._records: tuple[WorkerRecord, ...] = ()
         self._listeners: list[Callable[[], None]] = []
         self.store_reachable = False
+        self.routers = 1
+        """Those that share the load, as the registry was last read."""
 
     @property
     def records(self) -> tuple[WorkerRecord, ...]:
@@ -107,6 +109,7 @@ class Workers:
             try:
                 async for members in self._registry.changes():
                     self._reached(True)
+                    self._count_routers(members.routers)
                     self._seen(members.workers, tasks)
             except PdserveError as error:
                 self._reached(False, str(error))
@@ -114,6 +117,12 @@ class Workers:
                 log.exception("the registry could not be understood")
                 self._reached(False, "the registry could not be understood")
             await asyncio.sleep(TICK_SECONDS)
+
+    def _count_routers(self, records: Sequence[RouterRecord]) -> None:
+        routers = max(1, sum(record.state == "ready" for record in records))
+        if routers != self.routers:
+            self.routers = routers
+            self._changed()
 
     def _seen(self, records: Sequence[WorkerRecord], tasks: asyncio.TaskGroup) -> None:
         if tuple(records) == self._records:

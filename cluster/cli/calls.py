@@ -19,7 +19,6 @@ from pdserve.v1 import (
     operator_pb2_grpc,
 )
 
-MAX_MESSAGE_BYTES = 64 << 20
 STATUS_SECONDS = 10.0
 _NO_SERVER = ("failed to connect", "DNS resolution failed")
 
@@ -85,18 +84,6 @@ class ClusterView:
     store_reachable: bool
     workers: tuple[WorkerView, ...] = field(default=())
     routers: tuple[RouterView, ...] = field(default=())
-
-
-def channel(address: str) -> grpc.aio.Channel:
-    """A channel to a router; the caller closes it."""
-    return grpc.aio.insecure_channel(
-        address,
-        options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.enable_http_proxy", 0),
-        ],
-    )
 
 
 async def generate(to: grpc.aio.Channel, prompt: Prompt) -> AsyncIterator[Delta | Served]:

@@ -13,7 +13,8 @@ from types import ModuleType
 
 import grpc.aio
 
-from cluster.cli.calls import ClusterView, Delta, Prompt, channel, cluster_view, generate
+from cluster.cli.access import channel
+from cluster.cli.calls import ClusterView, Delta, Prompt, cluster_view, generate
 from cluster.cli.checks import before_start
 from cluster.cli.launch import Cluster
 from cluster.cli.progress import Progress

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict
 
-from cluster.cli.calls import Delta, Prompt, channel, generate
+from cluster.cli.access import channel
+from cluster.cli.calls import Delta, Prompt, generate
 from cluster.cli.terminal import EXIT_OK, Terminal
 from cluster.cli.timeline import Served, show
 

@@ -17,6 +17,7 @@ from cluster.control.orphans import kill_descendants
 from cluster.errors import EngineFailed, PdserveError, Unavailable
 from cluster.store.client import address_of, connect
 from cluster.store.embedded import EmbeddedStore
+from cluster.ticket import TicketSigner
 
 if TYPE_CHECKING:
     from cluster.control.runtime import RayRuntime
@@ -38,6 +39,7 @@ class Cluster:
         self._ray: RayRuntime | None = None
         self._ray_runs = False
         self._controller: Any = None
+        self._token = ""
 
     def show_on(self, progress: Progress) -> None:
         """Further progress goes to `progress`."""
@@ -55,9 +57,12 @@ class Cluster:
         from cluster.control.actors import Launch
 
         secret = self._config.secret
+        key = secret.get_secret_value().encode() if secret else secrets.token_bytes(32)
+        self._token = TicketSigner(key).call_token()
+        self._rundir.write_operator_token(self._token)
         launch = Launch(
             config=self._config,
-            secret=secret.get_secret_value().encode() if secret else secrets.token_bytes(32),
+            secret=key,
             store_url=url,
             log_dir=self._rundir.logs,
             bind_host="127.0.0.1" if runtime.embedded else "",
@@ -158,10 +163,13 @@ class Cluster:
 
     async def _until_connected(self, address: str) -> None:
         """A request would now be served: the router has a stream to every worker."""
-        from cluster.cli.calls import channel, cluster_view
+        from cluster.cli.access import channel
+        from cluster.cli.calls import cluster_view
 
+        if self._config.router.tls is not None:
+            return  # It has no certificate of its own to ask with; the registry's word must do.
         with suppress(TimeoutError):
-            async with asyncio.timeout(CONNECT_SECONDS), channel(address) as to:
+            async with asyncio.timeout(CONNECT_SECONDS), channel(address, self._token) as to:
                 while True:
                     view = await cluster_view(to)
                     if view.workers and all(worker.connected for worker in view.workers):

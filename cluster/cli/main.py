@@ -64,7 +64,8 @@ def status(name: Name = None, address: Address = None, as_json: Json = False) ->
     """Workers and routers: role, state, KV blocks, pinned bytes, memory."""
     from cluster.cli import status as command
 
-    _exit(command.run(terminal, _address(address, name), as_json))
+    where = _address(address, name)
+    _exit(command.run(terminal, where, as_json, _operator_token(address, name)))
 
 
 @app.command()
@@ -184,3 +185,12 @@ def _address(address: str | None, name: str | None) -> str:
     if not state.grpc_address:
         raise Unavailable(f"the cluster {state.name!r} is {state.state}: it has no address yet")
     return state.grpc_address
+
+
+def _operator_token(address: str | None, name: str | None) -> str:
+    """What opens the Operator API of a cluster that runs here."""
+    if address is not None:
+        return ""
+    from cluster.cli.rundir import RunDir, find
+
+    return RunDir(find(name).name).operator_token()

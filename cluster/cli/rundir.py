@@ -2,6 +2,7 @@
 
 <root>/<name>/state.json   pid, addresses, state          0600
               store_url    with the password              0600
+              operator     the token of the Operator API  0600
               lock         held as long as a cluster of the name lives
               logs/        one file per worker, router, controller and for the CLI itself
 """
@@ -97,6 +98,16 @@ class RunDir:
         """Keeps the store's URL where only the owner reads it."""
         _write(self.path / "store_url", url)
 
+    def write_operator_token(self, token: str) -> None:
+        """Keeps what opens the Operator API where only the owner reads it."""
+        _write(self.path / "operator", token)
+
+    def operator_token(self) -> str:
+        """Empty if there is none."""
+        with suppress(OSError):
+            return (self.path / "operator").read_text()
+        return ""
+
     def read(self) -> RunState | None:
         """The state of the cluster that runs, or None; a dead one's leftovers do not count."""
         try:
@@ -107,7 +118,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Removes what points at a running cluster; the logs stay."""
-        for name in ("state.json", "store_url", "ray_token"):
+        for name in ("state.json", "store_url", "operator", "ray_token"):
             (self.path / name).unlink(missing_ok=True)
 
 

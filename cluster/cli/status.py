@@ -7,16 +7,17 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from cluster.cli.calls import ClusterView, channel, cluster_view
+from cluster.cli.access import channel
+from cluster.cli.calls import ClusterView, cluster_view
 from cluster.cli.terminal import EXIT_FAILED, EXIT_OK, Terminal
 from cluster.cli.timeline import spoken_bytes
 
 _COLOURS = {"ready": "green", "failed": "red"}
 
 
-def run(terminal: Terminal, address: str, as_json: bool) -> int:
+def run(terminal: Terminal, address: str, as_json: bool, token: str = "") -> int:
     """Exits 1 unless every worker is ready."""
-    view = asyncio.run(_view(address))
+    view = asyncio.run(_view(address, token))
     if as_json:
         terminal.json(asdict(view))
     else:
@@ -25,8 +26,8 @@ def run(terminal: Terminal, address: str, as_json: bool) -> int:
     return EXIT_OK if good else EXIT_FAILED
 
 
-async def _view(address: str) -> ClusterView:
-    async with channel(address) as to:
+async def _view(address: str, token: str) -> ClusterView:
+    async with channel(address, token) as to:
         return await cluster_view(to)
 
 

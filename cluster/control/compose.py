@@ -1,4 +1,4 @@
-"""Puts a worker together: vLLM behind the prefill and the decode face."""
+"""Puts a worker together: an engine behind the prefill, the decode and the whole face."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 
 from cluster.config import Config, ModelConfig
 from cluster.engine.protocol import Engine
-from cluster.engine.vllm import VllmEngine
 from cluster.store.registry import Registry
 from cluster.ticket import TicketSigner
 from cluster.worker.host import Faces, WorkerHost
 from cluster.worker.sequence import Identity
+from cluster.worker.whole import WholeFace
 from decode_worker.servicer import DecodeFace
 from prefill_worker.peers import Peers
 from prefill_worker.servicer import PrefillFace
@@ -26,20 +26,27 @@ def worker_host(
     store_url: str,
     bind_host: str,
 ) -> WorkerHost:
-    """A worker with a real engine. Arguments as WorkerHost's."""
+    """A worker with the engine that its model names. Arguments as WorkerHost's."""
 
     def make_engine(
         model: ModelConfig, worker_id: str, incarnation: str, secret: bytes, host: str
     ) -> Engine:
+        if model.engine == "simulated":
+            from cluster.engine.simulated.engine import SimulatedEngine
+
+            return SimulatedEngine(model, worker_id, incarnation, secret, host)
+        from cluster.engine.vllm import VllmEngine  # seconds, and gigabytes of torch
+
         threads = engine_threads(config, model, role)
         return VllmEngine(model, config.handoff, worker_id, incarnation, secret, host, threads)
 
     def make_faces(engine: Engine, me: Identity, signer: TicketSigner, registry: Registry) -> Faces:
-        faces: Faces = {}
+        whole = WholeFace(engine)
+        faces: Faces = {"whole": whole}
         if role in ("prefill", "both"):
             faces["prefill"] = PrefillFace(engine, me, signer, Peers(registry))
         if role in ("decode", "both"):
-            faces["decode"] = faces["whole"] = DecodeFace(engine, me, signer)
+            faces["decode"] = DecodeFace(engine, me, signer)
         return faces
 
     return WorkerHost(

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from cluster.engine.blocks import HeldBlocks
 from cluster.kv.handoff import HandoffParams, HandoffResult
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -108,6 +109,7 @@ class EngineInfo:
     Attributes:
         transfer_addresses: host:port of each rank's transfer port.
         layout: fingerprint of its KV layout.
+        simulated: its tokens are made up.
     """
 
     transfer_addresses: tuple[str, ...]
@@ -117,6 +119,7 @@ class EngineInfo:
     num_blocks: int
     max_model_len: int
     vocab_size: int
+    simulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,13 @@ class Holdings:
 
 
 class Engine(Protocol):
-    """One inference engine behind a worker."""
+    """One inference engine behind a worker.
+
+    Attributes:
+        held_blocks: what its prefix cache holds.
+    """
+
+    held_blocks: HeldBlocks
 
     async def start(self) -> EngineInfo:
         """Loads the model. Raises EngineFailed with the cause."""

@@ -18,6 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.config import HandoffConfig, ModelConfig
+from cluster.engine.blocks import HeldBlocks
 from cluster.engine.protocol import (
     EngineInfo,
     EngineOutput,
@@ -73,6 +74,7 @@ class VllmEngine:
         self._stats = FrontEndStats(self._results)
         self._llm: AsyncLLM | None = None
         self._num_blocks = 0
+        self.held_blocks = HeldBlocks()
 
     async def start(self) -> EngineInfo:
         os.environ[SECRET_ENV] = self._secret.hex()

@@ -77,9 +77,43 @@ class RouterMetrics:
             buckets=E2E_BUCKETS,
             registry=registry,
         )
+        self._slo(registry)
         self._handoffs(registry)
         self._gauges(registry)
         self._seen_workers: set[tuple[str, str, str]] = set()
+
+    def _slo(self, registry: CollectorRegistry) -> None:
+        """Attainment is attained / requests: what was refused or failed counts as missed."""
+        self.slo_requests = Counter(
+            "pdserve_slo_requests_total",
+            "Valid requests that have ended, refused ones included.",
+            ("model", "class"),
+            registry=registry,
+        )
+        self.slo_attained = Counter(
+            "pdserve_slo_attained_total",
+            "Requests that succeeded within all their targets.",
+            ("model", "class"),
+            registry=registry,
+        )
+        self.slo_missed = Counter(
+            "pdserve_slo_missed_total",
+            "The others: ttft, tpot, refused, failed, deadline or cancelled (by the client).",
+            ("model", "class", "reason"),
+            registry=registry,
+        )
+        self.tenant_requests = Counter(
+            "pdserve_tenant_requests_total",
+            "Requests of a tenant by terminal gRPC status.",
+            ("tenant", "status"),
+            registry=registry,
+        )
+        self.tenant_tokens = Counter(
+            "pdserve_tenant_tokens_total",
+            "Tokens of a tenant's requests: prompt, completion.",
+            ("tenant", "kind"),
+            registry=registry,
+        )
 
     def _handoffs(self, registry: CollectorRegistry) -> None:
         self.handoff_bytes = Counter(
@@ -106,7 +140,10 @@ class RouterMetrics:
             "pdserve_running_requests", "Requests admitted and not ended.", registry=registry
         )
         self.queued_requests = Gauge(
-            "pdserve_queued_requests", "Requests waiting for admission.", registry=registry
+            "pdserve_queued_requests",
+            "Requests waiting for admission.",
+            ("class",),
+            registry=registry,
         )
         self.workers = Gauge(
             "pdserve_workers",

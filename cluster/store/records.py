@@ -90,6 +90,7 @@ class JournalEntry:
     received_at: float = 0.0
     updated_at: float = 0.0
     error: str = ""
+    tenant: str = "default"
     phases: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -120,8 +120,9 @@ class WorkerHost:
         )
         info = await self._engine.start()
         self._refuse_unservable(info)
-        await self._announce("starting", "warming up")
-        await _warm_up(self._engine, info)
+        if not info.simulated:
+            await self._announce("starting", "warming up")
+            await _warm_up(self._engine, info)
         me = Identity(record.worker_id, record.incarnation, info.layout, info.transport)
         signer = TicketSigner(self._secret)
         self._servicer = WorkerServicer(

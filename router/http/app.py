@@ -14,6 +14,8 @@ from router import validate
 from router.catalog import Catalog
 from router.http.failures import error_body, response_of
 from router.http.generate import GenerateHandlers
+from router.http.headers import shown_by
+from router.tenants import Tenants
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -29,11 +31,13 @@ class HttpApp:
     def __init__(
         self,
         generate: GenerateHandlers,
+        tenants: Tenants,
         catalog: Catalog,
         registry: CollectorRegistry,
         not_ready: Callable[[], str],
         max_body: int,
     ) -> None:
+        self._tenants = tenants
         self._catalog = catalog
         self._registry = registry
         self._not_ready = not_ready
@@ -72,10 +76,12 @@ class HttpApp:
             return response_of(error)
 
     async def _models(self, request: web.Request) -> web.Response:
+        self._tenants.identify(shown_by(request))
         cards = [self._card(name) for name in self._catalog.names]
         return web.json_response({"object": "list", "data": cards})
 
     async def _model(self, request: web.Request) -> web.Response:
+        self._tenants.identify(shown_by(request))
         name = validate.check_model(request.match_info["name"], self._catalog.names)
         return web.json_response(self._card(name))
 

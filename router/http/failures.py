@@ -14,6 +14,7 @@ from router.refusal import shown
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
@@ -23,6 +24,10 @@ _TYPES = {
     504: "timeout_error",
 }
 _FIELDS = {
+    "slo_class": "X-Slo-Class",
+    "priority": "X-Priority",
+    "targets.ttft_seconds": "X-Ttft-Target-Seconds",
+    "targets.tpot_seconds": "X-Tpot-Target-Seconds",
     "text": "prompt",
     "token_ids": "prompt",
     "chat": "messages",
@@ -61,6 +66,8 @@ def response_of(error: BaseException) -> web.Response:
     response = web.json_response(body, status=status)
     if isinstance(error, Overloaded):
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_seconds))
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 

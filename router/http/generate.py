@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from aiohttp import ClientConnectionResetError, web
 from pydantic import ValidationError
 
 from cluster.clock import Clock
-from cluster.errors import InvalidRequest, PdserveError
+from cluster.errors import PdserveError
 from cluster.ids import REQUEST_ID_PATTERN
 from cluster.obs.logs import REQUEST_ID
-from router.dispatch import Dispatch
 from router.http.bodies import ChatBody, CompletionBody
 from router.http.failures import body_of, refuse_body
+from router.http.headers import seconds, shown_by, urgency
 from router.http.replies import ChatReply, CompletionReply, event
-from router.intake import Intake
-from router.observe import Observer
 from router.output import Delta, joined
+from router.reception import Reception
 from router.running import Running
+from router.tenants import Tenants
 
 TIMEOUT_HEADER = "X-Request-Timeout-Seconds"
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -37,15 +37,13 @@ class GenerateHandlers:
 
     def __init__(
         self,
-        intake: Intake,
-        dispatch: Dispatch,
-        observer: Observer,
+        tenants: Tenants,
+        reception: Reception,
         clock: Clock,
         default_timeout: float,
     ) -> None:
-        self._intake = intake
-        self._dispatch = dispatch
-        self._observer = observer
+        self._tenants = tenants
+        self._reception = reception
         self._clock = clock
         self._default_timeout = default_timeout
 
@@ -62,17 +60,16 @@ class GenerateHandlers:
         reply_kind: type[CompletionReply],
     ) -> web.StreamResponse:
         received_at = self._clock.now()
-        model = ""
         try:
-            self._dispatch.check_room()
+            tenant = self._tenants.identify(shown_by(request))
             body = _parse(kind, await request.read())
             asked = body.asked(received_at, self._timeout(request), _header_id(request))
-            generation = await self._intake.prepare(asked)
-            model = generation.model
-            running = self._dispatch.submit(generation)
+            asked = replace(asked, urgency=urgency(request.headers))
         except PdserveError as error:
-            self._observer.refused(model, error)
+            self._reception.refused("", "", error)
             raise
+        running = await self._reception.receive(tenant, asked)
+        generation = running.generation
         REQUEST_ID.set(generation.request_id)
         reply = reply_kind(
             generation.request_id, generation.model, int(time.time()), body.include_usage
@@ -85,16 +82,7 @@ class GenerateHandlers:
             running.leave()
 
     def _timeout(self, request: web.Request) -> float:
-        raw = request.headers.get(TIMEOUT_HEADER)
-        if raw is None:
-            return self._default_timeout
-        try:
-            seconds = float(raw)
-        except ValueError:
-            seconds = math.nan
-        if not (math.isfinite(seconds) and seconds > 0):
-            raise InvalidRequest(TIMEOUT_HEADER, "must be a number of seconds above 0")
-        return seconds
+        return seconds(request.headers, TIMEOUT_HEADER) or self._default_timeout
 
 
 def _parse(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> CompletionBody | ChatBody:

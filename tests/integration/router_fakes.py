@@ -224,7 +224,7 @@ def _issued(wire: bytes) -> float:
 class Cluster:
     """A router between fakes."""
 
-    def __init__(self, **router_settings: Any) -> None:
+    def __init__(self, *, tenants: Any = (), **router_settings: Any) -> None:
         self.registry = FakeRegistry()
         self.journal = FakeJournal()
         self.prefill = FakeWorker("p-0", "prefill")
@@ -233,6 +233,7 @@ class Cluster:
         self.config = Config(
             models=[{"name": MODEL, "path": "/nowhere"}],  # type: ignore[list-item]
             router={"grpc_port": 0, "http_port": 0, **router_settings},  # type: ignore[arg-type]
+            tenants=list(tenants),
         )
         self.router = self.new_router("r-0")
 
@@ -275,8 +276,8 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def running_cluster(**router_settings: Any) -> AsyncIterator[Cluster]:
-    cluster = Cluster(**router_settings)
+async def running_cluster(**settings: Any) -> AsyncIterator[Cluster]:
+    cluster = Cluster(**settings)
     try:
         await cluster.start()
         yield cluster

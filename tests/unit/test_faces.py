@@ -14,6 +14,7 @@ from cluster.errors import HandoffRefused, InvalidRequest
 from cluster.kv.handoff import HandoffResult
 from cluster.ticket import Ticket, TicketSigner, new_handoff_id, prompt_digest
 from cluster.worker.sequence import Identity, SequenceStart, SequenceStep
+from cluster.worker.whole import WholeFace
 from decode_worker.servicer import DecodeFace
 from prefill_worker.servicer import PrefillFace, one_token
 
@@ -138,10 +139,11 @@ async def test_decode_says_why_the_handoff_failed() -> None:
 async def test_a_whole_sequence_takes_no_ticket() -> None:
     engine = ScriptedEngine(EngineOutput([11], "a", finish_reason="length"))
     steps: list[SequenceStep] = []
-    await decode_face(engine).run(start("whole", b""), steps.append)
+    await WholeFace(engine).run(start("whole", b""), steps.append)  # type: ignore[arg-type]
     assert engine.requests[0].handoff is None and steps[-1].finish_reason == "length"
     with pytest.raises(InvalidRequest):
-        await decode_face(engine).run(start("whole", SIGNER.sign(ticket())), steps.append)
+        signed = SIGNER.sign(ticket())
+        await WholeFace(engine).run(start("whole", signed), steps.append)  # type: ignore[arg-type]
 
 
 WRONG: dict[str, object] = {

@@ -1,57 +1,275 @@
-"""So many run, so many wait in order, the rest are sent away with a delay."""
+"""Who starts, who waits, who is sent away: the admission core in scenarios."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import pytest
 
 from cluster.errors import Overloaded
-from router.admission import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, Admission
+from router.admission.core import Admission
+from router.admission.offers import Admit, Capacity, Effect, Offer, Refuse, SloClass, Yield
+from router.admission.pace import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS
+from router.admission.policy import Limits, Policy, TenantPolicy
+
+INTERACTIVE, STANDARD, BATCH = SloClass
 
 
-def test_first_come_first_served() -> None:
-    admission = Admission(max_running=1, max_queued=2)
-    assert admission.offer(0, "a")
-    assert not admission.offer(0, "b")
-    assert not admission.offer(0, "c")
-    assert admission.release(1, "a") == ["b"]
-    assert admission.release(2, "b") == ["c"]
-    assert admission.release(3, "c") == []
-    assert (admission.running, admission.queued) == (0, 0)
+def offer(name: str, slo_class: SloClass = STANDARD, **fields: Any) -> Offer:
+    fields = {
+        "tenant": "a",
+        "model": "m",
+        "prompt_tokens": 10,
+        "output_tokens": 10,
+        "start_by": math.inf,
+        **fields,
+    }
+    return Offer(name, slo_class=slo_class, **fields)
 
 
-def test_beyond_both_limits() -> None:
-    admission = Admission(max_running=1, max_queued=1)
-    admission.offer(0, "a")
-    admission.check()
-    admission.offer(0, "b")
+class Desk:
+    """Admission with a capacity; carries nothing out."""
+
+    def __init__(self, capacity: Capacity | None = None, **policy: Any) -> None:
+        self.core = Admission(Policy(**{"max_running": 1, "max_queued": 100, **policy}))
+        self.capacity = capacity or Capacity()
+
+    def pump(self, now: float = 0.0) -> list[Effect]:
+        return self.core.pump(now, {"m": self.capacity})
+
+    def started(self, now: float = 0.0) -> list[str]:
+        return [e.request_id for e in self.pump(now) if isinstance(e, Admit)]
+
+    def come(self, *offers: Offer, now: float = 0.0) -> list[str]:
+        for each in offers:
+            self.core.offer(now, each)
+        return self.started(now)
+
+    def leave(self, name: str, now: float = 0.0) -> list[str]:
+        self.core.release(now, name, 20)
+        return self.started(now)
+
+
+def test_the_earliest_deadline_starts_first() -> None:
+    desk = Desk()
+    assert desk.come(offer("running")) == ["running"]
+    late, soon = offer("late", start_by=9.0), offer("soon", start_by=5.0)
+    assert desk.come(late, soon, offer("whenever")) == []
+    assert desk.leave("running") == ["soon"]
+    assert desk.leave("soon") == ["late"]
+    assert desk.leave("late") == ["whenever"]
+    assert desk.leave("whenever") == []
+    assert (desk.core.running, desk.core.queued) == (0, 0)
+
+
+def test_classes_in_order_of_urgency() -> None:
+    desk = Desk()
+    desk.come(offer("running"))
+    desk.come(offer("b", BATCH), offer("s", STANDARD), offer("i", INTERACTIVE))
+    assert desk.leave("running") == ["i"]
+    assert desk.leave("i") == ["s"]
+    assert desk.leave("s") == ["b"]
+
+
+def test_beyond_the_queue() -> None:
+    desk = Desk(max_queued=1)
+    desk.come(offer("a"))
+    desk.core.check(0, "a", STANDARD)
+    desk.come(offer("b"))
     with pytest.raises(Overloaded) as refused:
-        admission.offer(0, "c")
+        desk.core.offer(0, offer("c"))
     assert MIN_RETRY_SECONDS <= refused.value.retry_after_seconds <= MAX_RETRY_SECONDS
     with pytest.raises(Overloaded):
-        admission.check()
+        desk.core.check(0, "a", STANDARD)
+    desk.come(offer("i", INTERACTIVE))  # each class has a queue of its own
+    desk.core.release(0, "b", 0)
+    desk.core.check(0, "a", STANDARD)
 
 
 def test_no_queue() -> None:
-    admission = Admission(max_running=1, max_queued=0)
-    admission.offer(0, "a")
+    desk = Desk(max_queued=0)
+    assert desk.come(offer("a")) == ["a"]
     with pytest.raises(Overloaded):
-        admission.offer(0, "b")
+        desk.core.offer(0, offer("b"))
 
 
-def test_one_that_leaves_the_queue_makes_room() -> None:
-    admission = Admission(max_running=1, max_queued=1)
-    admission.offer(0, "a")
-    admission.offer(0, "b")
-    assert admission.release(1, "b") == []
-    assert not admission.offer(1, "c")
-    assert admission.release(2, "a") == ["c"]
-    assert admission.release(2, "a") == []
+def test_work_waits_here_until_the_pools_have_room() -> None:
+    desk = Desk(Capacity(prefill_tokens=25, kv_tokens=70), max_running=100)
+    four = [offer(name) for name in "abcd"]
+    assert desk.come(*four) == ["a", "b"]  # prefill is full
+    desk.core.first_token(1, "a")
+    assert desk.started(1) == ["c"]
+    desk.core.first_token(2, "b")
+    assert desk.started(2) == []  # decode is full: 60 tokens of 70
+    assert desk.leave("a", 3) == ["d"]
+
+
+def test_a_long_prompt_does_not_stand_in_front_of_short_ones_nor_starve() -> None:
+    desk = Desk(Capacity(prefill_tokens=100, prefill_worker_tokens=100), max_running=100)
+    long = offer("long", prompt_tokens=5000, start_by=4.0)
+    assert desk.come(offer("s0")) == ["s0"]
+    assert desk.come(long, offer("s1")) == ["s1"]
+    assert desk.come(offer("s2"), now=1.9) == ["s2"]
+    # Half its time is over: from now on nothing passes it.
+    assert desk.come(offer("s3"), now=2.0) == []
+    for name in ("s0", "s1"):
+        desk.core.first_token(2.1, name)
+        assert desk.started(2.1) == []
+    desk.core.first_token(2.2, "s2")
+    assert desk.started(2.2) == ["long"]
+    desk.core.first_token(3.0, "long")
+    assert desk.started(3.0) == ["s3"]
+
+
+def test_what_cannot_start_in_time_is_refused_when_it_comes() -> None:
+    desk = Desk()
+    now = 0.0
+    desk.come(*(offer(f"w{i}") for i in range(20)))
+    for i in range(10):  # 20 tokens a second
+        now = float(i + 1)
+        desk.leave(f"w{i}", now)
+    assert desk.core.queued == 9
+    desk.core.offer(now, offer("later", start_by=now + 11.0))
+    with pytest.raises(Overloaded, match="due") as refused:
+        desk.core.offer(now, offer("now", start_by=now + 0.5))
+    assert refused.value.retry_after_seconds >= 0.25
+    desk.core.offer(now, offer("urgent", INTERACTIVE, start_by=now + 2.0))
+
+
+def test_what_did_not_start_in_time_is_refused_while_it_waits() -> None:
+    desk = Desk()
+    desk.come(offer("running"))
+    desk.come(offer("b", start_by=2.0))
+    assert desk.pump(1.9) == []
+    (refused,) = desk.pump(2.0)
+    assert isinstance(refused, Refuse) and refused.request_id == "b"
+    assert desk.core.queued == 0
+
+
+def test_a_prompt_that_cannot_be_computed_before_the_deadline_is_refused() -> None:
+    desk = Desk(max_running=10)
+    desk.come(offer("a", prompt_tokens=100))
+    desk.core.first_token(1.0, "a")  # 10 ms a token at best
+    desk.come(offer("in time", prompt_tokens=500, deadline=7.0), now=1.0)
+    with pytest.raises(Overloaded, match="deadline"):
+        desk.core.offer(1.0, offer("hopeless", prompt_tokens=1000, deadline=7.0))
+
+
+def test_batch_yields_to_online_work_at_once() -> None:
+    desk = Desk(max_running=4, batch_share=0.5)
+    assert desk.come(*(offer(f"b{i}", BATCH) for i in range(4))) == ["b0", "b1"]
+    assert desk.come(offer("s0"), offer("i0", INTERACTIVE)) == ["i0", "s0"]
+    desk.core.offer(1, offer("i1", INTERACTIVE))
+    assert desk.pump(1) == [Yield("b1"), Admit("i1")]
+    desk.core.release(1, "b1", 0)  # what yielded ends after all: nothing more
+    desk.core.offer(1, offer("i2", INTERACTIVE))
+    assert desk.pump(1) == [Yield("b0"), Admit("i2")]
+    assert desk.leave("i0", 2) == []  # more than batch's share is still taken
+    assert desk.leave("i1", 2) == []
+    assert desk.leave("i2", 2) == ["b2"]
+
+
+def test_batch_does_not_starve_and_online_work_does_not_wait_for_it() -> None:
+    desk = Desk(max_running=1)
+    desk.come(offer("i0", INTERACTIVE), offer("b0", BATCH), offer("b1", BATCH))
+    assert desk.started(59.0) == []
+    assert desk.started(60.0) == ["b0"]  # beside the one that runs
+    assert desk.started(121.0) == []  # one at a time
+    assert desk.come(offer("i1", INTERACTIVE), now=122.0) == []
+    assert desk.leave("i0", 122.0) == ["i1"]
+    assert desk.leave("b0", 123.0) == ["b1"]
+
+
+def test_a_standard_request_starts_within_its_patience() -> None:
+    desk = Desk()
+    desk.come(offer("i0", INTERACTIVE), offer("s", STANDARD), offer("i1", INTERACTIVE))
+    assert desk.leave("i0", 4.0) == ["i1"]
+    desk.come(offer("i2", INTERACTIVE), offer("s2", STANDARD), now=4.0)
+    assert desk.leave("i1", 5.0) == ["s"]
+    assert desk.leave("s", 6.0) == ["i2"]
+
+
+def test_tenants_share_by_weight() -> None:
+    weights = {"light": TenantPolicy(weight=1.0), "heavy": TenantPolicy(weight=3.0)}
+    desk = Desk(tenants=weights, max_queued=10_000)
+    desk.come(offer("running", tenant="other"))
+    for i in range(400):
+        for tenant in weights:
+            name = f"{tenant} {i}"
+            desk.core.offer(0, offer(name, tenant=tenant, prompt_tokens=1000, output_tokens=0))
+    order = []
+    running = "running"
+    for _ in range(400):
+        desk.core.release(0, running, 1000)
+        (running,) = desk.started()
+        order.append(running.split()[0])
+    assert order.count("heavy") == pytest.approx(300, abs=18)
+
+
+def test_a_tenant_that_floods_does_not_hold_up_another() -> None:
+    desk = Desk(max_queued=10_000)
+    desk.come(*(offer(f"f{i}", tenant="flood", prompt_tokens=5000) for i in range(100)))
+    for i in range(10):
+        desk.leave(f"f{i}")
+    desk.come(offer("one", tenant="quiet", start_by=99.0))
+    assert desk.leave("f10") == ["one"]
+
+
+def test_rates_are_limited_and_say_when_to_come_back() -> None:
+    limits = Limits(requests_per_second=2, burst_seconds=1)
+    desk = Desk(tenants={"a": TenantPolicy(limits=limits)}, max_running=100)
+    assert desk.come(offer("1"), offer("2")) == ["1", "2"]
+    with pytest.raises(Overloaded, match="2 requests per second") as refused:
+        desk.core.offer(0, offer("3"))
+    assert refused.value.retry_after_seconds == pytest.approx(0.5)
+    assert desk.come(offer("other", tenant="b")) == ["other"]
+    assert desk.come(offer("3"), now=0.5) == ["3"]
+
+
+def test_tokens_are_charged_by_what_was_used() -> None:
+    limits = Limits(tokens_per_second=10, burst_seconds=10)
+    desk = Desk(tenants={"a": TenantPolicy(limits=limits)}, max_running=100)
+    assert desk.come(offer("1", output_tokens=200)) == ["1"]  # into debt: 100 - 210
+    with pytest.raises(Overloaded, match="tokens per second") as refused:
+        desk.core.check(0, "a", STANDARD)
+    assert refused.value.retry_after_seconds == pytest.approx(11.1)
+    desk.core.release(0, "1", 60)
+    desk.core.check(0, "a", STANDARD)
+
+
+def test_concurrency_is_limited_by_waiting_and_waiting_by_refusal() -> None:
+    limits = Limits(max_running=1, max_queued=1)
+    desk = Desk(tenants={"a": TenantPolicy(limits=limits)}, max_running=100)
+    assert desk.come(offer("1")) == ["1"]
+    assert desk.come(offer("2")) == []
+    with pytest.raises(Overloaded, match="1 requests waiting"):
+        desk.core.offer(0, offer("3"))
+    assert desk.come(offer("other", tenant="b")) == ["other"]
+    assert desk.leave("1") == ["2"]
+
+
+def test_several_routers_share_a_limit() -> None:
+    limits = Limits(requests_per_second=4, burst_seconds=1)
+    desk = Desk(tenants={"a": TenantPolicy(limits=limits)}, max_running=100)
+    desk.come(offer("1"))
+    desk.core.set_share(0, 0.5)
+    assert desk.come(offer("2"), offer("3")) == ["2", "3"]
+    with pytest.raises(Overloaded) as refused:
+        desk.core.check(0, "a", STANDARD)
+    assert refused.value.retry_after_seconds == pytest.approx(0.5)
 
 
 def test_the_delay_follows_the_rate() -> None:
-    fast, slow = Admission(1, 10), Admission(1, 10)
-    for admission, gap in ((fast, 0.1), (slow, 5.0)):
-        for i in range(100):
-            admission.offer(i * gap, str(i))
-            admission.release(i * gap, str(i))
-    assert fast.retry_after_seconds() < slow.retry_after_seconds()
+    delays = []
+    for gap in (0.1, 5.0):
+        desk = Desk(max_queued=10)
+        desk.come(*(offer(str(i)) for i in range(11)))
+        for i in range(8):
+            now = (i + 1) * gap
+            desk.leave(str(i), now)
+            desk.come(offer(str(11 + i)), now=now)
+        with pytest.raises(Overloaded) as refused:
+            desk.core.offer(8 * gap, offer("x"))
+        delays.append(refused.value.retry_after_seconds)
+    assert delays[0] < delays[1]

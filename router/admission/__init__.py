@@ -1,0 +1,1 @@
+"""Admission: which requests start, wait or are refused. Pure: `(now, event) -> effects`."""

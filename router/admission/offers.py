@@ -1,0 +1,102 @@
+"""What admission is asked, and what it answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cluster.errors import Overloaded
+
+
+class SloClass(StrEnum):
+    """How urgent a request is, most urgent first."""
+
+    INTERACTIVE = "interactive"
+    STANDARD = "standard"
+    BATCH = "batch"
+
+
+ONLINE = (SloClass.INTERACTIVE, SloClass.STANDARD)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A request that wants to start.
+
+    Attributes:
+        prompt_tokens: that prefill computes at most; n completions share them.
+        output_tokens: that decode is expected to hold, of all completions together.
+        completions: sequences that decode runs for it.
+        start_by: when its first token is due, on the clock that admission is given: beyond it the
+            request has missed its target, and waiting on is of no use.
+        deadline: when its caller is gone.
+        priority: higher goes first among one tenant's requests for one model.
+    """
+
+    request_id: str
+    tenant: str
+    slo_class: SloClass
+    model: str
+    prompt_tokens: int
+    output_tokens: int
+    start_by: float
+    deadline: float = math.inf
+    completions: int = 1
+    priority: int = 0
+
+    @property
+    def cost(self) -> int:
+        """What fairness and the pace of admission count, in tokens."""
+        return self.prompt_tokens + self.output_tokens
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What one model's pools take from this router; infinite where it is not known.
+
+    Attributes:
+        prefill_tokens: prompt tokens that may be under way to their first token.
+        prefill_worker_tokens: the part of one prefill worker; a longer prompt counts as so many.
+        kv_tokens: tokens that the decode pool's KV caches hold.
+        sequences: that the decode pool's engines step at once.
+    """
+
+    prefill_tokens: float = math.inf
+    prefill_worker_tokens: float = math.inf
+    kv_tokens: float = math.inf
+    sequences: float = math.inf
+
+    def scaled(self, share: float) -> Capacity:
+        """A share of everything but what a single worker takes."""
+        return Capacity(
+            self.prefill_tokens * share,
+            self.prefill_worker_tokens,
+            self.kv_tokens * share,
+            self.sequences * share,
+        )
+
+
+@dataclass(frozen=True)
+class Admit:
+    """It starts now."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """It has waited in vain: it can no longer start in time."""
+
+    request_id: str
+    error: Overloaded
+
+
+@dataclass(frozen=True)
+class Yield:
+    """A running batch request gives its place back; `release` it, and offer it again later."""
+
+    request_id: str
+
+
+Effect = Admit | Refuse | Yield

@@ -1,0 +1,122 @@
+"""The gate: runs the admission core on a clock, in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from cluster.clock import Clock
+from cluster.errors import Overloaded
+from router.admission.core import Admission
+from router.admission.offers import Admit, Capacity, Offer, Refuse, SloClass, Yield
+from router.admission.policy import Policy
+from router.generation import Generation
+
+TICK_SECONDS = 0.1
+"""How often waiting requests are looked at though nothing happened: for deadlines and patience."""
+
+FIRST_GUESS_TOKENS = 256
+_SMOOTHING = 0.05
+
+
+class Gate:
+    """Decides when each request starts.
+
+    Args:
+        capacities: by model, as of now.
+        admit, refuse, give_way: carry out what was decided for a request, by its key.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        capacities: Callable[[], Mapping[str, Capacity]],
+        clock: Clock,
+        admit: Callable[[str], None],
+        refuse: Callable[[str, Overloaded], None],
+        give_way: Callable[[str], None],
+    ) -> None:
+        self._core = Admission(policy)
+        self._capacities = capacities
+        self._clock = clock
+        self._admit = admit
+        self._refuse = refuse
+        self._give_way = give_way
+        self._output_tokens: dict[str, float] = {}
+        self._pumping = False
+        self._again = False
+        self._tick: asyncio.TimerHandle | None = None
+
+    @property
+    def running(self) -> int:
+        return self._core.running
+
+    def queued(self, slo_class: SloClass) -> int:
+        return self._core.queued_in(slo_class)
+
+    def set_share(self, share: float) -> None:
+        """As `Admission.set_share`."""
+        self._core.set_share(self._clock.now(), share)
+
+    def check(self, tenant: str, slo_class: SloClass) -> None:
+        """Raises Overloaded if `offer` is sure to."""
+        self._core.check(self._clock.now(), tenant, slo_class)
+
+    def offer(self, key: str, generation: Generation) -> None:
+        """Lets a request wait; `pump` next. Raises Overloaded."""
+        guess = self._output_tokens.get(generation.model, FIRST_GUESS_TOKENS)
+        n = generation.sampling.n
+        offer = Offer(
+            key,
+            generation.tenant,
+            generation.slo.slo_class,
+            generation.model,
+            len(generation.prompt_token_ids),
+            n * min(generation.max_tokens, round(guess)),
+            min(generation.deadline, generation.received_at + generation.slo.ttft_seconds),
+            generation.deadline,
+            n,
+            generation.slo.priority,
+        )
+        self._core.offer(self._clock.now(), offer)
+
+    def first_token(self, key: str) -> None:
+        """Its prompt is computed."""
+        self._core.first_token(self._clock.now(), key)
+        self.pump()
+
+    def release(self, key: str, generation: Generation, completion_tokens: int) -> None:
+        """It has ended, running or waiting."""
+        if completion_tokens:
+            guess = self._output_tokens.get(generation.model, FIRST_GUESS_TOKENS)
+            each = completion_tokens / generation.sampling.n
+            self._output_tokens[generation.model] = guess + _SMOOTHING * (each - guess)
+        ran = len(generation.prompt_token_ids) + completion_tokens if completion_tokens else 0
+        self._core.release(self._clock.now(), key, ran)
+        self.pump()
+
+    def pump(self) -> None:
+        """Carries out what admission decides now; what that causes is decided afterwards."""
+        self._again = True
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while self._again:
+                self._again = False
+                for effect in self._core.pump(self._clock.now(), self._capacities()):
+                    match effect:
+                        case Admit(key):
+                            self._admit(key)
+                        case Refuse(key, error):
+                            self._refuse(key, error)
+                        case Yield(key):
+                            self._give_way(key)
+        finally:
+            self._pumping = False
+        if self._core.queued and self._tick is None:
+            self._tick = asyncio.get_running_loop().call_later(TICK_SECONDS, self._ticked)
+
+    def _ticked(self) -> None:
+        self._tick = None
+        self.pump()

@@ -1,0 +1,142 @@
+"""Who a caller is: a tenant, by bearer token or by the identity in its client certificate."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.config import Config
+from cluster.config_clients import CredentialsConfig
+from cluster.errors import ConfigError, Unauthenticated
+from router.admission.offers import SloClass
+from router.generation import DEFAULT_TENANT
+
+MAX_TOKEN_CHARS = 4096
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a caller shows of itself.
+
+    Attributes:
+        token: the bearer token; None: it sent none.
+        identities: names in its verified client certificate.
+    """
+
+    token: str | None = None
+    identities: tuple[str, ...] = ()
+
+    @classmethod
+    def from_header(cls, authorization: str | None, identities: Iterable[str] = ()) -> Shown:
+        """Of an Authorization header."""
+        scheme, _, token = (authorization or "").partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else None
+        return cls(bearer, tuple(identities))
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Whose request it is.
+
+    Attributes:
+        classes: that it may ask for.
+        salt_key: what its cache salts are made under; empty: callers' salts are taken as they are.
+    """
+
+    name: str = DEFAULT_TENANT
+    classes: frozenset[SloClass] = frozenset(SloClass)
+    salt_key: bytes = b""
+
+    def cache_salt(self, own: str) -> str:
+        """The salt of its requests with the salt `own`: no other tenant can arrive at it."""
+        if not self.salt_key:
+            return own
+        return hmac.new(self.salt_key, own.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+class _Keyring:
+    """Credentials of one caller. Tokens are kept as digests, which all have the same length."""
+
+    def __init__(self, config: CredentialsConfig, field: str) -> None:
+        self.digests = [_digest(token) for token in config.tokens(field)]
+        self.identities = frozenset(config.identities)
+
+    def opens(self, digest: bytes | None, identities: Sequence[str]) -> bool:
+        """Looks at every token, so that time tells nothing of which one came close."""
+        matches = [hmac.compare_digest(digest or b"", mine) for mine in self.digests]
+        return any(matches) or not self.identities.isdisjoint(identities)
+
+
+class Tenants:
+    """The callers of a cluster. Without tenants in the configuration everyone is `default`.
+
+    Args:
+        secret: the cluster's.
+        operator_token: one more that opens the Operator API: the cluster's own tools have it.
+
+    Raises:
+        ConfigError: credentials cannot be read, or two callers have the same token.
+    """
+
+    def __init__(self, config: Config, secret: bytes, operator_token: str) -> None:
+        self._tenants: dict[str, Tenant] = {}
+        self._keyrings: dict[str, _Keyring] = {}
+        for tenant in config.tenants:
+            self._keyrings[tenant.name] = _Keyring(tenant, f"tenants.{tenant.name}")
+            key = hmac.new(secret, b"pdserve tenant\0" + tenant.name.encode(), hashlib.sha256)
+            classes = frozenset(map(SloClass, tenant.classes))
+            self._tenants[tenant.name] = Tenant(tenant.name, classes, key.digest())
+        self._operator = _Keyring(config.operator, "operator")
+        self._operator.digests.append(_digest(operator_token))
+        self._guarded = bool(config.tenants) or config.operator.given
+        digests = [d for k in (*self._keyrings.values(), self._operator) for d in k.digests]
+        if len(set(digests)) < len(digests):
+            raise ConfigError("tenants: two callers have the same token; give each its own")
+
+    @property
+    def open(self) -> bool:
+        """Nobody needs credentials."""
+        return not self._tenants
+
+    def named(self, name: str) -> Tenant | None:
+        """The tenant called `name`, if there still is one."""
+        if self.open:
+            return Tenant() if name == DEFAULT_TENANT else None
+        return self._tenants.get(name)
+
+    def identify(self, shown: Shown) -> Tenant:
+        """The tenant that the caller is. Raises Unauthenticated."""
+        if self.open:
+            return Tenant()
+        digest = _digest_of(shown)
+        found = [
+            name for name, ring in self._keyrings.items() if ring.opens(digest, shown.identities)
+        ]
+        if not found:
+            raise _refusal(shown)
+        return self._tenants[found[0]]
+
+    def check_operator(self, shown: Shown) -> None:
+        """Raises Unauthenticated unless the caller may call the Operator API."""
+        if self._guarded and not self._operator.opens(_digest_of(shown), shown.identities):
+            raise _refusal(shown)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _digest_of(shown: Shown) -> bytes | None:
+    if shown.token is None or len(shown.token) > MAX_TOKEN_CHARS:
+        return None
+    return _digest(shown.token)
+
+
+def _refusal(shown: Shown) -> Unauthenticated:
+    if shown.token is None and not shown.identities:
+        return Unauthenticated(
+            "credentials are required: send `Authorization: Bearer TOKEN`, or a client certificate"
+        )
+    return Unauthenticated("the credentials are not those of a caller of this cluster")
