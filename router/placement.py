@@ -43,6 +43,7 @@ class WorkerView:
     connected: bool
     layout: str
     load: Load = Load()
+    geometry: str = ""
 
     def serves(self, model: str, role: str) -> bool:
         return self.model == model and self.role in (role, "both") and self.ready

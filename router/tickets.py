@@ -49,6 +49,8 @@ class TicketMint:
             num_tokens=len(generation.prompt_token_ids),
             tenant_salt=generation.cache_salt,
             layout=view[plan.decode.worker_id].layout,
+            prefill_geometry=view[plan.prefill.worker_id].geometry,
+            decode_geometry=view[plan.decode.worker_id].geometry,
             issued_at=issued_at,
             expires_at=issued_at + self._seconds,
         )

@@ -192,4 +192,5 @@ def _view(link: WorkerLink) -> WorkerView:
         link.connected,
         record.layout,
         link.load,
+        record.geometry,
     )

@@ -1,21 +1,27 @@
 """Who may push: the judge of tickets at the transfer port.
 
-A ticket is good once per prefill rank that it names a share for, for one life of one worker. What is
-checked first is cheap: nothing of a ticket is parsed before its signature has been verified.
+A ticket is good once per prefill rank, for one life of one worker. What is checked first is cheap:
+nothing of a ticket is parsed before its signature has been verified.
 """
 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from cluster.errors import HandoffRefused
 from cluster.kv.geometry import KvGeometry, Route, routes, same_blocks
 from cluster.ticket import Ticket, TicketSigner
 
+K = TypeVar("K", bound=Hashable)
+
 SPENT_SECONDS = 60.0
-"""A ticket is remembered so long after it has expired; a closed handoff for an hour."""
-CLOSED_SECONDS = 3600.0
+"""A spent ticket is remembered so long after it has expired."""
+CLOSED_SECONDS = 120.0
+"""A closed handoff is remembered so long; later its ticket waits for a request that never comes."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,21 @@ class Admitted:
     plain: bool
 
 
+class Recent(Generic[K]):
+    """Keys, each until its time is over; forgetting costs a bounded effort per key added."""
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[K, float] = OrderedDict()
+
+    def add(self, key: K, now: float, until: float) -> None:
+        self._until[key] = until
+        while self._until and next(iter(self._until.values())) <= now:
+            self._until.popitem(last=False)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._until
+
+
 class Doorkeeper:
     """Admits each (ticket, prefill rank) once.
 
@@ -61,8 +82,8 @@ class Doorkeeper:
     def __init__(self, signer: TicketSigner, terms: Terms) -> None:
         self._signer = signer
         self._terms = terms
-        self._spent: dict[tuple[str, int], float] = {}
-        self._closed: dict[str, float] = {}
+        self._spent: Recent[tuple[str, int]] = Recent()
+        self._closed: Recent[str] = Recent()
 
     def admit(self, wire: bytes, rank: int) -> Admitted:
         """Raises HandoffRefused: the push is not for this rank now, or was here before."""
@@ -86,17 +107,16 @@ class Doorkeeper:
         return Admitted(ticket, prefill, route, mine, not same_blocks(prefill, terms.geometry))
 
     def _spend(self, ticket: Ticket, rank: int) -> None:
-        now = time.monotonic()
-        self._spent = {key: until for key, until in self._spent.items() if until > now}
-        self._closed = {key: until for key, until in self._closed.items() if until > now}
         if (ticket.handoff_id, rank) in self._spent or ticket.handoff_id in self._closed:
             raise HandoffRefused("the ticket has been used")
+        now = time.monotonic()
         left = max(ticket.expires_at - time.time(), 0)
-        self._spent[ticket.handoff_id, rank] = now + left + SPENT_SECONDS
+        self._spent.add((ticket.handoff_id, rank), now, now + left + SPENT_SECONDS)
 
     def close(self, handoff_id: str) -> None:
         """Its request has ended: nothing may come for it any more."""
-        self._closed.setdefault(handoff_id, time.monotonic() + CLOSED_SECONDS)
+        now = time.monotonic()
+        self._closed.add(handoff_id, now, now + CLOSED_SECONDS)
 
     def closed(self, handoff_id: str) -> bool:
         return handoff_id in self._closed

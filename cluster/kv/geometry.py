@@ -92,6 +92,7 @@ class KvGeometry:
             raise HandoffRefused(f"a KV geometry is impossible: {asdict(geometry)}")
         return geometry
 
+
 def same_blocks(prefill: KvGeometry, decode: KvGeometry) -> bool:
     """A block of one side has the other's tokens in the other's order: its bytes move as they are.
     Otherwise they cross in plain order and are laid out anew."""

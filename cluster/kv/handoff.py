@@ -56,6 +56,7 @@ class HandoffResult:
         error: empty if every block arrived and was verified.
         transport: how the payloads crossed.
         bytes: KV payload that crossed.
+        blocks: on decode, its blocks that were to be filled.
         held_tokens: prompt tokens whose KV decode already held.
         granted_at: decode had reserved its blocks; 0 if it never did.
         first_frame_at, last_frame_at: 0 if nothing crossed.
@@ -67,6 +68,7 @@ class HandoffResult:
     transport: str = ""
     bytes: int = 0
     frames: int = 0
+    blocks: int = 0
     held_tokens: int = 0
     granted_at: float = 0.0
     first_frame_at: float = 0.0

@@ -1,9 +1,9 @@
 """Blocks in and out of a paged KV cache.
 
-A layer's cache is a view `[blocks, heads, tokens, content]`, whatever its strides. Payloads are flat
-tensors of bytes on the cache's device or on the host, row-major in that order. When both sides have
-the same blocks, blocks are copied as they lie; otherwise they cross in plain order, token by token
-(`Packing`), and are written slot by slot.
+A layer's cache is a view `[blocks, heads, tokens, content]`, whatever its strides. Payloads are
+flat tensors of bytes on the cache's device or on the host, row-major in that order. When both sides
+have the same blocks, blocks are copied as they lie; otherwise they cross in plain order, token by
+token (`Packing`), and are written slot by slot.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class PagedCache:
         return None if self._stream is None else self._mark(self._stream)
 
     def _mark(self, stream: Any) -> Fence:
-        event = torch.cuda.Event(blocking=True)
-        event.record(stream)
+        event: Fence = torch.cuda.Event(blocking=True)
+        stream.record_event(event)
         return event
 
     # ---- out ---------------------------------------------------------------------------------

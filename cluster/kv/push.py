@@ -19,7 +19,7 @@ from cluster.kv.generations import Generations, Stamp
 from cluster.kv.geometry import Route
 from cluster.kv.paged import Fence, PagedCache
 from cluster.kv.transport.frames import Ack, Commit, Grant, Open, Refused, Reply
-from cluster.kv.transport.seam import Outbound, Peer, Transport
+from cluster.kv.transport.seam import Buffer, Outbound, Peer, Transport
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Push:
             HandoffRefused: it failed, and why.
         """
         order = self.order
-        outbound = await self.transport.open(order.peer)
+        outbound = await self.transport.open(order.peer, order.handoff_id)
         self.sent.transport = outbound.transport
         try:
             rank = order.route.prefill_rank
@@ -192,14 +192,11 @@ class Push:
             if self.sent.bytes + size > grant.credit_bytes:
                 raise HandoffRefused("decode granted less than the prompt needs")
             buffer = await outbound.buffer(size)
-            fence = None
-            for layer, part in zip(group, buffer.payload.chunk(len(group)), strict=True):
-                fence = self.cache.gather(
-                    layer.layer, ids, self.order.route.source, part, plain=self.order.plain
-                )
-            await reached(fence)
-            if not self.generations.still(ids, head.stamp[start : start + step]):
-                raise HandoffRefused("blocks were handed out anew while they were read")
+            try:
+                await self._fill(buffer, group, ids, head.stamp[start : start + step])
+            except BaseException:
+                outbound.discard(buffer)
+                raise
             run = BlockRun(
                 self.sent.frames, head.layer, len(group), head.first_block + start, len(ids)
             )
@@ -208,6 +205,18 @@ class Push:
             self.sent.frames += 1
             self.sent.bytes += size
             self.sent.last_frame_at = time.monotonic()
+
+    async def _fill(
+        self, buffer: Buffer, group: list[Ready], ids: tuple[int, ...], stamp: Stamp
+    ) -> None:
+        fence = None
+        for layer, part in zip(group, buffer.payload.chunk(len(group)), strict=True):
+            fence = self.cache.gather(
+                layer.layer, ids, self.order.route.source, part, plain=self.order.plain
+            )
+        await reached(fence)
+        if not self.generations.still(ids, stamp):
+            raise HandoffRefused("blocks were handed out anew while they were read")
 
 
 def seed_of(handoff_id: str) -> int:

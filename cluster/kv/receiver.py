@@ -12,13 +12,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import Assembly
 from cluster.kv.doorkeeper import Admitted, Doorkeeper
 from cluster.kv.first_token import FirstTokens
-from cluster.kv.generations import Generations
+from cluster.kv.generations import Generations, Stamp
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
 from cluster.kv.paged import PagedCache, Slots
@@ -67,8 +66,8 @@ class Receiver:
 
     # ---- the engine's side -------------------------------------------------------------------
 
-    def reserve(self, reserve: Reserve) -> None:
-        """Blocks have been taken: the pushes may begin."""
+    def reserve(self, reserve: Reserve, stamp: Stamp) -> None:
+        """Blocks, of the generations in `stamp`, have been taken: the pushes may begin."""
         now = time.monotonic()
         owed = -(-(reserve.num_tokens - reserve.held_tokens) // self._cache.tokens)
         size = owed * self._cache.block_bytes * self._cache.num_layers
@@ -78,9 +77,10 @@ class Receiver:
         loop = asyncio.get_running_loop()
         self._reservations[reserve.handoff_id] = Reservation(
             reserve,
-            self._generations.stamp(reserve.block_ids),
+            stamp,
             loop.call_later(reserve.expires_in, self._expire, reserve.handoff_id),
             granted_at=now,
+            owed_blocks=owed,
         )
         self._announce(reserve.handoff_id)
 
@@ -212,8 +212,7 @@ class Receiver:
             await reached(self._cache.written())
         finally:
             reservation.writing -= 1
-            if reservation.error:
-                self._give_back(reservation)
+            self._give_back_if_ended(reservation)
         part.accept(run, size)
         reservation.saw_frame(time.monotonic())
 
@@ -268,11 +267,16 @@ class Receiver:
     def _end(self, reservation: Reservation, error: str) -> None:
         reservation.error = error
         reservation.expiry.cancel()
-        if not reservation.writing:
+        self._give_back(reservation)
+
+    def _give_back_if_ended(self, reservation: Reservation) -> None:
+        if reservation.error:
             self._give_back(reservation)
 
     def _give_back(self, reservation: Reservation) -> None:
-        """No write is under way: the blocks are the engine's again, verified or discarded."""
+        """Once no write is under way, the blocks are the engine's again, verified or discarded."""
+        if reservation.writing:
+            return
         reserve = reservation.reserve
         if self._reservations.pop(reserve.handoff_id, None) is None:
             return

@@ -35,6 +35,7 @@ class Reservation:
 
     Attributes:
         stamp: the blocks' generations when they were reserved.
+        owed_blocks: blocks that are not held.
         parts: what each route owes, by prefill rank; made with the first push.
         committed: prefill ranks whose part is verified.
         writing: payloads that are being written now.
@@ -45,6 +46,7 @@ class Reservation:
     stamp: Stamp
     expiry: asyncio.TimerHandle
     granted_at: float
+    owed_blocks: int
     parts: dict[int, Assembly] = field(default_factory=dict)
     committed: set[int] = field(default_factory=set)
     first_token: int | None = None
@@ -71,6 +73,7 @@ class Reservation:
             transport=self.transport,
             bytes=sum(part.bytes for part in self.parts.values()),
             frames=sum(part.frames for part in self.parts.values()),
+            blocks=self.owed_blocks,
             held_tokens=self.reserve.held_tokens,
             granted_at=self.granted_at,
             first_frame_at=self.first_frame_at,

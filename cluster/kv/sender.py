@@ -184,9 +184,7 @@ class Sender:
                     for push in handoff.pushes:
                         group.create_task(push.run())
         except TimeoutError:
-            raise HandoffRefused(
-                "the lease ran out before decode had taken every block"
-            ) from None
+            raise HandoffRefused("the lease ran out before decode had taken every block") from None
         except ExceptionGroup as failures:
             refusals = failures.subgroup(HandoffRefused)
             if refusals is None:

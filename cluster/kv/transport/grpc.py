@@ -11,11 +11,10 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import torch
-import xxhash
 
 from cluster.errors import ConfigError, HandoffRefused
 from cluster.kv.assembly import BlockRun
+from cluster.kv.transport.checksums import host_checksum
 from cluster.kv.transport.frames import (
     HEADER_BYTES,
     Abort,
@@ -30,7 +29,7 @@ from cluster.kv.transport.frames import (
     encode_frame,
     encode_reply,
 )
-from cluster.kv.transport.seam import Buffer, Outbound, Peer, Serve
+from cluster.kv.transport.seam import Buffer, Peer, Serve
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +38,6 @@ _FRAME_SLACK = 8192  # a ticket, or a header
 _READ_CHUNK = 1 << 20
 
 Handler = Callable[[AsyncIterator[bytes], Any], Awaitable[None]]
-
-
-def host_checksum(payload: torch.Tensor, seed: int) -> int:
-    """XXH3-64 of a payload in host memory."""
-    return xxhash.xxh3_64_intdigest(payload.numpy(), seed=seed)
 
 
 class GrpcOutbound:
@@ -63,6 +57,9 @@ class GrpcOutbound:
         assert isinstance(buffer, BlocksWire)
         checksum = host_checksum(buffer.payload, seed)
         await self._write(buffer.seal(replace(run, checksum=checksum)))
+
+    def discard(self, buffer: Buffer) -> None:
+        """Nothing: the buffer is its own memory."""
 
     async def send(self, frame: Open | Commit | Abort) -> None:
         await self._write(encode_frame(frame))
@@ -149,7 +146,7 @@ class GrpcTransport:
             ("grpc.max_send_message_length", limit),
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 10_000),
-            # A payload crosses in one HTTP/2 frame and few reads; the defaults are 16 KiB and 8 KiB.
+            # A payload crosses in one HTTP/2 frame and few reads; the defaults are 16 and 8 KiB.
             ("grpc.http2.max_frame_size", (1 << 24) - 1),
             ("grpc.http2.lookahead_bytes", 1 << 24),
             ("grpc.experimental.tcp_min_read_chunk_size", _READ_CHUNK),
@@ -195,7 +192,7 @@ class GrpcTransport:
         await self._server.start()
         return f"{bound}:{port}"
 
-    async def open(self, peer: Peer) -> Outbound:
+    async def open(self, peer: Peer, handoff_id: str) -> GrpcOutbound:
         return GrpcOutbound(self.call(peer.address, "Push"), self._frame_bytes)
 
     def call(self, address: str, method: str) -> Any:

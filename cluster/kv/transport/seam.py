@@ -46,7 +46,11 @@ class Outbound(Protocol):
     frame_bytes: int
 
     async def buffer(self, size: int) -> Buffer:
-        """Waits while too many payloads are under way. Raises HandoffRefused if the peer is gone."""
+        """Waits while too many payloads are under way."""
+        ...
+
+    def discard(self, buffer: Buffer) -> None:
+        """A buffer will not be sent."""
         ...
 
     async def send_blocks(self, run: BlockRun, buffer: Buffer, seed: int) -> None:
@@ -114,8 +118,8 @@ class Transport(Protocol):
         """Listens; returns the host:port that peers reach it at."""
         ...
 
-    async def open(self, peer: Peer) -> Outbound:
-        """Raises HandoffRefused if the peer cannot be reached this way."""
+    async def open(self, peer: Peer, handoff_id: str) -> Outbound:
+        """Begins a handoff's push. Raises HandoffRefused if the peer cannot be reached this way."""
         ...
 
     async def stop(self) -> None: ...
