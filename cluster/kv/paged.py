@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from cluster.kv.geometry import HeadRun
@@ -123,7 +124,9 @@ class PagedCache:
                 source = self._wide[layer][:, heads.start : heads.stop]
                 shape = (len(block_ids), *source.shape[1:])
                 target = payload.view(source.dtype).view(shape)
-                if payload.device == self.device:
+                if self._stream is None:
+                    _take(source, block_ids, target)
+                elif payload.is_cuda:
                     torch.index_select(source, 0, index, out=target)
                 else:
                     target.copy_(source.index_select(0, index), non_blocking=True)
@@ -141,7 +144,7 @@ class PagedCache:
         target = self._wide[layer][:, heads.start : heads.stop]
         source = payload.view(target.dtype).view(len(block_ids), *target.shape[1:])
         if self._stream is None:
-            target.numpy()[list(block_ids)] = source.numpy()  # a third of index_copy_'s time
+            target.numpy()[list(block_ids)] = source.numpy()
             return
         with torch.cuda.stream(self._stream):
             source = source.to(self.device, non_blocking=True)
@@ -186,3 +189,12 @@ class PagedCache:
 
     def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
         return torch.as_tensor(block_ids, dtype=torch.int64, device=self.device)
+
+
+def _take(source: torch.Tensor, block_ids: Sequence[int], target: torch.Tensor) -> None:
+    """On CPUs through numpy, which takes one thread: torch would wake the engine's own, which then
+    spin for a while, on every frame."""
+    if source.is_contiguous():
+        np.take(source.numpy(), block_ids, axis=0, out=target.numpy(), mode="clip")
+    else:
+        target.numpy()[...] = source.numpy()[list(block_ids)]

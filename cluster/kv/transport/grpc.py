@@ -14,6 +14,7 @@ import grpc.aio
 
 from cluster.errors import ConfigError, HandoffRefused
 from cluster.kv.assembly import BlockRun
+from cluster.kv.transport.allocator import keep_large_blocks
 from cluster.kv.transport.checksums import host_checksum
 from cluster.kv.transport.frames import (
     HEADER_BYTES,
@@ -173,6 +174,7 @@ class GrpcTransport:
 
     async def listen(self, handlers: Mapping[str, Handler]) -> str:
         """Serves streams of raw messages by method name."""
+        keep_large_blocks()
         handler = grpc.method_handlers_generic_handler(
             SERVICE,
             {
