@@ -19,6 +19,7 @@ from cluster.clock import Clock, SystemClock
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.obs.metrics import RouterMetrics
+from cluster.obs.tracing import tracer_from_environment
 from cluster.store import client as store_client
 from cluster.store import journal as store_journal
 from cluster.store import registry as store_registry
@@ -127,7 +128,9 @@ class RouterServer:
         self._catalog = Catalog(config.models, lambda: self._workers.records, self._tokenizers)
         self._stack.callback(self._catalog.close)
         await self._catalog.load()
-        self._observer = Observer(self.metrics, self._router_id, clock)
+        self._observer = Observer(
+            self.metrics, self._router_id, clock, tracer_from_environment("pdserve-router")
+        )
         tenants = Tenants(config, self._secret, self._signer.call_token())
         self._dispatch = Dispatch(
             policy(config),
