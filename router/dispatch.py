@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,7 +32,8 @@ from router.generation import Generation
 from router.link import WorkerLink
 from router.observe import Observer
 from router.output import Completed
-from router.placement import Demand, Placement, Target, Unplaced, WorkerView
+from router.placement import Target, Unplaced
+from router.placer import Placer
 from router.running import Running, request_key
 from router.tickets import TicketMint
 from router.worker_wire import SequenceStart
@@ -46,7 +47,6 @@ class Workers(Protocol):
 
     @property
     def routers(self) -> int: ...
-    def view(self) -> Sequence[WorkerView]: ...
     def link(self, target: Target) -> WorkerLink | None: ...
 
 
@@ -68,13 +68,13 @@ class Dispatch:
         policy: Policy,
         capacities: Callable[[], Mapping[str, Capacity]],
         workers: Workers,
-        placement: Placement,
+        placer: Placer,
         mint: TicketMint,
         observer: Observer,
         clock: Clock,
     ) -> None:
         self._workers = workers
-        self._placement = placement
+        self._placer = placer
         self._mint = mint
         self._observer = observer
         self._clock = clock
@@ -171,21 +171,15 @@ class Dispatch:
         if running.request.ended:
             return
         generation = running.generation
-        demand = Demand(
-            generation.model,
-            len(generation.prompt_token_ids),
-            generation.max_tokens,
-            decodes=generation.max_tokens > 1,
-            avoid=place.avoid,
-        )
-        view = self._workers.view()
-        plan = self._placement.place(demand, view)
-        if isinstance(plan, Unplaced):
-            self._wait_for_workers(running, place, plan.missing)
+        decision = self._placer.place(running.key, generation, place)
+        if isinstance(decision, Unplaced):
+            self._wait_for_workers(running, place, decision.missing)
             return
+        plan = decision.plan
         self._no_longer_waits(running.key, place.index)
-        by_id = {w.target.worker_id: w for w in view}
-        ticket = self._mint.mint(generation, running.prompt_digest, plan, by_id)
+        decode = self._workers.link(plan.decode) if plan.decode is not None else None
+        layout = decode.record.layout if decode is not None else ""
+        ticket = self._mint.mint(generation, running.prompt_digest, plan, layout)
         self._sequences += 1
         nonce = f"{self._nonce}{self._sequences}"
         name = sequence_id(generation.request_id, place.index, place.attempt, nonce)
@@ -226,6 +220,7 @@ class Dispatch:
                 generation.cache_salt,
             ),
             listener,
+            self._placer.share(running.key, effect.index, effect.stage),
         )
 
     def _no_longer_waits(self, key: str, index: int) -> None:
@@ -246,6 +241,7 @@ class Dispatch:
         for completion in running.request.completions:
             self._no_longer_waits(running.key, completion.index)
         self.gate.release(running.key, running.generation, running.request.tokens)
+        self._placer.ended(running.key, running.generation, end)
         self._observer.ended(running, end)
         self._gauge()
         if not self._requests:

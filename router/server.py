@@ -28,15 +28,17 @@ from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
 from router.capacity import Capacities, policy
 from router.catalog import Catalog
 from router.dispatch import Dispatch
+from router.fleet import Fleet
 from router.http.app import HttpApp
 from router.http.generate import GenerateHandlers
 from router.inference import InferenceServicer
 from router.intake import Intake
+from router.joint import JointPlacement
 from router.lease import RouterLease
 from router.listen import Health, bind_grpc, bind_http, grpc_options
 from router.observe import Journal, Observer
 from router.operator import OperatorServicer
-from router.placement import LeastLoaded
+from router.placer import Placer
 from router.reception import Reception
 from router.tenants import Tenants
 from router.tickets import TicketMint
@@ -116,6 +118,8 @@ class RouterServer:
     async def _start(self) -> None:
         config, clock = self._config, self._clock
         store = self._store or await self._connect_store()
+        self._fleet = fleet = Fleet(config.placement.prefix_blocks)
+        mode = config.placement.disaggregate
         self._workers = Workers(
             store.registry,
             self._router_id,
@@ -123,17 +127,21 @@ class RouterServer:
             self.metrics,
             clock,
             config.store.lease_seconds,
+            fleet,
+            mode,
         )
         self._catalog = Catalog(config.models, lambda: self._workers.records, self._tokenizers)
         self._stack.callback(self._catalog.close)
         await self._catalog.load()
         self._observer = Observer(self.metrics, self._router_id, clock)
         tenants = Tenants(config, self._secret, self._signer.call_token())
+        placement = JointPlacement(fleet, mode, random.Random())
+        self._placer = Placer(fleet, placement, config.targets, self.metrics, clock)
         self._dispatch = Dispatch(
             policy(config),
             Capacities(config.models, self._workers),
             self._workers,
-            LeastLoaded(random.Random()),
+            self._placer,
             TicketMint(self._signer, clock, config.handoff.ticket_seconds),
             self._observer,
             clock,
@@ -167,6 +175,7 @@ class RouterServer:
                 store.registry,
                 self._dispatch,
                 tenants,
+                self._placer,
             ),
             self._server,
         )
