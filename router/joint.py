@@ -30,7 +30,7 @@ from router.placement import Candidate, Decision, Demand, Mode, Plan, Unplaced, 
 MISS = 2.0
 """Of a missed target, in targets."""
 
-NEAR = 0.03
+NEAR = 0.003
 """Costs this close, plus as large a share of them, are taken for equal: random among those."""
 
 AVOIDED = 1e3
@@ -39,8 +39,17 @@ AVOIDED = 1e3
 BUSY_SECONDS = 0.05
 """So old may the workers' shares of time be."""
 
+BURSTS = 2.0
+"""Prompts come in bursts: so much more than on average they may slow a decode beside them."""
+
+TPOT_HEADROOM = 0.75
+"""Of the target: a pace counts as missed from there on, because those who come later slow it."""
+
 CHUNK_TOKENS = 2048.0
 """Of a prompt per engine step, about."""
+
+
+_LIMITS = np.array([[1.0], [TPOT_HEADROOM], [TPOT_HEADROOM]])
 
 
 @dataclass(frozen=True)
@@ -128,21 +137,23 @@ class JointPlacement:
         # A prompt's steps carry the decodes of the same worker along.
         carried = fleet.drag[rows] * (uncached * (1.0 / CHUNK_TOKENS) + 1.0)
         ttft = np.maximum(backlog - begun, 0.0) + work + carried
-        pace = fleet.pace[rows] * (1.0 + self._crowding)
+        alone = fleet.pace[rows]
+        crowded = alone * self._crowding
+        pace = alone + crowded
         gap = moved * (fleet.incoming[rows] + 1.0)
         lacking = fleet.kv_used[rows] + (prompt + output - fleet.kv_tokens[rows])
         kv_wait: Floats | float = 0.0
         if lacking.max() > 0:
             share = np.maximum(lacking, 0.0) / (fleet.kv_used[rows] + 1.0)
-            kv_wait = share * output * fleet.pace[rows]
+            kv_wait = share * output * alone
             gap += kv_wait
 
         targets = np.empty((3, n))
         targets[0] = (ttft + kv_wait) * per_ttft
-        targets[1] = pace * per_tpot
+        targets[1] = (pace + crowded * BURSTS) * per_tpot
         targets[2] = targets[1] + gap * (per_tpot / output)
-        split_tpot = targets[2] * demand.tpot_seconds
-        targets += MISS * (targets > 1.0)
+        split_tpot = pace + gap * (1.0 / output)
+        targets += MISS * (targets > _LIMITS)
         harm = fleet.drag[rows] * per_tpot
         prefill = targets[0] + work * self._crowding * per_ttft
         decode = targets[2] + harm

@@ -53,7 +53,7 @@ class Delta(NamedTuple):
         stop: the stop string or token id that ended it.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of it
     offset: int
     token_ids: tuple[int, ...]
     text: str

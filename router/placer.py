@@ -12,8 +12,9 @@ from cluster.obs.metrics import RouterMetrics
 from router.events import Place
 from router.fleet import Fleet, Share
 from router.generation import Generation
+from router.learn import Observed, learn, shares_of
 from router.output import Completed, CompletionReport, Stage
-from router.placement import Candidate, Decision, Demand, Placement, Unplaced
+from router.placement import Decision, Demand, Placement, Unplaced
 
 EXPLAINED_REQUESTS = 4096
 """Ended requests whose decisions are kept."""
@@ -92,7 +93,7 @@ class Placer:
         if isinstance(decision, Decision):
             placed = self._requests.setdefault(key, _Placed(generation.request_id))
             output = self._fleet.expected_output(generation.model, generation.max_tokens)
-            placed.shares[place.index] = _shares(decision.chosen, prompt, output)
+            placed.shares[place.index] = shares_of(decision.chosen, prompt, output)
             wall = self._clock.wall()
             explained = Explained(place.index, place.attempt, wall, prompt, decision)
             placed.explained.append(explained)
@@ -136,45 +137,12 @@ class Placer:
         shares: dict[Stage, Share],
         report: CompletionReport,
     ) -> Explained:
-        fleet, chosen, phases = self._fleet, explained.decision.chosen, report.phases
-        prompt = len(generation.prompt_token_ids)
-        first = shares.get(Stage.PREFILL) or shares[Stage.WHOLE]
-        rest = shares.get(Stage.DECODE) or shares.get(Stage.WHOLE)
-        busy = float(fleet.busy(self._clock.now())[first.slot])
-        if phases.prefill > 0 and self._lives(first, chosen):
-            fleet.saw_prefill(
-                first.slot, max(1, prompt - report.cached_prompt_tokens), phases.prefill
-            )
-        gaps = report.tokens - 2
-        if rest is not None and gaps > 0 and phases.decode > 0 and self._lives(rest, chosen):
-            # What prompts on the same worker take from its decodes is counted apart.
-            pace = phases.decode / gaps * (1.0 - busy if rest is first else 1.0)
-            batch = 1.0 + (rest.batch + max(0.0, float(fleet.decodes[rest.slot]))) / 2
-            fleet.saw_step(rest.slot, batch, pace)
-            if report.handoff is not None:
-                moved = prompt - report.handoff.held_tokens
-                fleet.saw_exposed(rest.slot, moved, phases.handoff_wait + phases.decode_queue)
-        fleet.saw_output(generation.model, report.tokens)
-        ttft = report.ttft_seconds - phases.queue
+        chosen = explained.decision.chosen
+        seen = Observed.of(report, len(generation.prompt_token_ids))
+        learn(self._fleet, self._clock.now(), generation.model, chosen, shares, seen)
+        ttft = report.ttft_seconds - report.phases.queue
         errors = self._metrics.prediction_error
         errors.labels("ttft").observe(abs(ttft - chosen.ttft_seconds))
         if report.tokens > 1:
             errors.labels("tpot").observe(abs(report.tpot_seconds - chosen.tpot_seconds))
         return replace(explained, ttft_seconds=ttft, tpot_seconds=report.tpot_seconds)
-
-    def _lives(self, share: Share, chosen: Candidate) -> bool:
-        """Its slot is still the life that was chosen."""
-        view = self._fleet.views[share.slot]
-        plan = chosen.plan
-        return view is not None and view.target in (plan.prefill, plan.decode, plan.whole)
-
-
-def _shares(chosen: Candidate, prompt: int, output: float) -> dict[Stage, Share]:
-    first, rest = chosen.slots
-    seconds = chosen.prefill_seconds
-    if chosen.plan.whole is not None:
-        return {Stage.WHOLE: Share(first, Stage.WHOLE, prompt, output, seconds)}
-    shares = {Stage.PREFILL: Share(first, Stage.PREFILL, prompt, output, seconds)}
-    if chosen.plan.decode is not None:
-        shares[Stage.DECODE] = Share(rest, Stage.DECODE, prompt, output)
-    return shares
