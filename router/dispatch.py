@@ -32,6 +32,7 @@ from router.generation import Generation
 from router.link import WorkerLink
 from router.observe import Observer
 from router.output import Completed
+from router.pace import Pace
 from router.placement import Target, Unplaced
 from router.placer import Placer
 from router.running import Running, request_key
@@ -72,7 +73,9 @@ class Dispatch:
         mint: TicketMint,
         observer: Observer,
         clock: Clock,
+        pace: Pace | None = None,
     ) -> None:
+        self._pace = pace
         self._workers = workers
         self._placer = placer
         self._mint = mint
@@ -113,7 +116,7 @@ class Dispatch:
                 "request_id", f"{generation.request_id} is the id of a request that is running"
             )
         self.gate.offer(key, generation)
-        running = Running(generation, self._clock, self._act, self._ended)
+        running = Running(generation, self._clock, self._act, self._ended, self._pace)
         self._requests[key] = running
         self._idle.clear()
         self._observer.received(running)

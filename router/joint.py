@@ -39,7 +39,7 @@ AVOIDED = 1e3
 BUSY_SECONDS = 0.05
 """So old may the workers' shares of time be."""
 
-BURSTS = 2.0
+BURSTS = 1.6
 """Prompts come in bursts: so much more than on average they may slow a decode beside them."""
 
 TPOT_HEADROOM = 0.75

@@ -38,6 +38,7 @@ from router.lease import RouterLease
 from router.listen import Health, bind_grpc, bind_http, grpc_options
 from router.observe import Journal, Observer
 from router.operator import OperatorServicer
+from router.pace import Pace
 from router.placer import Placer
 from router.reception import Reception
 from router.tenants import Tenants
@@ -95,6 +96,7 @@ class RouterServer:
         self._background: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
+        self._pace = Pace()
         self.broken = asyncio.Event()
         """Set when a part of the router has died: it serves errors only and must be replaced."""
         self.metrics = RouterMetrics(CollectorRegistry())
@@ -145,6 +147,7 @@ class RouterServer:
             TicketMint(self._signer, clock, config.handoff.ticket_seconds),
             self._observer,
             clock,
+            self._pace,
         )
         intake = Intake(self._catalog, clock)
         reception = Reception(config.classes, self._catalog, intake, self._dispatch, self._observer)
@@ -240,6 +243,7 @@ class RouterServer:
             tasks.create_task(self._lease.run(), name="lease")
             tasks.create_task(self._observer.write_journal(store.journal), name="journal")
             tasks.create_task(self._report_health(), name="health")
+            tasks.create_task(self._pace.run(), name="pace")
 
     async def _report_health(self) -> None:
         while True:

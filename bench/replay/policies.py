@@ -1,4 +1,4 @@
-"""What others do to choose workers: turns, load, prefixes, chance. All of them split every request."""
+"""How others choose workers: turns, load, prefixes, chance. They split every request."""
 
 from __future__ import annotations
 
