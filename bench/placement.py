@@ -3,8 +3,8 @@ the simulated engine's scheduler, against round-robin, least-loaded, prefix-only
 
     light .venv/bin/python -m bench.placement [--traces DIR] [--json]
 
-Load is the share of the rate at which the pool that is full first (prefill by the mean prompt of the
-trace, decode by the batch that just meets the target) would always be busy, with cold caches.
+Load is the share of the rate at which the pool that is full first (prefill by the trace's mean
+prompt, decode by the batch that just meets the target) would always be busy, with cold caches.
 """
 
 from __future__ import annotations
