@@ -11,9 +11,9 @@ from bench.streams.clients import Client, Seen
 from bench.streams.processes import Process
 from bench.streams.setting import LOAD, PROBE, Load
 
-WINDOW_SECONDS = 8.0
+WINDOW_SECONDS = 6.0
 OPEN_SECONDS = 90.0
-PROBES = 100
+PROBES = 60
 PROBE_GAP_SECONDS = 0.02
 
 

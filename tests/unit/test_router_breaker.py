@@ -104,4 +104,5 @@ def test_placement_leaves_it_alone_until_its_rest_is_over() -> None:
     fleet.take(3.0, share)
     assert chosen(3.1) == {0, 2}
     fleet.answered(3.2, share)
-    assert 1 in chosen(3.3)
+    fleet.release(3.3, share)
+    assert 1 in chosen(3.4)
