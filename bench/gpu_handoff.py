@@ -60,7 +60,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--share-cards", action="store_true",
         help="on two cards, also a prefill over both, beside the others, over gRPC")  # fmt: skip
     add("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-handoff")), metavar="FOLDER",
-        help="gets results.json, table.md and the engines' logs ($OUT, or gpu-handoff)")  # fmt: skip
+        help="gets results.json, table.md and the logs ($OUT, or gpu-handoff)")  # fmt: skip
     add("--json", action="store_true", help="print the results as JSON, not as tables")
     chosen = parser.parse_args(given)
     if chosen.runs < 1:
@@ -94,7 +94,7 @@ def settings(chosen: argparse.Namespace, folder: Path, gpus: list[float]) -> tup
         exact_prompts=(33, 300) if cpu else (33, 1500, 4096, 10000),
         batch=4 if cpu else 64,
         batch_context=128 if cpu else 1024,
-        batch_tokens=768 if cpu else 640,
+        batch_tokens=2000 if cpu else 640,
         inbound=256 if cpu else 4096,
         rounds=3 if cpu else 5,
         span_seconds=0.3,

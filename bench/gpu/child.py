@@ -47,6 +47,8 @@ class Child:
             self._engine = engine
             return await engine.start()
         if self._engine is None:
+            if isinstance(command, Stop):
+                return None
             raise ValueError("the engine has not been started")
         match command:
             case Generate():

@@ -100,6 +100,11 @@ class Engine:
             async with asyncio.timeout(timeout):
                 await send(self._writer, Envelope(number, command))
                 content = await answer
+        except TimeoutError as error:
+            asked = type(command).__name__
+            raise TimeoutError(
+                f"{self.spec.name}: no answer to {asked} in {timeout:.0f} s"
+            ) from error
         except ConnectionError as error:
             raise EngineGone(f"{self.spec.name} has ended; see its log") from error
         finally:

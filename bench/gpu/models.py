@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+SHARPNESS = 1.7
+"""Gain of q and k each: attention scores spread by its square, so single tokens matter."""
 
 LLAMA_3_1_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -68,3 +72,24 @@ def kv_bytes_per_token(config: dict[str, Any]) -> int:
     item = {"float32": 4, "bfloat16": 2, "float16": 2}[config["dtype"]]
     heads = config["num_key_value_heads"] * config["head_dim"]
     return int(2 * config["num_hidden_layers"] * heads * item)
+
+
+def checkpoint(config: Any) -> Iterator[tuple[str, tuple[int, ...], float | None]]:
+    """Name, shape and standard deviation of every tensor; None for a norm."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden), 1.0
+    for layer in range(config.num_hidden_layers):
+        at = f"model.layers.{layer}"
+        yield f"{at}.input_layernorm.weight", (hidden,), None
+        yield f"{at}.self_attn.q_proj.weight", (query, hidden), SHARPNESS * hidden**-0.5
+        yield f"{at}.self_attn.k_proj.weight", (kv, hidden), SHARPNESS * hidden**-0.5
+        yield f"{at}.self_attn.v_proj.weight", (kv, hidden), hidden**-0.5
+        yield f"{at}.self_attn.o_proj.weight", (hidden, query), query**-0.5
+        yield f"{at}.post_attention_layernorm.weight", (hidden,), None
+        yield f"{at}.mlp.gate_proj.weight", (inner, hidden), hidden**-0.5
+        yield f"{at}.mlp.up_proj.weight", (inner, hidden), hidden**-0.5
+        yield f"{at}.mlp.down_proj.weight", (hidden, inner), inner**-0.5
+    yield "model.norm.weight", (hidden,), None
+    yield "lm_head.weight", (config.vocab_size, hidden), hidden**-0.5

@@ -22,7 +22,7 @@ def report(results: Results) -> str:
         ("Decode steps while KV comes in", _steps(results)),
         ("A split's tokens against one engine's", _exact(results)),
         ("Held when all had ended", _ledgers(results)),
-        ("Not measured", _missing(results)),
+        ("Not available, and why", _missing(results)),
     ):
         if rows:
             parts.append(f"{title}:\n\n{rows}")
@@ -125,8 +125,7 @@ def _ledgers(results: Results) -> str:
 
 
 def _missing(results: Results) -> str:
-    rows = [[row.what, row.why.replace("\n", " ").replace("|", "/")] for row in results.missing]
-    return table(["what", "not available: why"], rows) if rows else ""
+    return "\n".join(f"- {row.what}: {' '.join(row.why.split())}" for row in results.missing)
 
 
 def _prompts(rows: Sequence[Latency]) -> list[int]:

@@ -133,11 +133,11 @@ class Session:
             return self._missing(name, "the session's time was over")
         began = time.monotonic()
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(left) as limit:
                 await measure()
-        except TimeoutError:
-            self._missing(name, f"not done within {left:.0f} s")
         except Exception as error:
+            if limit.expired():
+                error = TimeoutError(f"not done within {left:.0f} s")
             self._missing(name, f"{type(error).__name__}: {error}"[:500])
         self._say(f"{name}: {time.monotonic() - began:.1f} s")
         self._save()

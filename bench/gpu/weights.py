@@ -19,11 +19,10 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from bench.gpu.formats import LOAD_FORMAT
+from bench.gpu.models import checkpoint
 from cluster.kv.worker_extension import PdserveWorkerExtension
 
 SEED = 1
-SHARPNESS = 1.7
-"""Gain of q and k each: attention scores spread by its square, so single tokens matter."""
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -43,34 +42,13 @@ def drawn(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Checkpoint tensors by name; norms are 1, matrices keep the variance of what they multiply."""
     generator = torch.Generator(device)
-    for name, shape, gain in shapes(config):
+    for name, shape, gain in checkpoint(config):
         if gain is None:
             yield name, torch.ones(shape, dtype=dtype, device=device)
             continue
         generator.manual_seed(SEED << 32 | zlib.crc32(name.encode()))
         drawing = torch.randn(shape, dtype=dtype, device=device, generator=generator)
         yield name, drawing.mul_(gain)
-
-
-def shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...], float | None]]:
-    """Name, shape and standard deviation of every tensor; None for a norm."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden), 1.0
-    for layer in range(config.num_hidden_layers):
-        at = f"model.layers.{layer}"
-        yield f"{at}.input_layernorm.weight", (hidden,), None
-        yield f"{at}.self_attn.q_proj.weight", (query, hidden), SHARPNESS * hidden**-0.5
-        yield f"{at}.self_attn.k_proj.weight", (kv, hidden), SHARPNESS * hidden**-0.5
-        yield f"{at}.self_attn.v_proj.weight", (kv, hidden), hidden**-0.5
-        yield f"{at}.self_attn.o_proj.weight", (hidden, query), query**-0.5
-        yield f"{at}.post_attention_layernorm.weight", (hidden,), None
-        yield f"{at}.mlp.gate_proj.weight", (inner, hidden), hidden**-0.5
-        yield f"{at}.mlp.up_proj.weight", (inner, hidden), hidden**-0.5
-        yield f"{at}.mlp.down_proj.weight", (hidden, inner), inner**-0.5
-    yield "model.norm.weight", (hidden,), None
-    yield "lm_head.weight", (config.vocab_size, hidden), hidden**-0.5
 
 
 class MadeUpWeights(PdserveWorkerExtension):
