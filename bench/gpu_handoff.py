@@ -74,12 +74,20 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
+CARDS = """
+import torch
+for i in range(torch.cuda.device_count()):
+    card = torch.cuda.get_device_properties(i)
+    print(card.name, card.total_memory / 2**30, sep=",")
+"""
+
+
 def cards() -> list[tuple[str, float]]:
-    """Name and memory in GiB of every GPU."""
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    out = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout
+    """Name and memory in GiB of every GPU; another process asks, so that this one holds none."""
+    asked = [sys.executable, "-c", CARDS]
+    out = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
     rows = (line.rsplit(",", 1) for line in out.strip().splitlines())
-    return [(name, float(mib) / 1024) for name, mib in rows]
+    return [(name, float(gib)) for name, gib in rows]
 
 
 def settings(chosen: argparse.Namespace, folder: Path, gpus: list[float]) -> tuple[Setting, Load]:

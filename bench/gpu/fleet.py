@@ -57,6 +57,7 @@ class Engine:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._begun: dict[int, asyncio.Event] = {}
         self._reading = asyncio.create_task(self._read(reader))
+        self._watching = asyncio.create_task(self._watch())
 
     async def generate(
         self, asked: Generate, begun: asyncio.Event | None = None, timeout: float = ASK_SECONDS
@@ -84,12 +85,12 @@ class Engine:
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
         self._writer.close()
-        self._reading.cancel()
+        await self._watching
 
     async def _ask(
         self, command: Command, timeout: float, begun: asyncio.Event | None = None
     ) -> Any:
-        if self._reading.done():
+        if self._watching.done():
             raise EngineGone(f"{self.spec.name} has ended; see its log")
         number = next(self._numbers)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -121,6 +122,11 @@ class Engine:
                     begun.set()
             elif (answer := self._asked.get(envelope.number)) and not answer.done():
                 answer.set_result(envelope.content)
+
+    async def _watch(self) -> None:
+        """Fails what is asked when the process ends; its children may still hold the socket."""
+        await self._process.wait()
+        self._reading.cancel()
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(EngineGone(f"{self.spec.name} has ended; see its log"))
@@ -180,10 +186,12 @@ def environment(spec: EngineSpec, caches: Path, base: dict[str, str]) -> dict[st
     chosen = {
         "HF_HUB_OFFLINE": "1",
         "NCCL_NVLS_ENABLE": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of every engine, and all start at once
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
     if spec.gpus:
         chosen["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.gpus))

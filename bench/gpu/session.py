@@ -136,9 +136,9 @@ class Session:
             async with asyncio.timeout(left) as limit:
                 await measure()
         except Exception as error:
-            if limit.expired():
-                error = TimeoutError(f"not done within {left:.0f} s")
-            self._missing(name, f"{type(error).__name__}: {error}"[:500])
+            late = limit.expired()
+            why = f"not done within {left:.0f} s" if late else f"{type(error).__name__}: {error}"
+            self._missing(name, why[:500])
         self._say(f"{name}: {time.monotonic() - began:.1f} s")
         self._save()
 
