@@ -30,7 +30,8 @@ from bench.gpu.wire import (
 )
 from cluster.engine.protocol import EngineInfo, Holdings
 
-ASK_SECONDS = 60.0
+ASK_SECONDS = 120.0
+"""The first logprobs of an engine wait for a kernel to be compiled."""
 STOP_SECONDS = 15.0
 END_SECONDS = 5.0
 

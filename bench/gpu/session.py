@@ -21,7 +21,7 @@ from bench.gpu.systems import NixlSplit, Split, System, Whole
 
 SECTIONS = ("raw", "latency", "unhidden", "steps", "exact")
 START_SECONDS = 300.0
-SECTION_SECONDS = {"raw": 100, "latency": 240, "unhidden": 90, "steps": 120, "exact": 90}
+SECTION_SECONDS = {"raw": 100, "latency": 240, "unhidden": 90, "steps": 120, "exact": 150}
 
 
 @dataclass(frozen=True)
