@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Child:
-    """Answers commands, each in a task of its own, until it is stopped or the session is gone."""
+    """Answers commands about its engine."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
@@ -47,8 +47,6 @@ class Child:
             self._engine = engine
             return await engine.start()
         if self._engine is None:
-            if isinstance(command, Stop):
-                return None
             raise ValueError("the engine has not been started")
         match command:
             case Generate():
@@ -62,8 +60,11 @@ class Child:
             case AskHoldings():
                 return await self._engine.holdings()
             case Stop():
-                await self._engine.stop()
-                return None
+                raise ValueError("a stop is the last command")
+
+    async def stop(self) -> None:
+        if self._engine is not None:
+            await self._engine.stop()
 
     async def _announce(self, number: int, first: asyncio.Event) -> None:
         await first.wait()
@@ -71,14 +72,23 @@ class Child:
 
 
 async def serve(sock: socket.socket) -> None:
+    """Obeys, each command in a task of its own, until it is told to stop or the session is gone.
+
+    The engine is ended either way.
+    """
     reader, writer = await asyncio.open_unix_connection(sock=sock, limit=1 << 24)
     child = Child(writer)
-    async with asyncio.TaskGroup() as group:
-        while (envelope := await receive(reader)) is not None:
-            task = group.create_task(child.answer(envelope))
-            if isinstance(envelope.content, Stop):
-                await task
-                return
+    tasks: set[asyncio.Task[None]] = set()
+    while (envelope := await receive(reader)) is not None:
+        if isinstance(envelope.content, Stop):
+            break
+        tasks.add(task := asyncio.create_task(child.answer(envelope)))
+        task.add_done_callback(tasks.discard)
+    for task in tuple(tasks):
+        task.cancel()
+    await child.stop()
+    if envelope is not None:
+        await send(writer, Envelope(envelope.number))
 
 
 if __name__ == "__main__":
