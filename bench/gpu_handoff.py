@@ -123,6 +123,7 @@ def settings(chosen: argparse.Namespace, folder: Path, gpus: list[float]) -> tup
         tensor_parallel=not chosen.no_tp,
         prefill_kv_gib=0.125 if cpu else 6.0,
         decode_kv_gib=0.125 if cpu else 14.0,
+        start_seconds=450.0 if cpu else 240.0,
     )
     return setting, load
 

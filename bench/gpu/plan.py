@@ -25,6 +25,7 @@ class Setting:
     Attributes:
         path: the model's folder.
         gpus: memory of each card in GiB; empty: the CPU.
+        start_seconds: for all engines of a wave together.
         share_cards: on two cards, a prefill over both is tried beside the others, over gRPC.
     """
 
@@ -40,6 +41,7 @@ class Setting:
     tensor_parallel: bool = True
     prefill_kv_gib: float = 6.0
     decode_kv_gib: float = 14.0
+    start_seconds: float = 240.0
 
 
 @dataclass(frozen=True)

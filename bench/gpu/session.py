@@ -20,7 +20,6 @@ from bench.gpu.steps import steps
 from bench.gpu.systems import NixlSplit, Split, System, Whole
 
 SECTIONS = ("raw", "latency", "unhidden", "steps", "exact")
-START_SECONDS = 300.0
 SECTION_SECONDS = {"raw": 100, "latency": 240, "unhidden": 90, "steps": 120, "exact": 150}
 
 
@@ -96,14 +95,15 @@ class Session:
         began = time.monotonic()
         specs = [spec for group in wave for spec in group.specs]
         fleet = Fleet(self._logs, self._caches)
-        async with fleet.start(specs, min(START_SECONDS, left)) as (engines, why):
+        async with fleet.start(specs, min(self._setting.start_seconds, left)) as (engines, why):
             took = time.monotonic() - began
             self._say(f"{', '.join(engines) or 'no engine'} up after {took:.0f} s")
             self._results.about[f"start of {names}"] = f"{took:.0f} s"
             for name, reason in why.items():
                 self._say(f"{name} did not start: {reason[:300]}")
                 self._missing(f"engine {name}", reason[:300])
-            await self._measure(engines)
+            if engines:
+                await self._measure(engines)
 
     async def _measure(self, engines: dict[str, Engine]) -> None:
         compared, splits = _systems(engines, self._load.output)
