@@ -116,6 +116,8 @@ class Completion:
         """Takes an event; events of a former attempt or after the end do nothing."""
         if self.state in TERMINAL:
             return []
+        if isinstance(event, Output):  # first, because there is one for every token
+            return self._output(now, event)
         match event:
             case Admitted():
                 self.state = State.ADMITTED
@@ -126,8 +128,6 @@ class Completion:
                 if self.state is State.PLACED:
                     self.state = State.PREFILLING
                 return []
-            case Output():
-                return self._output(now, event)
             case WorkerFailed():
                 return self._worker_failed(event)
             case Cancel():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,9 +32,11 @@ from router.generation import Generation
 from router.link import WorkerLink
 from router.observe import Observer
 from router.output import Completed
-from router.placement import Demand, Placement, Target, Unplaced, WorkerView
+from router.pace import Pace
+from router.placement import Plan, Target, Unplaced
+from router.placer import Placer
 from router.running import Running, request_key
-from router.tickets import TicketMint
+from router.tickets import Cuts, TicketMint
 from router.worker_wire import SequenceStart
 
 PLACEMENT_WAIT_SECONDS = 10.0
@@ -46,7 +48,6 @@ class Workers(Protocol):
 
     @property
     def routers(self) -> int: ...
-    def view(self) -> Sequence[WorkerView]: ...
     def link(self, target: Target) -> WorkerLink | None: ...
 
 
@@ -68,13 +69,15 @@ class Dispatch:
         policy: Policy,
         capacities: Callable[[], Mapping[str, Capacity]],
         workers: Workers,
-        placement: Placement,
+        placer: Placer,
         mint: TicketMint,
         observer: Observer,
         clock: Clock,
+        pace: Pace | None = None,
     ) -> None:
+        self._pace = pace
         self._workers = workers
-        self._placement = placement
+        self._placer = placer
         self._mint = mint
         self._observer = observer
         self._clock = clock
@@ -113,7 +116,7 @@ class Dispatch:
                 "request_id", f"{generation.request_id} is the id of a request that is running"
             )
         self.gate.offer(key, generation)
-        running = Running(generation, self._clock, self._act, self._ended)
+        running = Running(generation, self._clock, self._act, self._ended, self._pace)
         self._requests[key] = running
         self._idle.clear()
         self._observer.received(running)
@@ -171,26 +174,25 @@ class Dispatch:
         if running.request.ended:
             return
         generation = running.generation
-        demand = Demand(
-            generation.model,
-            len(generation.prompt_token_ids),
-            generation.max_tokens,
-            decodes=generation.max_tokens > 1,
-            avoid=place.avoid,
-        )
-        view = self._workers.view()
-        plan = self._placement.place(demand, view)
-        if isinstance(plan, Unplaced):
-            self._wait_for_workers(running, place, plan.missing)
+        decision = self._placer.place(running.key, generation, place)
+        if isinstance(decision, Unplaced):
+            self._wait_for_workers(running, place, decision.missing)
             return
+        plan = decision.plan
         self._no_longer_waits(running.key, place.index)
-        by_id = {w.target.worker_id: w for w in view}
-        ticket = self._mint.mint(generation, running.prompt_digest, plan, by_id)
+        ticket = self._mint.mint(generation, running.prompt_digest, plan, self._cuts(plan))
         self._sequences += 1
         nonce = f"{self._nonce}{self._sequences}"
         name = sequence_id(generation.request_id, place.index, place.attempt, nonce)
         running.step(Placed(plan, name, ticket), place.index)
         running.step(Started(), place.index)
+
+    def _cuts(self, plan: Plan) -> Cuts:
+        prefill = self._workers.link(plan.prefill) if plan.prefill is not None else None
+        decode = self._workers.link(plan.decode) if plan.decode is not None else None
+        if prefill is None or decode is None:
+            return Cuts()
+        return Cuts(decode.record.layout, prefill.record.geometry, decode.record.geometry)
 
     def _wait_for_workers(self, running: Running, place: Place, missing: str) -> None:
         key = (running.key, place.index)
@@ -226,6 +228,7 @@ class Dispatch:
                 generation.cache_salt,
             ),
             listener,
+            self._placer.share(running.key, effect.index, effect.stage),
         )
 
     def _no_longer_waits(self, key: str, index: int) -> None:
@@ -246,6 +249,7 @@ class Dispatch:
         for completion in running.request.completions:
             self._no_longer_waits(running.key, completion.index)
         self.gate.release(running.key, running.generation, running.request.tokens)
+        self._placer.ended(running.key, running.generation, end)
         self._observer.ended(running, end)
         self._gauge()
         if not self._requests:

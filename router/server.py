@@ -29,15 +29,18 @@ from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
 from router.capacity import Capacities, policy
 from router.catalog import Catalog
 from router.dispatch import Dispatch
+from router.fleet import Fleet
 from router.http.app import HttpApp
 from router.http.generate import GenerateHandlers
 from router.inference import InferenceServicer
 from router.intake import Intake
+from router.joint import JointPlacement
 from router.lease import RouterLease
 from router.listen import Health, bind_grpc, bind_http, grpc_options
 from router.observe import Journal, Observer
 from router.operator import OperatorServicer
-from router.placement import LeastLoaded
+from router.pace import Pace
+from router.placer import Placer
 from router.reception import Reception
 from router.tenants import Tenants
 from router.tickets import TicketMint
@@ -94,6 +97,7 @@ class RouterServer:
         self._background: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
+        self._pace = Pace()
         self.broken = asyncio.Event()
         """Set when a part of the router has died: it serves errors only and must be replaced."""
         self.metrics = RouterMetrics(CollectorRegistry())
@@ -117,6 +121,8 @@ class RouterServer:
     async def _start(self) -> None:
         config, clock = self._config, self._clock
         store = self._store or await self._connect_store()
+        self._fleet = fleet = Fleet(config.placement.prefix_blocks)
+        mode = config.placement.disaggregate
         self._workers = Workers(
             store.registry,
             self._router_id,
@@ -124,6 +130,8 @@ class RouterServer:
             self.metrics,
             clock,
             config.store.lease_seconds,
+            fleet,
+            mode,
         )
         self._catalog = Catalog(config.models, lambda: self._workers.records, self._tokenizers)
         self._stack.callback(self._catalog.close)
@@ -132,14 +140,17 @@ class RouterServer:
             self.metrics, self._router_id, clock, tracer_from_environment("pdserve-router")
         )
         tenants = Tenants(config, self._secret, self._signer.call_token())
+        placement = JointPlacement(fleet, mode, random.Random())
+        self._placer = Placer(fleet, placement, config.targets, self.metrics, clock)
         self._dispatch = Dispatch(
             policy(config),
             Capacities(config.models, self._workers),
             self._workers,
-            LeastLoaded(random.Random()),
+            self._placer,
             TicketMint(self._signer, clock, config.handoff.ticket_seconds),
             self._observer,
             clock,
+            self._pace,
         )
         intake = Intake(self._catalog, clock)
         reception = Reception(config.classes, self._catalog, intake, self._dispatch, self._observer)
@@ -170,6 +181,7 @@ class RouterServer:
                 store.registry,
                 self._dispatch,
                 tenants,
+                self._placer,
             ),
             self._server,
         )
@@ -234,6 +246,7 @@ class RouterServer:
             tasks.create_task(self._lease.run(), name="lease")
             tasks.create_task(self._observer.write_journal(store.journal), name="journal")
             tasks.create_task(self._report_health(), name="health")
+            tasks.create_task(self._pace.run(), name="pace")
 
     async def _report_health(self) -> None:
         while True:

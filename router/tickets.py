@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 from cluster.clock import Clock
 from cluster.ticket import Ticket, TicketSigner, new_handoff_id
 from router.generation import Generation
-from router.placement import Plan, WorkerView
+from router.placement import Plan
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What both workers' KV has in common, and how each cuts it into ranks and blocks."""
+
+    layout: str = ""
+    prefill_geometry: str = ""
+    decode_geometry: str = ""
 
 
 class TicketMint:
@@ -27,12 +36,12 @@ class TicketMint:
         generation: Generation,
         prompt_digest: str,
         plan: Plan,
-        view: Mapping[str, WorkerView],
+        cuts: Cuts,
     ) -> bytes:
         """The signed ticket for `plan`; empty if it hands nothing off.
 
         Args:
-            view: the workers that placement saw, by id.
+            cuts: of the KV on both workers.
         """
         if plan.prefill is None or plan.decode is None:
             return b""
@@ -48,9 +57,9 @@ class TicketMint:
             prompt_digest=prompt_digest,
             num_tokens=len(generation.prompt_token_ids),
             tenant_salt=generation.cache_salt,
-            layout=view[plan.decode.worker_id].layout,
-            prefill_geometry=view[plan.prefill.worker_id].geometry,
-            decode_geometry=view[plan.decode.worker_id].geometry,
+            layout=cuts.layout,
+            prefill_geometry=cuts.prefill_geometry,
+            decode_geometry=cuts.decode_geometry,
             issued_at=issued_at,
             expires_at=issued_at + self._seconds,
         )

@@ -80,7 +80,9 @@ class SentTokens:
 
     def _new_text(self, text: str, start: int) -> str:
         """What of `text`, which begins at character `start` of the completion, was not sent yet."""
-        known = text[: max(0, self._chars - start)]
+        if start >= self._chars:
+            return text
+        known = text[: self._chars - start]
         sent = self._head[start : start + len(known)]
         if known[: len(sent)] != sent:
             raise Contradiction("text that differs from what was sent")
