@@ -13,16 +13,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
+import torch
 
 from bench.handoff.cache import TOKENS, make_agent
+from cluster.kv.geometry import HeadRun
 from cluster.kv.mailbox import Mailbox
+from cluster.kv.paged import PagedCache
 from cluster.kv.reservation import Reserve
 from cluster.kv.transport.allocator import keep_large_blocks
+from cluster.kv.transport.checksums import device_checksum
 
 READ_BYTES = 4 << 20
 METHOD = "/bench.Sink/Push"
@@ -111,7 +115,7 @@ async def serve_grpc(frame: int) -> None:
 
 def serve_decode(blocks: int, device: str, transport: str) -> None:
     """Reserves blocks for each ticket it is told, and answers when their KV has landed."""
-    agent, _ = make_agent("decode", blocks, device, transport)  # type: ignore[arg-type]
+    agent, cache = make_agent("decode", blocks, device, transport)  # type: ignore[arg-type]
     say(address=agent.address, cpu=cpu_seconds())
     for line in sys.stdin:
         told = json.loads(line)
@@ -127,12 +131,27 @@ def serve_decode(blocks: int, device: str, transport: str) -> None:
         agent.post(lambda reserve=reserve, stamp=stamp: agent.receiver.reserve(reserve, stamp))  # type: ignore[misc]
         say(reserved=True)
         result = wait_for_result(agent.mailbox, told["handoff_id"])
+        used = cpu_seconds()
         say(
+            digest=digest(cache, ids),
             error=result.error,
             transport=result.transport,
             ended_at=result.ended_at,
-            cpu=cpu_seconds(),
+            cpu=used,
         )
+
+
+def digest(cache: PagedCache, block_ids: Sequence[int]) -> int:
+    """Of the contents of blocks, in all layers."""
+    total = 0
+    for layer in range(cache.num_layers):
+        size = len(block_ids) * cache.block_bytes
+        payload = torch.empty(size, dtype=torch.uint8, device=cache.device)
+        fence = cache.gather(layer, block_ids, HeadRun(0, cache.heads), payload)
+        if fence is not None:
+            fence.synchronize()
+        total = (total * 31 + device_checksum(payload, layer)) % (1 << 61)
+    return total
 
 
 def wait_for_result(mailbox: Mailbox, handoff_id: str) -> Any:

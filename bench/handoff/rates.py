@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.handoff.cache import BLOCK_BYTES, LAYERS, TOKENS, make_agent, make_ticket
-from bench.handoff.peers import cpu_seconds, wait_for_result
+from bench.handoff.peers import cpu_seconds, digest, wait_for_result
 from cluster.kv.handoff import HandoffParams
 from cluster.kv.sender import Arrival, Offer, Release
 
@@ -130,7 +130,7 @@ class HandoffRate:
 
     def __init__(self, blocks: int, devices: tuple[str, str], transport: str) -> None:
         self._blocks = blocks
-        self._agent, _ = make_agent("prefill", blocks, devices[0], transport)  # type: ignore[arg-type]
+        self._agent, self._cache = make_agent("prefill", blocks, devices[0], transport)  # type: ignore[arg-type]
         self._peer = PeerProcess("decode", blocks, devices[1], transport)
 
     def run(self, size: int) -> Transfer:
@@ -165,10 +165,13 @@ class HandoffRate:
         began = time.monotonic()
         self._agent.post(compute)
         mine = wait_for_result(self._agent.mailbox, ticket.handoff_id)
+        mine_cpu = cpu_seconds()
         theirs = self._peer.hear()
         if mine.error or theirs["error"]:
             raise RuntimeError(mine.error or theirs["error"])
-        used = cpu_seconds() + theirs["cpu"] - cpu
+        if theirs["digest"] != digest(self._cache, ids):
+            raise RuntimeError("decode's blocks are not prefill's")
+        used = mine_cpu + theirs["cpu"] - cpu
         self._last_cpu = theirs["cpu"]
         seconds = theirs["ended_at"] - began
         return Transfer(size, seconds, used, theirs["transport"])
