@@ -65,6 +65,7 @@ class Recent(Generic[K]):
 
     def add(self, key: K, now: float, until: float) -> None:
         self._until[key] = until
+        self._until.move_to_end(key)
         while self._until and next(iter(self._until.values())) <= now:
             self._until.popitem(last=False)
 

@@ -22,7 +22,7 @@ from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
 from cluster.kv.paged import PagedCache, Slots
 from cluster.kv.push import reached, seed_of
-from cluster.kv.reservation import Reservation, Reserve
+from cluster.kv.reservation import LATE, CalledOff, Reservation, Reserve
 from cluster.kv.transport.frames import Abort, Ack, Blocks, Commit, Grant, Open, Refused
 from cluster.kv.transport.seam import Inbound
 
@@ -30,10 +30,6 @@ log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_SECONDS = 10.0
 READ_OFF_SECONDS = 1.0
-
-
-class _CalledOff(HandoffRefused):
-    """Refused because the request has ended meanwhile, as when a client goes away."""
 
 
 class Receiver:
@@ -117,10 +113,11 @@ class Receiver:
             handoff_id = admitted.ticket.handoff_id
             part = self._part(reservation, admitted)
             await inbound.send(Grant(reservation.reserve.held_tokens, part.owed))
-            await self._take(inbound, handoff_id, admitted, part)
+            async with reservation.push(admitted.ticket.expires_at - time.time()):
+                await self._take(inbound, reservation, admitted, part)
             await inbound.send(Ack())
         except HandoffRefused as refusal:
-            level = logging.INFO if isinstance(refusal, _CalledOff) else logging.WARNING
+            level = logging.INFO if isinstance(refusal, CalledOff) else logging.WARNING
             log.log(level, "handoff %s refused: %s", handoff_id or "(unknown)", refusal)
             self._fail(handoff_id, str(refusal))
             await inbound.send(Refused(str(refusal)))
@@ -152,7 +149,7 @@ class Receiver:
                     self._arrivals.pop(handoff_id, None)
         reservation = self._reservations.get(handoff_id)
         if reservation is None or reservation.error:
-            raise _CalledOff("the request was cancelled")
+            raise CalledOff("the request was cancelled")
         if reservation.reserve.ticket.encode() != opening.ticket:
             raise HandoffRefused("the push shows another ticket than the request")
         return reservation
@@ -171,25 +168,19 @@ class Receiver:
         return reservation.parts[admitted.route.prefill_rank]
 
     async def _take(
-        self, inbound: Inbound, handoff_id: str, admitted: Admitted, part: Assembly
+        self, inbound: Inbound, reservation: Reservation, admitted: Admitted, part: Assembly
     ) -> None:
         while (frame := await inbound.receive()) is not None:
-            reservation = self._reservations.get(handoff_id)
-            if reservation is None or reservation.error:
-                raise _CalledOff("the request has ended")
             match frame:
                 case Blocks():
-                    try:
-                        await self._land(reservation, inbound, admitted, part, frame)
-                    finally:
-                        inbound.done(frame)
+                    await self._land(reservation, inbound, admitted, part, frame)
                 case Commit():
                     return self._commit(reservation, inbound, admitted, part, frame)
                 case Abort(reason):
                     raise HandoffRefused(f"prefill gave up: {reason}")
                 case _:
                     raise HandoffRefused("a second ticket on one push")
-        raise _CalledOff("prefill stopped half-way")
+        raise CalledOff("prefill stopped half-way")
 
     async def _land(
         self,
@@ -200,21 +191,35 @@ class Receiver:
         frame: Blocks,
     ) -> None:
         run, size = frame.run, frame.payload.numel()
-        part.check(run, size)
-        await inbound.verify(frame, seed_of(reservation.reserve.handoff_id))
-        if reservation.error:  # it ended while the payload was looked at
-            raise _CalledOff("the request has ended")
-        if not self._generations.still(reservation.reserve.block_ids, reservation.stamp):
-            raise HandoffRefused("decode's blocks were handed out anew before their KV arrived")
-        reservation.writing += 1
         try:
+            part.check(run, size)
+            await inbound.verify(frame, seed_of(reservation.reserve.handoff_id))
+            reservation.check(self._generations)
             self._write(reservation.reserve, admitted, frame)
-            await reached(self._cache.written())
-        finally:
-            reservation.writing -= 1
-            self._give_back_if_ended(reservation)
+        except BaseException:
+            inbound.done(frame)
+            raise
+        await self._settle(reservation, inbound, frame)
         part.accept(run, size)
         reservation.saw_frame(time.monotonic())
+
+    async def _settle(self, reservation: Reservation, inbound: Inbound, frame: Blocks) -> None:
+        """Waits for the device. Until it is done nobody else gets the blocks or the payload's
+        memory, not even when this wait is broken off."""
+        reservation.writing += 1
+
+        def settled(_: object = None) -> None:
+            reservation.writing -= 1
+            inbound.done(frame)
+            if reservation.error:
+                self._give_back(reservation)
+
+        fence = self._cache.written()
+        if fence is None:
+            return settled()
+        writing = asyncio.create_task(reached(fence))
+        writing.add_done_callback(settled)
+        await asyncio.shield(writing)
 
     def _write(self, reserve: Reserve, admitted: Admitted, frame: Blocks) -> None:
         run, heads = frame.run, admitted.route.target
@@ -238,6 +243,7 @@ class Receiver:
         part: Assembly,
         commit: Commit,
     ) -> None:
+        reservation.check(self._generations)
         reserve = reservation.reserve
         if commit.frames != part.frames or not part.complete:
             raise HandoffRefused("prefill committed before every block had arrived")
@@ -257,7 +263,7 @@ class Receiver:
     # ---- ends --------------------------------------------------------------------------------
 
     def _expire(self, handoff_id: str) -> None:
-        self._fail(handoff_id, "the lease ran out before every block had arrived")
+        self._fail(handoff_id, LATE)
 
     def _fail(self, handoff_id: str, reason: str) -> None:
         reservation = self._reservations.get(handoff_id)
@@ -265,13 +271,8 @@ class Receiver:
             self._end(reservation, error=reason)
 
     def _end(self, reservation: Reservation, error: str) -> None:
-        reservation.error = error
-        reservation.expiry.cancel()
+        reservation.end(error)
         self._give_back(reservation)
-
-    def _give_back_if_ended(self, reservation: Reservation) -> None:
-        if reservation.error:
-            self._give_back(reservation)
 
     def _give_back(self, reservation: Reservation) -> None:
         """Once no write is under way, the blocks are the engine's again, verified or discarded."""

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from cluster.errors import HandoffRefused
 from cluster.kv.assembly import Assembly
-from cluster.kv.generations import Stamp
+from cluster.kv.generations import Generations, Stamp
 from cluster.kv.handoff import HandoffResult
+
+LATE = "the lease ran out before every block had arrived"
+
+
+class CalledOff(HandoffRefused):
+    """Refused because the request has ended meanwhile, as when a client goes away."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Reservation:
         committed: prefill ranks whose part is verified.
         writing: payloads that are being written now.
         error: why it ended; empty while it stands, and when it ended well.
+        pushes: those under way.
     """
 
     reserve: Reserve
@@ -53,6 +63,7 @@ class Reservation:
     transport: str = ""
     writing: int = 0
     error: str = ""
+    pushes: set[asyncio.Timeout] = field(default_factory=set)
     first_frame_at: float = 0.0
     last_frame_at: float = 0.0
 
@@ -60,6 +71,39 @@ class Reservation:
     def whole(self) -> bool:
         """Every route has committed."""
         return bool(self.parts) and self.committed == self.parts.keys()
+
+    @asynccontextmanager
+    async def push(self, seconds: float) -> AsyncIterator[None]:
+        """What is done inside is broken off when the reservation fails, or after `seconds`: a push
+        whose peer is silent hears of it, too, and keeps its stream no longer.
+
+        Raises:
+            HandoffRefused: it was broken off.
+        """
+        lease = asyncio.timeout(seconds)
+        try:
+            async with lease:
+                self.pushes.add(lease)
+                yield
+        except TimeoutError:
+            raise CalledOff(self.error) if self.error else HandoffRefused(LATE) from None
+        finally:
+            self.pushes.discard(lease)
+
+    def end(self, error: str) -> None:
+        """Every push learns of an error."""
+        self.error = error
+        self.expiry.cancel()
+        for push in self.pushes if error else ():
+            if not push.expired():
+                push.reschedule(0)
+
+    def check(self, generations: Generations) -> None:
+        """Raises HandoffRefused unless it stands and its blocks are still the ones reserved."""
+        if self.error:
+            raise CalledOff(self.error)
+        if not generations.still(self.reserve.block_ids, self.stamp):
+            raise HandoffRefused("decode's blocks were handed out anew before their KV arrived")
 
     def saw_frame(self, now: float) -> None:
         self.last_frame_at = now

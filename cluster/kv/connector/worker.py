@@ -109,18 +109,19 @@ class WorkerSide:
         )
 
         def apply() -> None:
-            for handoff_id in step.preempted:
-                sender.fail(handoff_id)
-            for release in step.sent:
-                sender.release(release)
-            for handoff_id in step.received:
-                receiver.release(handoff_id)
+            # Beginnings before ends: a request may have come and gone between two steps.
             for arrival in step.arrivals:
                 sender.arrive(arrival)
+            for handoff_id in step.preempted:
+                sender.fail(handoff_id)
             for offer in step.offers:
                 sender.offer(offer)
+            for release in step.sent:
+                sender.release(release)
             for reserve, stamp in reserves:
                 receiver.reserve(reserve, stamp)
+            for handoff_id in step.received:
+                receiver.release(handoff_id)
 
         self.agent.post(apply)
 

@@ -24,6 +24,8 @@ _BLOCKS_TAG, _PAYLOAD_TAG = 0x12, 0x7A  # fields 2 and 15, length-delimited
 _FIELDS = (0x0D, 0x15, 0x1D, 0x25, 0x2D, 0x31)  # fixed32 1 to 5, fixed64 6
 _BLOCKS_BYTES = 34
 _PAD = bytes((0x72, 4)) + bytes(4)  # field 14
+CONTROL_BYTES = 8192
+"""No frame without blocks is longer; nothing longer is parsed."""
 HEADER_BYTES = _HEADER.size
 """48: a multiple of 16, and Python keeps the contents of bytes 16-aligned."""
 
@@ -137,6 +139,8 @@ def decode_frame(wire: bytes) -> Frame:
     """Raises HandoffRefused for anything that is not a whole PushFrame."""
     if wire[:1] == bytes((_BLOCKS_TAG,)):
         return _decode_blocks(wire)
+    if len(wire) > CONTROL_BYTES:
+        raise HandoffRefused("a frame is too long")
     try:
         message = pb.PushFrame.FromString(wire)
     except DecodeError as error:

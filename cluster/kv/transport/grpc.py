@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 SERVICE = "pdserve.v1.KvTransfer"
 _FRAME_SLACK = 8192  # a ticket, or a header
 _READ_CHUNK = 1 << 20
+HANDSHAKE_SECONDS = 10.0
+"""A connection that has not begun HTTP/2 by then is closed."""
 
 Handler = Callable[[AsyncIterator[bytes], Any], Awaitable[None]]
 
@@ -157,6 +159,7 @@ class GrpcTransport:
             *self._options,
             ("grpc.so_reuseport", 0),
             ("grpc.max_concurrent_streams", max_streams),
+            ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ]
         self._per_peer = channels

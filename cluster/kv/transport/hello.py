@@ -105,8 +105,10 @@ def encode_payload(payload: Payload) -> bytes:
 
 def decode_payload(wire: bytes) -> Payload:
     """Raises HandoffRefused for anything else."""
-    message = _frame(wire).payload
-    blocks = message.blocks
+    frame = _frame(wire)
+    if frame.WhichOneof("kind") != "payload":
+        raise HandoffRefused("a message on a link announces no payload")
+    message, blocks = frame.payload, frame.payload.blocks
     run = BlockRun(
         blocks.sequence, blocks.layer, blocks.num_layers, blocks.first_block, blocks.num_blocks
     )

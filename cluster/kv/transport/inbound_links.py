@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,12 @@ import grpc.aio
 import torch
 
 from cluster.errors import HandoffRefused
-from cluster.kv.doorkeeper import Terms
+from cluster.kv.doorkeeper import Recent, Terms
 from cluster.kv.transport.checksums import device_checksum
 from cluster.kv.transport.frames import Blocks, Commit, Frame, Open
 from cluster.kv.transport.grpc import GrpcInbound
 from cluster.kv.transport.hello import (
+    HELLO_SECONDS,
     Hello,
     Payload,
     decode_hello,
@@ -27,7 +29,7 @@ from cluster.kv.transport.hello import (
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.seam import Inbound
 from cluster.kv.transport.staging import Slot, Staging
-from cluster.ticket import TicketSigner
+from cluster.ticket import CLOCK_TOLERANCE_SECONDS, TicketSigner
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class InboundLinks:
         self._stuck_seconds = stuck_seconds
         self._staging = staging
         self._links: dict[int, Link] = {}
+        self._hellos: Recent[int] = Recent()
         self._claims: dict[tuple[int, str], asyncio.Queue[Arriving | None]] = {}
         self._frees: set[asyncio.Task[None]] = set()
 
@@ -99,8 +102,10 @@ class InboundLinks:
             terms.rank,
         ):
             raise HandoffRefused("the link is for another worker, life or rank")
-        if hello.link in self._links:
-            raise HandoffRefused("the link is there already")
+        if hello.link in self._hellos:
+            raise HandoffRefused("the link's hello has been used")
+        now = time.monotonic()
+        self._hellos.add(hello.link, now, now + HELLO_SECONDS + 2 * CLOCK_TOLERANCE_SECONDS)
         link = Link(hello.unique_id, 1, self._device, self._stuck_seconds, None)
         await link.up()
         return link
@@ -200,8 +205,8 @@ class LinkedInbound(Inbound):
                 return self._deliver(arrival.result())
         finally:
             arrival.cancel()
-        frame = self._control.result()
-        self._control = None
+        control, self._control = self._control, None
+        frame = control.result()
         if isinstance(frame, Commit):
             self._commit = frame
             return await self.receive()
