@@ -39,11 +39,12 @@ def start_agent(
     max_message_bytes: int = 4096,
     geometry: KvGeometry = GEOMETRY,
     rank: int = 0,
+    incarnation: str = "",
 ) -> HandoffAgent:
     agent = HandoffAgent(
         cache,
         TicketSigner(SECRET),
-        Terms(name, f"{name}-life", "layout", geometry, rank),
+        Terms(name, incarnation or f"{name}-life", "layout", geometry, rank),
         vocab_size=100,
         options=TransportOptions("grpc", "127.0.0.1", max_message_bytes, max_streams=64),
     )
@@ -51,9 +52,9 @@ def start_agent(
     return agent
 
 
-def make_ticket(num_tokens: int, seconds: float = 20.0) -> Ticket:
+def make_ticket(num_tokens: int, seconds: float = 20.0, **changes: str) -> Ticket:
     now = time.time()
-    return Ticket(
+    ticket = Ticket(
         handoff_id=new_handoff_id(),
         request_id="request",
         model="model",
@@ -70,6 +71,7 @@ def make_ticket(num_tokens: int, seconds: float = 20.0) -> Ticket:
         issued_at=now,
         expires_at=now + seconds,
     )
+    return replace(ticket, **changes)  # type: ignore[arg-type]
 
 
 class Side:
@@ -153,9 +155,15 @@ class Prefill(Side):
 
 class Decode(Side):
     def reserve(
-        self, ticket: Ticket, wire: bytes, block_ids: tuple[int, ...], held: int = 0
+        self,
+        ticket: Ticket,
+        wire: bytes,
+        block_ids: tuple[int, ...],
+        held: int = 0,
+        lease: float | None = None,
     ) -> None:
-        """The engine took blocks."""
+        """The engine took blocks, `held` of them from its prefix cache, for as long as the ticket
+        lives or for `lease` seconds."""
         reserve = Reserve(
             request=f"d-{ticket.handoff_id}",
             handoff_id=ticket.handoff_id,
@@ -163,7 +171,7 @@ class Decode(Side):
             num_tokens=ticket.num_tokens,
             block_ids=block_ids,
             held_tokens=held * self.cache.tokens,
-            expires_in=ticket.expires_at - time.time(),
+            expires_in=ticket.expires_at - time.time() if lease is None else lease,
         )
         stamp = self.agent.generations.stamp(block_ids)
         self.agent.post(lambda: self.agent.receiver.reserve(reserve, stamp))
