@@ -6,11 +6,13 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from cluster.clock import Clock
-from cluster.errors import Cancelled, InvalidRequest, Overloaded, PdserveError, Unavailable
+from cluster.errors import InvalidRequest, Overloaded, PdserveError, Unavailable
 from cluster.ids import sequence_id
+from cluster.ticket import prompt_digest
 from router.admission.offers import Capacity, SloClass
 from router.admission.policy import Policy
 from router.events import (
@@ -19,6 +21,7 @@ from router.events import (
     Cancel,
     CancelSequence,
     Effect,
+    GiveWay,
     Output,
     Place,
     Placed,
@@ -39,6 +42,9 @@ from router.worker_wire import SequenceStart
 
 PLACEMENT_WAIT_SECONDS = 10.0
 """How long an admitted request waits for workers that can take it."""
+
+RECOVERY_WAIT_SECONDS = 120.0
+"""How long one waits that has tokens already, for the next life of a worker that was lost."""
 
 
 class Workers(Protocol):
@@ -61,7 +67,11 @@ class _Unplaced:
 
 
 class Dispatch:
-    """Owns the requests that wait or run. All of it happens in one event loop."""
+    """Owns the requests that wait or run. All of it happens in one event loop.
+
+    Args:
+        settled: whether a model's tokens end with a whole character.
+    """
 
     def __init__(
         self,
@@ -72,15 +82,19 @@ class Dispatch:
         mint: TicketMint,
         observer: Observer,
         clock: Clock,
+        settled: Callable[[str, Sequence[int]], bool],
     ) -> None:
         self._workers = workers
         self._placement = placement
         self._mint = mint
         self._observer = observer
         self._clock = clock
+        self._settled = settled
         self.gate = Gate(policy, capacities, clock, self._admit, self._refuse, self._give_way)
         self._requests: dict[str, Running] = {}
         self._unplaced: dict[tuple[str, int], _Unplaced] = {}
+        self._asked: dict[tuple[str, int], Generation] = {}
+        """What the present attempt at a completion asks of its workers."""
         self._nonce = secrets.token_hex(4)
         self._sequences = 0
         self._refusal: PdserveError | None = None
@@ -113,7 +127,8 @@ class Dispatch:
                 "request_id", f"{generation.request_id} is the id of a request that is running"
             )
         self.gate.offer(key, generation)
-        running = Running(generation, self._clock, self._act, self._ended)
+        settled = partial(self._settled, generation.model)
+        running = Running(generation, self._clock, self._act, self._ended, settled)
         self._requests[key] = running
         self._idle.clear()
         self._observer.received(running)
@@ -170,7 +185,7 @@ class Dispatch:
     def _place(self, running: Running, place: Place) -> None:
         if running.request.ended:
             return
-        generation = running.generation
+        generation = running.generation.going_on(place.prefix)
         demand = Demand(
             generation.model,
             len(generation.prompt_token_ids),
@@ -185,11 +200,16 @@ class Dispatch:
             return
         self._no_longer_waits(running.key, place.index)
         by_id = {w.target.worker_id: w for w in view}
-        ticket = self._mint.mint(generation, running.prompt_digest, plan, by_id)
+        digest = (
+            prompt_digest(generation.prompt_token_ids) if place.prefix else running.prompt_digest
+        )
+        ticket = self._mint.mint(generation, digest, plan, by_id)
         self._sequences += 1
         nonce = f"{self._nonce}{self._sequences}"
         name = sequence_id(generation.request_id, place.index, place.attempt, nonce)
-        running.step(Placed(plan, name, ticket), place.index)
+        self._asked[running.key, place.index] = generation
+        placed = Placed(plan, name, ticket, len(place.prefix), place.attempt)
+        running.step(placed, place.index)
         running.step(Started(), place.index)
 
     def _wait_for_workers(self, running: Running, place: Place, missing: str) -> None:
@@ -198,7 +218,9 @@ class Dispatch:
             waiting.missing = missing
             return
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(PLACEMENT_WAIT_SECONDS, self._give_up, key)
+        going_on = running.request.tokens > 0
+        patience = RECOVERY_WAIT_SECONDS if going_on else PLACEMENT_WAIT_SECONDS
+        timer = loop.call_later(patience, self._give_up, key)
         self._unplaced[key] = _Unplaced(running, place, missing, timer)
 
     def _give_up(self, key: tuple[str, int]) -> None:
@@ -206,7 +228,7 @@ class Dispatch:
         waiting.running.step(Abort(Unavailable(waiting.missing)))
 
     def _start(self, running: Running, effect: StartSequence) -> None:
-        generation = running.generation
+        generation = self._asked[running.key, effect.index]
         link = self._workers.link(effect.worker)
         error = Unavailable(f"worker {effect.worker.worker_id} is not connected")
         if link is None or not link.connected:
@@ -239,11 +261,15 @@ class Dispatch:
         self._requests[key].step(Abort(error))
 
     def _give_way(self, key: str) -> None:
-        self._requests[key].step(Abort(Yielded("online work needs the room")))
+        running = self._requests[key]
+        for completion in running.request.completions:
+            self._no_longer_waits(key, completion.index)
+        running.step(GiveWay())
 
     def _ended(self, running: Running, end: Completed | PdserveError) -> None:
         del self._requests[running.key]
         for completion in running.request.completions:
+            self._asked.pop((running.key, completion.index), None)
             self._no_longer_waits(running.key, completion.index)
         self.gate.release(running.key, running.generation, running.request.tokens)
         self._observer.ended(running, end)
@@ -253,7 +279,3 @@ class Dispatch:
 
     def _gauge(self) -> None:
         self._observer.load(self.gate.running, {c: self.gate.queued(c) for c in SloClass})
-
-
-class Yielded(Cancelled):
-    """A batch request gave its place to online work; it may be asked again."""

@@ -106,7 +106,7 @@ class Gate:
                 self._again = False
                 for effect in self._core.pump(self._clock.now(), self._capacities()):
                     match effect:
-                        case Admit(key):
+                        case Admit(key, _):
                             self._admit(key)
                         case Refuse(key, error):
                             self._refuse(key, error)

@@ -152,3 +152,15 @@ class Generation:
     def max_tokens(self) -> int:
         assert self.sampling.max_tokens is not None
         return self.sampling.max_tokens
+
+    def going_on(self, prefix: tuple[int, ...]) -> Generation:
+        """The same, with tokens of its one completion that are there already in the prompt."""
+        if not prefix:
+            return self
+        sampling = replace(
+            self.sampling,
+            max_tokens=self.max_tokens - len(prefix),
+            min_tokens=max(0, self.sampling.min_tokens - len(prefix)),
+        )
+        prompt = self.prompt_token_ids + prefix
+        return replace(self, prompt_token_ids=prompt, sampling=sampling)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from cluster.errors import Cancelled
-from router.completion import TERMINAL, Completion, State
+from router.completion import Completion
 from router.events import (
     Abort,
     Cancel,
@@ -13,10 +15,12 @@ from router.events import (
     Event,
     Fail,
     Finish,
+    GiveWay,
     PromptComputed,
 )
 from router.generation import Generation
 from router.output import Completed, CompletionReport
+from router.states import TERMINAL, State
 
 
 class Request:
@@ -24,17 +28,23 @@ class Request:
 
     It ends once: with Complete when every completion has finished, or with Fail when the first one
     fails, which cancels the others.
+
+    Args:
+        settled: whether tokens end with a whole character.
     """
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(
+        self, generation: Generation, settled: Callable[[Sequence[int]], bool] = lambda _: True
+    ) -> None:
         self.state = State.RECEIVED
         self._prompt_tokens = len(generation.prompt_token_ids)
         self.completions = [
-            Completion(i, generation.sampling.completion(i), generation.received_at)
+            Completion(i, generation.sampling.completion(i), generation.received_at, settled)
             for i in range(generation.sampling.n)
         ]
         self._reports: dict[int, CompletionReport] = {}
         self._prompt_computed = False
+        self._had = [0] * len(self.completions)
 
     @property
     def ended(self) -> bool:
@@ -59,7 +69,10 @@ class Request:
                         return [*effects, *self._fail(now, effect, event)]
                     case _:
                         effects.append(effect)
-        if not self._prompt_computed and all(c.tokens for c in self.completions):
+        if isinstance(event, GiveWay):
+            self._prompt_computed = False
+            self._had = [c.tokens for c in self.completions]
+        elif not self._prompt_computed and all(map(self._got_on, self.completions)):
             self._prompt_computed = True
             effects.append(PromptComputed())
         if len(self._reports) == len(self.completions):
@@ -68,6 +81,11 @@ class Request:
         elif not self.ended:
             self.state = min((c.state for c in self.completions), key=_PROGRESS.index)
         return effects
+
+    def _got_on(self, completion: Completion) -> bool:
+        """It has got a token since it was admitted."""
+        had = self._had[completion.index]
+        return completion.tokens > had or completion.state in TERMINAL
 
     def _fail(self, now: float, fail: Fail, event: Event) -> list[Effect]:
         effects: list[Effect] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from cluster.clock import Clock
 from cluster.errors import Overloaded, PdserveError
@@ -27,6 +27,7 @@ class Running:
     Args:
         act: carries out the effects that concern workers.
         ended: called once, after the end.
+        settled: whether tokens end with a whole character.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class Running:
         clock: Clock,
         act: Callable[[Running, Effect], None],
         ended: Callable[[Running, Completed | PdserveError], None],
+        settled: Callable[[Sequence[int]], bool] = lambda _: True,
     ) -> None:
         self.generation = generation
         self.key = request_key(generation.tenant, generation.request_id)
-        self.request = Request(generation)
+        self.request = Request(generation, settled)
         self.buffer = OutputBuffer()
         self.prompt_digest = prompt_digest(generation.prompt_token_ids)
         self.received_wall = clock.wall() - (clock.now() - generation.received_at)

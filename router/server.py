@@ -137,6 +137,7 @@ class RouterServer:
             TicketMint(self._signer, clock, config.handoff.ticket_seconds),
             self._observer,
             clock,
+            self._catalog.settled,
         )
         intake = Intake(self._catalog, clock)
         reception = Reception(config.classes, self._catalog, intake, self._dispatch, self._observer)

@@ -6,6 +6,7 @@ with each character of its text once; that the repetitions agree is checked.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 from cluster.errors import PdserveError
@@ -32,10 +33,17 @@ class SentTokens:
 
     def __init__(self, index: int) -> None:
         self._index = index
-        self._first: int | None = None
+        self._tokens = array("I")
         self._head = ""
-        self._chars = 0
-        self.count = 0
+        self.chars = 0
+
+    @property
+    def count(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(self._tokens)
 
     def take(
         self, output: Output, source: Source, finish: FinishReason | None = None
@@ -54,8 +62,9 @@ class SentTokens:
         if output.logprobs and len(output.logprobs) != len(output.token_ids):
             raise Contradiction("output with other than one logprob entry a token")
         repeated = min(max(0, self.count - output.offset), len(output.token_ids))
-        if repeated and output.offset == 0 and output.token_ids[0] != self._first:
-            raise Contradiction(f"first token {output.token_ids[0]} after {self._first} was sent")
+        known = self._tokens[output.offset : output.offset + repeated]
+        if known != array("I", output.token_ids[:repeated]):
+            raise Contradiction(f"other tokens than were sent from offset {output.offset}")
         text = self._new_text(output.text, source.chars)
         source.tokens += len(output.token_ids)
         source.chars += len(output.text)
@@ -71,16 +80,14 @@ class SentTokens:
             finish,
             output.stop if finish else None,
         )
-        if self._first is None and token_ids:
-            self._first = token_ids[0]
-        self.count += len(token_ids)
-        self._chars += len(text)
+        self._tokens.extend(token_ids)
+        self.chars += len(text)
         self._head += text[: _HEAD_CHARS - len(self._head)]
         return delta
 
     def _new_text(self, text: str, start: int) -> str:
         """What of `text`, which begins at character `start` of the completion, was not sent yet."""
-        known = text[: max(0, self._chars - start)]
+        known = text[: max(0, self.chars - start)]
         sent = self._head[start : start + len(known)]
         if known[: len(sent)] != sent:
             raise Contradiction("text that differs from what was sent")
