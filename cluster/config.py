@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from cluster.config_clients import (
     ClassesConfig,
     CredentialsConfig,
+    ResumeConfig,
     TenantConfig,
     TlsConfig,
     check_callers,
@@ -140,6 +141,7 @@ class Config(BaseSettings):
     handoff: HandoffConfig = HandoffConfig()
     targets: TargetsConfig = TargetsConfig()
     classes: ClassesConfig = ClassesConfig()
+    resume: ResumeConfig = ResumeConfig()
     tenants: Annotated[
         list[TenantConfig], Field(description="None: everyone is the one tenant `default`.")
     ] = []

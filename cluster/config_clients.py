@@ -144,6 +144,17 @@ class ClassesConfig(Section):
     ] = 0.8
 
 
+class ResumeConfig(Section):
+    """Requests that can be resumed: those with an idempotency key, or that ask for it."""
+
+    window_seconds: Annotated[
+        float, Field(gt=0, le=86400, description="A finished one can be replayed for so long.")
+    ] = 600.0
+    grace_seconds: Annotated[
+        float, Field(ge=0, description="A running one waits so long for its client to come back.")
+    ] = 30.0
+
+
 class TlsConfig(Section):
     """TLS of the routers' two ports."""
 

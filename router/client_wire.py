@@ -82,6 +82,9 @@ def ask(
         request_id=request.request_id,
         cache_salt=request.cache_salt,
         urgency=_urgency(request),
+        idempotency_key=request.idempotency_key,
+        resumable=request.resumable,
+        publish_after=_publish_after(request),
     )
 
 
@@ -95,6 +98,11 @@ def _urgency(request: inference_pb2.GenerateRequest) -> Urgency:
         targets.ttft_seconds if targets.HasField("ttft_seconds") else None,
         targets.tpot_seconds if targets.HasField("tpot_seconds") else None,
     )
+
+
+def _publish_after(request: inference_pb2.GenerateRequest) -> str | int | None:
+    mark = request.WhichOneof("publish_after")
+    return getattr(request, mark) if mark else None
 
 
 def prompt(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> Prompt:
@@ -118,6 +126,7 @@ def delta_message(request_id: str, delta: Delta) -> inference_pb2.GenerateRespon
         text=delta.text,
         logprobs=_logprobs(delta.logprobs),
         finish_reason=_FINISH[delta.finish],
+        text_offset=delta.text_offset,
     )
     if isinstance(delta.stop, str):
         message.stop_string = delta.stop
@@ -147,6 +156,7 @@ def _completion_report(report: CompletionReport) -> inference_pb2.CompletionRepo
         phases=common_pb2.PhaseTimes(**phases),
         ttft_seconds=report.ttft_seconds,
         tpot_seconds=report.tpot_seconds,
+        publish_seconds=report.publish_seconds,
     )
     if report.handoff is not None:
         message.handoff.CopyFrom(common_pb2.HandoffReport(**asdict(report.handoff)))

@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from cluster.errors import Cancelled, DeadlineExceeded, PdserveError, Unavailable
+from cluster.errors import Cancelled, DeadlineExceeded, NotResumable, PdserveError, Unavailable
+from router.account import Account
 from router.attempt import Attempt, Leg, legs
 from router.events import (
     Abort,
@@ -42,8 +43,7 @@ from router.events import (
     WorkerFailed,
 )
 from router.generation import Sampling
-from router.output import CompletionReport, FinishReason, Handoff, Stage
-from router.phases import Stamps
+from router.output import FinishReason, Stage
 from router.replay import Replay, how, why_not
 from router.states import TERMINAL, State
 from router.tokens import Contradiction, SentTokens, Source
@@ -61,6 +61,8 @@ class Completion:
         sampling: the completion's own, with max_tokens set.
         received_at: on the clock that `step` is given.
         settled: whether tokens end with a whole character.
+        sent: what another router has sent of it, to go on from.
+        publish_after: as in `Account`.
     """
 
     def __init__(
@@ -69,29 +71,34 @@ class Completion:
         sampling: Sampling,
         received_at: float,
         settled: Callable[[Sequence[int]], bool] = lambda _: True,
+        sent: SentTokens | None = None,
+        publish_after: str | int | None = None,
     ) -> None:
         self.index = index
         self.state = State.RECEIVED
         self._sampling = sampling
-        self._stamps = Stamps(received_at)
-        self._sent = SentTokens(index)
+        self._account = Account(received_at, publish_after)
+        self._sent = sent or SentTokens(index)
         self._attempt = Attempt()
         self._attempts = 0
         self._failures = 0
         self._settled = settled
         self._avoid: frozenset[str] = frozenset()
-        self._last_token_at = received_at
-        self._cached_prompt_tokens = 0
-        self._handoff: Handoff | None = None
 
     @property
     def tokens(self) -> int:
         """How many the client was sent."""
         return self._sent.count
 
+    def check_goes_on(self) -> None:
+        """Raises NotResumable if it cannot go on exactly after what was sent."""
+        if self._replay() is None:
+            sent = f"after {self._sent.count} tokens"
+            raise NotResumable(f"it cannot go on exactly {sent}: {why_not(self._sampling)}")
+
     @property
     def first_token_at(self) -> float | None:
-        return self._stamps.first_token
+        return self._account.stamps.first_token
 
     def step(self, now: float, event: Event) -> list[Effect]:
         """Takes an event; events of a former attempt or after the end do nothing."""
@@ -124,7 +131,7 @@ class Completion:
             return []
         self.state = State.PLACED
         if self._sent.count == 0:
-            self._stamps.placed = now
+            self._account.stamps.placed = now
         base = Source(event.base, self._sent.chars if event.base else 0)
         parts = legs(event.plan, base)
         self._attempt = Attempt(event.sequence_id, parts, event.base, self._sent.count)
@@ -151,16 +158,20 @@ class Completion:
                 return self._fail(Unavailable(f"a worker was lost and {NOT_THE_SAME}"))
             return self._fail(error)
         leg.ended = event.finish is not None
-        self._report(now, event)
+        self._account.reported(now, event, self._attempt)
         effects: list[Effect] = []
         if delta is not None:
+            self._account.sent(now, delta)
             if delta.token_ids:
-                self._advance(now)
+                self.state = State.FIRST_TOKEN if self._sent.count == 1 else State.DECODING
             effects.append(Emit(delta))
         if finish is not None:
             effects += self._cancel_legs()
             self.state = State.FINISHED
-            effects.append(Finish(self._completion_report(now, event.stage)))
+            report = self._account.report(
+                now, self.index, self._sent.count, self._attempt, event.stage
+            )
+            effects.append(Finish(report))
         return effects
 
     def _check_prefill(self, event: Output, finish: FinishReason | None) -> None:
@@ -177,45 +188,6 @@ class Completion:
             one_was_left = self._sampling.max_tokens == self._attempt.base + 1
             return event.finish if alone or one_was_left else None
         return event.finish
-
-    def _advance(self, now: float) -> None:
-        if self._stamps.first_token is None:
-            self._stamps.first_token = now
-        self._last_token_at = now
-        self.state = State.FIRST_TOKEN if self._sent.count == 1 else State.DECODING
-
-    def _report(self, now: float, event: Output) -> None:
-        report = event.report
-        if report is None:
-            return
-        if event.stage is Stage.DECODE:
-            self._stamps.decode_reported(now, report)
-            self._handoff = report.handoff
-            return
-        if self._attempt.sent_before:
-            return  # The first token was another attempt's.
-        self._cached_prompt_tokens = report.cached_prompt_tokens
-        if event.stage is Stage.PREFILL:
-            self._stamps.prefill_reported(now, report)
-        else:
-            self._stamps.whole_reported(now, report)
-
-    def _completion_report(self, now: float, last: Stage) -> CompletionReport:
-        legs = self._attempt.legs
-        first = legs.get(Stage.PREFILL) or legs[Stage.WHOLE]
-        first_token_at = self._stamps.first_token or now
-        gaps = self._sent.count - 1
-        return CompletionReport(
-            index=self.index,
-            tokens=self._sent.count,
-            prefill_worker=first.worker.worker_id,
-            decode_worker="" if last is Stage.PREFILL else legs[last].worker.worker_id,
-            phases=self._stamps.phases(now),
-            handoff=self._handoff,
-            cached_prompt_tokens=self._cached_prompt_tokens,
-            ttft_seconds=first_token_at - self._stamps.received,
-            tpot_seconds=(self._last_token_at - first_token_at) / gaps if gaps > 0 else 0.0,
-        )
 
     def _worker_failed(self, event: WorkerFailed) -> list[Effect]:
         leg = self._attempt.leg(event.sequence_id, event.stage)

@@ -38,6 +38,7 @@ from router.output import Completed
 from router.placement import Demand, Placement, Target, Unplaced, WorkerView
 from router.running import Running, request_key
 from router.tickets import TicketMint
+from router.tokens import SentTokens
 from router.worker_wire import SequenceStart
 
 PLACEMENT_WAIT_SECONDS = 10.0
@@ -111,10 +112,14 @@ class Dispatch:
             raise self._refusal
         self.gate.check(tenant, slo_class)
 
-    def submit(self, generation: Generation) -> Running:
+    def submit(self, generation: Generation, sent: Sequence[SentTokens] | None = None) -> Running:
         """Takes a request in. The caller consumes its deltas and calls `leave` in the end.
 
+        Args:
+            sent: what another router has sent of each completion, to go on from.
+
         Raises:
+            NotResumable: it could not go on exactly.
             InvalidRequest: its request_id is running already.
             Overloaded: there is no room.
             Unavailable: the router is stopping.
@@ -126,9 +131,13 @@ class Dispatch:
             raise InvalidRequest(
                 "request_id", f"{generation.request_id} is the id of a request that is running"
             )
-        self.gate.offer(key, generation)
         settled = partial(self._settled, generation.model)
-        running = Running(generation, self._clock, self._act, self._ended, settled)
+        running = Running(generation, self._clock, self._act, self._ended, settled, sent)
+        try:
+            self.gate.offer(key, generation, going_on=sent is not None)
+        except Overloaded:
+            running.discard()
+            raise
         self._requests[key] = running
         self._idle.clear()
         self._observer.received(running)

@@ -19,8 +19,9 @@ from router.events import (
     PromptComputed,
 )
 from router.generation import Generation
-from router.output import Completed, CompletionReport
+from router.output import Completed, CompletionReport, Phases
 from router.states import TERMINAL, State
+from router.tokens import SentTokens
 
 
 class Request:
@@ -31,20 +32,36 @@ class Request:
 
     Args:
         settled: whether tokens end with a whole character.
+        sent: what another router has sent of each completion, to go on from.
+
+    Raises:
+        NotResumable: it could not go on exactly.
     """
 
     def __init__(
-        self, generation: Generation, settled: Callable[[Sequence[int]], bool] = lambda _: True
+        self,
+        generation: Generation,
+        settled: Callable[[Sequence[int]], bool] = lambda _: True,
+        sent: Sequence[SentTokens] | None = None,
     ) -> None:
         self.state = State.RECEIVED
         self._prompt_tokens = len(generation.prompt_token_ids)
+        self._reports: dict[int, CompletionReport] = {}
         self.completions = [
-            Completion(i, generation.sampling.completion(i), generation.received_at, settled)
+            Completion(
+                i,
+                generation.sampling.completion(i),
+                generation.received_at,
+                settled,
+                sent[i] if sent else None,
+                generation.publish_after,
+            )
             for i in range(generation.sampling.n)
         ]
-        self._reports: dict[int, CompletionReport] = {}
+        for before in sent or ():
+            self._take_up(before)
         self._prompt_computed = False
-        self._had = [0] * len(self.completions)
+        self._had = [c.tokens for c in self.completions]
 
     @property
     def ended(self) -> bool:
@@ -81,6 +98,17 @@ class Request:
         elif not self.ended:
             self.state = min((c.state for c in self.completions), key=_PROGRESS.index)
         return effects
+
+    def _take_up(self, before: SentTokens) -> None:
+        """A completion that was all sent has no report: the router that served it is gone."""
+        completion = self.completions[before.index]
+        if before.finished:
+            completion.state = State.FINISHED
+            self._reports[before.index] = CompletionReport(
+                before.index, before.count, "", "", Phases(), None, 0, 0.0, 0.0
+            )
+        else:
+            completion.check_goes_on()
 
     def _got_on(self, completion: Completion) -> bool:
         """It has got a token since it was admitted."""

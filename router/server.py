@@ -23,6 +23,7 @@ from cluster.store import client as store_client
 from cluster.store import journal as store_journal
 from cluster.store import registry as store_registry
 from cluster.store.records import RouterRecord
+from cluster.store.streams import Streams
 from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
 from router.capacity import Capacities, policy
@@ -38,6 +39,7 @@ from router.observe import Journal, Observer
 from router.operator import OperatorServicer
 from router.placement import LeastLoaded
 from router.reception import Reception
+from router.resume.service import Resumption
 from router.tenants import Tenants
 from router.tickets import TicketMint
 from router.tokenize import Tokenizer
@@ -45,6 +47,7 @@ from router.workers import Registry, Workers
 
 JOURNAL_FLUSH_SECONDS = 1.0
 GRPC_GRACE_SECONDS = 1.0
+STREAMS_SECONDS = 2.0
 SHUTTING_DOWN = "the router is shutting down"
 
 log = logging.getLogger(__name__)
@@ -52,10 +55,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Store:
-    """The store's two parts that a router uses."""
+    """The store's parts that a router uses; without streams nothing is resumable."""
 
     registry: Registry
     journal: Journal
+    streams: Streams | None = None
 
 
 class RouterServer:
@@ -140,7 +144,12 @@ class RouterServer:
             self._catalog.settled,
         )
         intake = Intake(self._catalog, clock)
-        reception = Reception(config.classes, self._catalog, intake, self._dispatch, self._observer)
+        owner = f"{self._router_id} {self._incarnation}"
+        self._resumption = Resumption(config.resume, store.streams, self._dispatch, owner, clock)
+        self._stack.push_async_callback(self._resumption.stop)
+        reception = Reception(
+            config.classes, self._catalog, intake, self._dispatch, self._resumption, self._observer
+        )
         self._server = grpc.aio.server(options=grpc_options(config.router))
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceServicer(
@@ -217,9 +226,11 @@ class RouterServer:
             return
         self._stopping = True
         self._dispatch.refuse(Unavailable(SHUTTING_DOWN))
+        self._resumption.abandon()
         await self._health.stop()
         await self._lease.drain()
         await self._dispatch.drain(drain_seconds)
+        await self._resumption.recorded(STREAMS_SECONDS)
         await self._observer.flush(JOURNAL_FLUSH_SECONDS)
         await self._end_background()
         await self._lease.remove()
@@ -255,7 +266,11 @@ class RouterServer:
         client = await store_client.connect(self._store_url, timeout)
         self._stack.push_async_callback(client.aclose)
         name = self._config.name
-        return Store(store_registry.Registry(client, name), store_journal.Journal(client, name))
+        return Store(
+            store_registry.Registry(client, name),
+            store_journal.Journal(client, name),
+            Streams(client, name),
+        )
 
     def _http(self, tenants: Tenants, reception: Reception) -> web.Application:
         settings = self._config.router

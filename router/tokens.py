@@ -7,6 +7,7 @@ with each character of its text once; that the repetitions agree is checked.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import PdserveError
@@ -32,10 +33,12 @@ class SentTokens:
     """The tokens and the text that were sent of one completion."""
 
     def __init__(self, index: int) -> None:
-        self._index = index
+        self.index = index
         self._tokens = array("I")
         self._head = ""
         self.chars = 0
+        self.finished = False
+        """Another router has sent all of it."""
 
     @property
     def count(self) -> int:
@@ -72,18 +75,27 @@ class SentTokens:
         if not token_ids and not text and finish is None:
             return None
         delta = Delta(
-            self._index,
+            self.index,
             self.count,
             token_ids,
             text,
             output.logprobs[repeated:],
             finish,
             output.stop if finish else None,
+            self.chars,
         )
+        self._count(token_ids, text)
+        return delta
+
+    def restore(self, delta: Delta) -> None:
+        """Counts as sent what another router has sent. Deltas come in order."""
+        self._count(delta.token_ids, delta.text)
+        self.finished = self.finished or delta.finish is not None
+
+    def _count(self, token_ids: Sequence[int], text: str) -> None:
         self._tokens.extend(token_ids)
         self.chars += len(text)
         self._head += text[: _HEAD_CHARS - len(self._head)]
-        return delta
 
     def _new_text(self, text: str, start: int) -> str:
         """What of `text`, which begins at character `start` of the completion, was not sent yet."""

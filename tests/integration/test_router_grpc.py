@@ -121,6 +121,33 @@ async def test_generate(cluster: Cluster, stub: Any) -> None:
     assert (ticket.layout, ticket.num_tokens) == ("l", 3)
 
 
+@pytest.mark.parametrize(
+    ("mark", "behind"),
+    [
+        ({"publish_after_token_id": 11}, True),
+        ({"publish_after_text": "0 t1"}, True),
+        ({"publish_after_token_id": 13}, False),
+        ({"publish_after_text": "</think>"}, False),
+        ({}, False),
+    ],
+)
+async def test_time_to_publish(
+    cluster: Cluster, stub: Any, mark: dict[str, Any], behind: bool
+) -> None:
+    request = ask()
+    for field, value in mark.items():
+        setattr(request, field, value)
+    cluster.decode.gate.clear()
+    call = stub.Generate(request, timeout=TIMEOUT)
+    await call.read()
+    await asyncio.sleep(0.05)
+    cluster.decode.gate.set()
+    (report,) = (await collect(call))[-1].completed.completions
+    assert report.HasField("publish_seconds") == behind
+    if behind:
+        assert report.publish_seconds >= report.ttft_seconds + 0.04
+
+
 async def test_n_completions_with_their_own_seeds(cluster: Cluster, stub: Any) -> None:
     messages = await collect(stub.Generate(ask(n=3, seed=40), timeout=TIMEOUT))
     for index in range(3):

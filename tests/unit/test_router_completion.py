@@ -372,7 +372,9 @@ def test_it_continues_after_the_tokens_that_were_sent() -> None:
     assert place == Place(0, 1, frozenset({"d-0"}), 0.0, (7, 8, 9))
     bench.place(base=3)
     # Workers count from 0 again; prefill's LENGTH is its clamp to one token.
-    assert [e.delta for e in bench.prefill(token=5, text="o")] == [Delta(0, 3, (5,), "o")]
+    assert [e.delta for e in bench.prefill(token=5, text="o")] == [
+        Delta(0, 3, (5,), "o", text_offset=4)
+    ]
     assert bench.decode(0, 5, text="o") == []
     effects = bench.decode(1, 6, text="!", finish=STOP)
     assert (bench.tokens, bench.text) == ([7, 8, 9, 5, 6], "hello!")
