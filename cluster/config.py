@@ -15,6 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cluster.config_clients import (
+    BatchConfig,
     ClassesConfig,
     CredentialsConfig,
     ResumeConfig,
@@ -142,6 +143,7 @@ class Config(BaseSettings):
     targets: TargetsConfig = TargetsConfig()
     classes: ClassesConfig = ClassesConfig()
     resume: ResumeConfig = ResumeConfig()
+    batch: BatchConfig = BatchConfig()
     tenants: Annotated[
         list[TenantConfig], Field(description="None: everyone is the one tenant `default`.")
     ] = []

@@ -9,7 +9,6 @@ import os
 import random
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import grpc
 from aiohttp import web
@@ -19,13 +18,10 @@ from cluster.clock import Clock, SystemClock
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.obs.metrics import RouterMetrics
-from cluster.store import client as store_client
-from cluster.store import journal as store_journal
-from cluster.store import registry as store_registry
 from cluster.store.records import RouterRecord
-from cluster.store.streams import Streams
 from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
+from router.batch.assemble import BatchPart, batch_part
 from router.capacity import Capacities, policy
 from router.catalog import Catalog
 from router.dispatch import Dispatch
@@ -35,15 +31,16 @@ from router.inference import InferenceServicer
 from router.intake import Intake
 from router.lease import RouterLease
 from router.listen import Health, bind_grpc, bind_http, grpc_options
-from router.observe import Journal, Observer
+from router.observe import Observer
 from router.operator import OperatorServicer
 from router.placement import LeastLoaded
 from router.reception import Reception
 from router.resume.service import Resumption
+from router.store import Store, connect
 from router.tenants import Tenants
 from router.tickets import TicketMint
 from router.tokenize import Tokenizer
-from router.workers import Registry, Workers
+from router.workers import Workers
 
 JOURNAL_FLUSH_SECONDS = 1.0
 GRPC_GRACE_SECONDS = 1.0
@@ -51,15 +48,6 @@ STREAMS_SECONDS = 2.0
 SHUTTING_DOWN = "the router is shutting down"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Store:
-    """The store's parts that a router uses; without streams nothing is resumable."""
-
-    registry: Registry
-    journal: Journal
-    streams: Streams | None = None
 
 
 class RouterServer:
@@ -95,6 +83,7 @@ class RouterServer:
         self._clock = clock or SystemClock()
         self._stack = contextlib.AsyncExitStack()
         self._background: asyncio.Task[None] | None = None
+        self._batch_work: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
         self.broken = asyncio.Event()
@@ -119,7 +108,7 @@ class RouterServer:
 
     async def _start(self) -> None:
         config, clock = self._config, self._clock
-        store = self._store or await self._connect_store()
+        store = self._store or await connect(config, self._store_url, self._stack)
         self._workers = Workers(
             store.registry,
             self._router_id,
@@ -163,6 +152,11 @@ class RouterServer:
             ),
             self._server,
         )
+        self._batch: BatchPart | None = None
+        if store.batch is not None:
+            self._batch = batch_part(
+                config.batch, store.batch, self._server, reception, tenants, owner, clock
+            )
         self._health = Health(self._server)
         self.grpc_address = bind_grpc(self._server, config.router)
         self._stack.push_async_callback(self._server.stop, GRPC_GRACE_SECONDS)
@@ -225,6 +219,9 @@ class RouterServer:
         if self._stopping or self._background is None:
             return
         self._stopping = True
+        if self._batch_work is not None:
+            self._batch_work.cancel()  # Its pages are other routers' now.
+            await asyncio.wait({self._batch_work})
         self._dispatch.refuse(Unavailable(SHUTTING_DOWN))
         self._resumption.abandon()
         await self._health.stop()
@@ -243,6 +240,8 @@ class RouterServer:
             tasks.create_task(self._lease.run(), name="lease")
             tasks.create_task(self._observer.write_journal(store.journal), name="journal")
             tasks.create_task(self._report_health(), name="health")
+            if self._batch is not None:
+                self._batch_work = tasks.create_task(self._batch.runner.run(), name="batch")
 
     async def _report_health(self) -> None:
         while True:
@@ -261,17 +260,6 @@ class RouterServer:
             self._background.cancel()
             await asyncio.wait({self._background})
 
-    async def _connect_store(self) -> Store:
-        timeout = self._config.store.connect_timeout_seconds
-        client = await store_client.connect(self._store_url, timeout)
-        self._stack.push_async_callback(client.aclose)
-        name = self._config.name
-        return Store(
-            store_registry.Registry(client, name),
-            store_journal.Journal(client, name),
-            Streams(client, name),
-        )
-
     def _http(self, tenants: Tenants, reception: Reception) -> web.Application:
         settings = self._config.router
         handlers = GenerateHandlers(
@@ -285,6 +273,7 @@ class RouterServer:
             registry,
             self.not_ready,
             settings.max_request_bytes,
+            self._batch.routes if self._batch is not None else (),
         )
         return built.app
 

@@ -73,11 +73,12 @@ class Admission:
         """
         self._tenants.check(now, offer.tenant)
         prefill = self._prefill.seconds(offer.model, offer.prompt_tokens)
-        if self._fits(offer) and self._tenants.may_run(offer.tenant):
-            if now + prefill > offer.deadline:
-                raise Overloaded("the prompt cannot be computed before the deadline", prefill)
-        else:
+        if now + prefill > offer.deadline:
+            raise Overloaded("the prompt cannot be computed before the deadline", prefill)
+        fits = self._fits(offer) and self._tenants.may_run(offer.tenant)
+        if self.queued or not fits:
             self._check_queue(offer.slo_class)
+        if not fits:
             wait = self._pace.seconds(self._cost_ahead(offer))
             if now + wait + prefill > offer.start_by:
                 raise Overloaded(
@@ -95,11 +96,7 @@ class Admission:
             capacities: by model; a model that is missing is unbounded.
         """
         self._capacities = capacities
-        effects: list[Effect] = []
-        for queue in self._queues.values():
-            for offer in queue.expired(now):
-                effects.append(Refuse(offer.request_id, self._late(offer)))
-                self.release(now, offer.request_id, 0)
+        effects = self._expire(now)
         while found := self._next(now):
             offer, promised, yields = found
             for request_id in yields:
@@ -107,6 +104,7 @@ class Admission:
                 self._wait_again(now, request_id)
             self._start(now, offer, promised)
             effects.append(Admit(offer.request_id, promised))
+        effects += self._expire(now)  # What yielded may be past its deadline.
         self._pace.waits(now, self.queued > 0)
         return effects
 
@@ -125,6 +123,14 @@ class Admission:
                 offer = queue.remove(request_id)
                 self._tenants.left(offer.tenant, ran=False)
                 self._tenants.charge(now, offer.tenant, tokens - offer.cost)
+
+    def _expire(self, now: float) -> list[Effect]:
+        refused: list[Effect] = []
+        for queue in self._queues.values():
+            for offer in queue.expired(now):
+                refused.append(Refuse(offer.request_id, self._late(offer)))
+                self.release(now, offer.request_id, 0)
+        return refused
 
     def _next(self, now: float) -> tuple[Offer, bool, list[str]] | None:
         """What starts next: a request, whether it is promised batch work, and who yields to it."""

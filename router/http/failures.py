@@ -56,7 +56,7 @@ def body_of(error: BaseException) -> tuple[int, dict[str, Any]]:
     if isinstance(error, InvalidRequest) and error.field:
         param = http_field(error.field)
         message = param + message.removeprefix(error.field)
-    elif isinstance(error, NotFound):
+    elif isinstance(error, NotFound) and message.startswith("model"):
         param, code = "model", "model_not_found"
     code = code or status.name.lower()
     return status.http_status, error_body(status.http_status, message, param, code)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 from aiohttp import ClientConnectionResetError, web
 from pydantic import ValidationError
@@ -96,15 +97,19 @@ def _header_id(request: web.Request) -> str:
     return given if REQUEST_ID_PATTERN.fullmatch(given) else ""
 
 
-async def _whole(answer: Answer, reply: CompletionReply) -> web.Response:
+async def collect(answer: Answer, reply: CompletionReply) -> dict[str, Any]:
+    """The whole reply, once it is there. Raises PdserveError."""
     deltas: dict[int, list[Delta]] = {}
     async for batch in answer.deltas():
         for delta in batch:
             deltas.setdefault(delta.index, []).append(delta)
     choices = [joined(deltas[index]) for index in sorted(deltas)]
-    body = reply.whole(choices, answer.completed)
-    headers = {REQUEST_ID_HEADER: answer.request_id}
-    return web.json_response(body, headers=headers)
+    return reply.whole(choices, answer.completed)
+
+
+async def _whole(answer: Answer, reply: CompletionReply) -> web.Response:
+    body = await collect(answer, reply)
+    return web.json_response(body, headers={REQUEST_ID_HEADER: answer.request_id})
 
 
 async def _stream(

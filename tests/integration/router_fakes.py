@@ -16,7 +16,8 @@ from cluster.store.records import JournalEntry, RouterRecord, WorkerRecord
 from cluster.store.registry import Members
 from cluster.ticket import Ticket, TicketSigner
 from pdserve.v1 import common_pb2, worker_pb2, worker_pb2_grpc
-from router.server import RouterServer, Store
+from router.server import RouterServer
+from router.store import Store
 from router.tokenize import Tokenizer
 
 SECRET = b"a secret of the tests"

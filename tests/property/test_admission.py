@@ -153,7 +153,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         for slo_class in SloClass:
             waiting = sum(o.slo_class is slo_class for o in self.waiting.values())
             yielded = MAX_RUNNING if slo_class is SloClass.BATCH else 0
-            assert waiting <= self.max_queued + 1 + yielded
+            assert waiting <= self.max_queued + yielded
 
     @invariant()
     def nothing_is_overdue(self) -> None:

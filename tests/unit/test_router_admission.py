@@ -269,7 +269,8 @@ def test_the_delay_follows_the_rate() -> None:
     delays = []
     for gap in (0.1, 5.0):
         desk = Desk(max_queued=10)
-        desk.come(*(offer(str(i)) for i in range(11)))
+        desk.come(offer("0"))
+        desk.come(*(offer(str(i)) for i in range(1, 11)))
         for i in range(8):
             now = (i + 1) * gap
             desk.leave(str(i), now)
