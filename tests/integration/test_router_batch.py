@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -296,3 +298,35 @@ async def test_jobs_are_their_tenants(store: EmbeddedStore, tmp_path: Path) -> N
         follow = batch_pb2.BatchResultsRequest(batch_id=job.batch_id)
         call = jobs(pair, 1).Results(follow, timeout=JOB_SECONDS, metadata=of("first"))
         assert len([result async for result in call]) == 1
+
+
+async def test_the_command_line(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content(line(0), "nonsense"))
+    address = pair.routers[0].grpc_address
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    async def pdserve(*args: str) -> tuple[int | None, str, str]:
+        code = "from cluster.cli.main import main; main()"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, "batch", *args, "--address", address,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env,
+        )  # fmt: skip
+        out, err = await process.communicate()
+        return process.returncode, out.decode(), err.decode()
+
+    file = str(tmp_path / "in.jsonl")
+    status, out, err = await pdserve("submit", file, "--endpoint", ENDPOINT, "--json")
+    assert status == 0, err
+    job = json.loads(out)
+    assert (job["total"], job["failed"]) == (2, 1)
+    status, out, _ = await pdserve("results", job["batch_id"])
+    assert status == 1  # a line failed
+    assert {json.loads(each)["custom_id"] for each in out.splitlines()} == {"id-0", ""}
+    status, out, _ = await pdserve("get", job["batch_id"], "--json")
+    assert (status, json.loads(out)["state"]) == (0, "completed")
+    status, out, _ = await pdserve("list")
+    assert (status, job["batch_id"] in out) == (0, True)
+    status, _, err = await pdserve("cancel", "none")
+    assert (status, "there is no batch none" in err) == (1, True)
+    status, _, err = await pdserve("submit", str(tmp_path / "missing"))
+    assert (status, "cannot be read" in err) == (1, True)
