@@ -120,7 +120,8 @@ def _show(terminal: Terminal, found: list[Job], as_json: bool, one: bool) -> int
         terminal.json(asdict(found[0]) if one else [asdict(job) for job in found])
         return EXIT_OK
     table = Table(box=None)
-    for column in ("batch", "state", "endpoint", "lines", "completed", "failed", "created"):
+    table.add_column("batch", no_wrap=True, min_width=30)  # an id that is cut is of no use
+    for column in ("state", "endpoint", "lines", "completed", "failed", "created"):
         table.add_column(column, no_wrap=True)
     for job in found:
         created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created_at))

@@ -120,8 +120,10 @@ class Reader:
             rest = [rest for delta in batch if (rest := self._rest(delta)) is not None]
             if rest:
                 timer = loop.call_later(SLOW_READER_SECONDS, self._cut)
-                yield rest
-                timer.cancel()
+                try:
+                    yield rest
+                finally:
+                    timer.cancel()
             elif self._transcript.end is not None and not batch:
                 self._check_end(self._transcript.end)
                 return
