@@ -212,7 +212,11 @@ class Resumption:
 
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            if stream.task is task and not stream.transcript.readers:
+            if stream.task is not task:
+                return
+            if stream.transcript.end is None:
+                stream.transcript.close(Unavailable("this router left the stream: resume it"))
+            if not stream.transcript.readers:
                 self._drop(name, stream)
 
         task = stream.task = asyncio.create_task(guarded(), name=f"stream {name.id}")
@@ -224,6 +228,7 @@ class Resumption:
         if stream.task is None or stream.task.done():
             self._drop(name, stream)
         elif stream.recorder is None:
+            self._drop(name, stream)  # A reader that comes now begins anew.
             stream.task.cancel()
         elif stream.transcript.end is None:
             loop = asyncio.get_running_loop()
