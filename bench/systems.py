@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import grpc.aio
 
 from bench.samples import Sample, Stopwatch
+from bench.vllm_args import plain_args
 from cluster.config import ModelConfig
 from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -74,22 +75,7 @@ class VllmSystem:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        chosen: dict[str, Any] = {
-            "model": model.path,
-            "revision": model.revision,
-            "dtype": model.dtype,
-            "max_model_len": model.max_model_len,
-            "block_size": model.block_size,
-            "max_num_batched_tokens": model.max_num_batched_tokens,
-            "max_num_seqs": model.max_num_seqs,
-            "tensor_parallel_size": model.tensor_parallel_size,
-            "enforce_eager": model.enforce_eager,
-            "trust_remote_code": model.trust_remote_code,
-            "kv_cache_memory_bytes": model.kv_cache_bytes,
-            "enable_prefix_caching": True,
-            "enable_log_requests": False,
-        }
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**chosen, **model.engine_args}))
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**plain_args(model)))
         self._count = 0
 
     async def run(self, prompt: list[int], max_tokens: int) -> Sample:

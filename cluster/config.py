@@ -118,6 +118,22 @@ class TargetsConfig(Section):
     tpot_seconds: Annotated[float, Field(gt=0, description="Time per output token.")] = 0.1
 
 
+class PlacementConfig(Section):
+    """Where requests run."""
+
+    disaggregate: Annotated[
+        Literal["auto", "always", "never"],
+        Field(
+            description="Prefill and decode on two workers: where that is predicted to be better, "
+            "or always, or never."
+        ),
+    ] = "auto"
+    prefix_blocks: Annotated[
+        int,
+        Field(ge=1000, description="KV blocks of all workers that a router keeps track of."),
+    ] = 1_000_000
+
+
 class LifecycleConfig(Section):
     """How long starting and stopping may take."""
 
@@ -150,6 +166,7 @@ class Config(BaseSettings):
     operator: Annotated[
         CredentialsConfig, Field(description="Of the Operator API; needed once there are tenants.")
     ] = CredentialsConfig()
+    placement: PlacementConfig = PlacementConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
     secret: Annotated[
         SecretStr | None,

@@ -18,6 +18,8 @@ def default_cluster() -> dict[str, Any]:
     root = os.environ.get("PDSERVE_EXAMPLES")
     examples = Path(root) if root else Path(__file__).resolve().parent.parent / "examples"
     return {
+        # One worker would always be faster with so small a model; it is there for the handoff.
+        "placement": {"disaggregate": "always"},
         "models": [
             {
                 "name": "recall-tiny",
@@ -27,7 +29,7 @@ def default_cluster() -> dict[str, Any]:
                 "kv_cache_bytes": 256 * MIB,
                 "enforce_eager": True,
             }
-        ]
+        ],
     }
 
 

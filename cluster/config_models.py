@@ -107,6 +107,7 @@ class ModelConfig(Section):
         own = {
             "model",
             "kv_transfer_config",
+            "kv_events_config",
             "logits_processors",
             "dtype",
             "max_model_len",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from cluster.errors import PdserveError
 from router.output import Completed, Delta, joined
+from router.pace import Pace
 
 BUFFER_TOKENS = 4096
 """Tokens that may wait for a client before its request is cut off."""
@@ -20,9 +21,14 @@ class OutputBuffer:
 
     One task takes; the event loop's callbacks put. Deltas of one completion that wait next to each
     other become one, so that a lagging client costs fewer messages.
+
+    Args:
+        pace: how long to let deltas gather after the first; None: never.
     """
 
-    def __init__(self, limit_tokens: int = BUFFER_TOKENS) -> None:
+    def __init__(self, limit_tokens: int = BUFFER_TOKENS, pace: Pace | None = None) -> None:
+        self._pace = pace
+        self._taken = False
         self._limit = limit_tokens
         self._runs: list[list[Delta]] = []
         self._run_tokens = 0
@@ -62,10 +68,13 @@ class OutputBuffer:
         Raises:
             PdserveError: the request has failed.
         """
+        if self._pace is not None and self._pace.seconds and self._taken and self._end is None:
+            await asyncio.sleep(self._pace.seconds)
         while not self._runs and self._end is None:
             self._wake.clear()
             await self._wake.wait()
         runs, self._runs, self._tokens = self._runs, [], 0
+        self._taken = True
         if not runs and isinstance(self._end, PdserveError):
             raise self._end
         return [joined(run) if len(run) > 1 else run[0] for run in runs]

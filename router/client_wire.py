@@ -119,20 +119,27 @@ def prompt(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeReques
 
 
 def delta_message(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:
-    message = inference_pb2.TokenDelta(
-        index=delta.index,
-        offset=delta.offset,
-        token_ids=delta.token_ids,
-        text=delta.text,
-        logprobs=_logprobs(delta.logprobs),
-        finish_reason=_FINISH[delta.finish],
-        text_offset=delta.text_offset,
-    )
-    if isinstance(delta.stop, str):
-        message.stop_string = delta.stop
-    elif delta.stop is not None:
-        message.stop_token_id = delta.stop
-    return inference_pb2.GenerateResponse(request_id=request_id, delta=message)
+    """Written in place, unset fields left alone: there is one of these for every token."""
+    response = inference_pb2.GenerateResponse(request_id=request_id)
+    message = response.delta
+    message.SetInParent()
+    if delta.index:
+        message.index = delta.index
+    if delta.offset:
+        message.offset = delta.offset
+    message.token_ids.extend(delta.token_ids)
+    message.text = delta.text
+    if delta.text_offset:
+        message.text_offset = delta.text_offset
+    if delta.logprobs:
+        message.logprobs.extend(_logprobs(delta.logprobs))
+    if delta.finish is not None:
+        message.finish_reason = _FINISH[delta.finish]
+        if isinstance(delta.stop, str):
+            message.stop_string = delta.stop
+        elif delta.stop is not None:
+            message.stop_token_id = delta.stop
+    return response
 
 
 def completed_message(request_id: str, completed: Completed) -> inference_pb2.GenerateResponse:

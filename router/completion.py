@@ -18,7 +18,6 @@ of decode counts only once prefill has answered, or failed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from cluster.errors import Cancelled, DeadlineExceeded, NotResumable, PdserveError, Unavailable
 from router.account import Account
@@ -104,6 +103,8 @@ class Completion:
         """Takes an event; events of a former attempt or after the end do nothing."""
         if self.state in TERMINAL:
             return []
+        if isinstance(event, Output):  # first, because there is one for every token
+            return self._output(now, event)
         match event:
             case Admitted():
                 return self._place()
@@ -115,8 +116,6 @@ class Completion:
                 if self.state is State.PLACED:
                     self.state = State.PREFILLING
                 return []
-            case Output():
-                return self._output(now, event)
             case WorkerFailed():
                 return self._worker_failed(event)
             case Cancel():
@@ -144,7 +143,8 @@ class Completion:
         leg = self._attempt.leg(event.sequence_id, event.stage)
         if leg is None:
             return []
-        event = replace(event, offset=event.offset + self._attempt.base)
+        if self._attempt.base:
+            event = event._replace(offset=event.offset + self._attempt.base)
         finish = self._finish_reason(event)
         try:
             if event.stage is Stage.PREFILL:

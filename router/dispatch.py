@@ -35,7 +35,9 @@ from router.generation import Generation
 from router.link import WorkerLink
 from router.observe import Observer
 from router.output import Completed
-from router.placement import Demand, Placement, Target, Unplaced, WorkerView
+from router.pace import Pace
+from router.placement import Target, Unplaced
+from router.placer import Placer
 from router.running import Running, request_key
 from router.tickets import TicketMint
 from router.tokens import SentTokens
@@ -53,7 +55,6 @@ class Workers(Protocol):
 
     @property
     def routers(self) -> int: ...
-    def view(self) -> Sequence[WorkerView]: ...
     def link(self, target: Target) -> WorkerLink | None: ...
 
 
@@ -79,14 +80,16 @@ class Dispatch:
         policy: Policy,
         capacities: Callable[[], Mapping[str, Capacity]],
         workers: Workers,
-        placement: Placement,
+        placer: Placer,
         mint: TicketMint,
         observer: Observer,
         clock: Clock,
         settled: Callable[[str, Sequence[int]], bool],
+        pace: Pace | None = None,
     ) -> None:
+        self._pace = pace
         self._workers = workers
-        self._placement = placement
+        self._placer = placer
         self._mint = mint
         self._observer = observer
         self._clock = clock
@@ -132,7 +135,9 @@ class Dispatch:
                 "request_id", f"{generation.request_id} is the id of a request that is running"
             )
         settled = partial(self._settled, generation.model)
-        running = Running(generation, self._clock, self._act, self._ended, settled, sent)
+        running = Running(
+            generation, self._clock, self._act, self._ended, self._pace, settled, sent
+        )
         try:
             self.gate.offer(key, generation, going_on=sent is not None)
         except Overloaded:
@@ -195,24 +200,18 @@ class Dispatch:
         if running.request.ended:
             return
         generation = running.generation.going_on(place.prefix)
-        demand = Demand(
-            generation.model,
-            len(generation.prompt_token_ids),
-            generation.max_tokens,
-            decodes=generation.max_tokens > 1,
-            avoid=place.avoid,
-        )
-        view = self._workers.view()
-        plan = self._placement.place(demand, view)
-        if isinstance(plan, Unplaced):
-            self._wait_for_workers(running, place, plan.missing)
+        decision = self._placer.place(running.key, generation, place)
+        if isinstance(decision, Unplaced):
+            self._wait_for_workers(running, place, decision.missing)
             return
+        plan = decision.plan
         self._no_longer_waits(running.key, place.index)
-        by_id = {w.target.worker_id: w for w in view}
-        digest = (
-            prompt_digest(generation.prompt_token_ids) if place.prefix else running.prompt_digest
-        )
-        ticket = self._mint.mint(generation, digest, plan, by_id)
+        decode = self._workers.link(plan.decode) if plan.decode is not None else None
+        layout = decode.record.layout if decode is not None else ""
+        digest = running.prompt_digest
+        if place.prefix:
+            digest = prompt_digest(generation.prompt_token_ids)
+        ticket = self._mint.mint(generation, digest, plan, layout)
         self._sequences += 1
         nonce = f"{self._nonce}{self._sequences}"
         name = sequence_id(generation.request_id, place.index, place.attempt, nonce)
@@ -257,6 +256,7 @@ class Dispatch:
                 generation.cache_salt,
             ),
             listener,
+            self._placer.share(running.key, effect.index, effect.stage),
         )
 
     def _no_longer_waits(self, key: str, index: int) -> None:
@@ -281,6 +281,7 @@ class Dispatch:
             self._asked.pop((running.key, completion.index), None)
             self._no_longer_waits(running.key, completion.index)
         self.gate.release(running.key, running.generation, running.request.tokens)
+        self._placer.ended(running.key, running.generation, end)
         self._observer.ended(running, end)
         self._gauge()
         if not self._requests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.errors import PdserveError
 from router.output import (
@@ -46,9 +47,11 @@ class Started:
     """The placed sequence was handed to its workers' links."""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """New tokens of a sequence from the worker that does `stage` of it.
+
+    A tuple, as `Delta` is, because there is one for every token: it is made in a quarter of the
+    time that a frozen dataclass takes.
 
     Attributes:
         offset: position of the first of `token_ids` in the completion.

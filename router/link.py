@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
 
-from cluster.errors import PdserveError, Unavailable
+from cluster.clock import Clock
+from cluster.errors import Overloaded, PdserveError, Unavailable
 from cluster.store.records import WorkerRecord
 from cluster.ticket import TicketSigner
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 from router import worker_wire as wire
 from router.events import Output, WorkerFailed
+from router.fleet import Fleet, Share
 from router.output import Stage
-from router.placement import Load
+from router.placement import Target, WorkerView
 from router.worker_wire import SequenceStart
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -44,15 +47,9 @@ log = logging.getLogger(__name__)
 class _Open:
     """A sequence on the stream that has not ended."""
 
-    start: SequenceStart
+    stage: Stage
     listener: Listener
-
-    @property
-    def load(self) -> Load:
-        prompt = len(self.start.prompt_token_ids)
-        if self.start.stage is Stage.PREFILL:
-            return Load(queued_prompt_tokens=prompt)
-        return Load(0, 1, prompt + (self.start.sampling.max_tokens or 0))
+    share: Share
 
 
 class WorkerLink:
@@ -60,6 +57,7 @@ class WorkerLink:
 
     Args:
         changed: called when it comes up or goes down.
+        fleet: where placement sees it, from now until the end of `run`.
     """
 
     def __init__(
@@ -68,37 +66,74 @@ class WorkerLink:
         router_id: str,
         signer: TicketSigner,
         changed: Callable[[], None],
+        fleet: Fleet,
+        clock: Clock,
     ) -> None:
-        self.record = record
-        self.connected = False
+        self._record = record
+        self._connected = False
+        self._fleet = fleet
+        self._clock = clock
+        self._slot = fleet.join(self.view)
         self._router_id = router_id
         self._metadata = (("authorization", f"Bearer {signer.call_token()}"),)
         self._changed = changed
         self._open: dict[str, _Open] = {}
         self._outgoing: asyncio.Queue[worker_pb2.RouterMessage] = asyncio.Queue()
-        self._queued_prompt_tokens = 0
-        self._running_sequences = 0
-        self._reserved_tokens = 0
         self._channel: grpc.aio.Channel | None = None
 
     @property
-    def load(self) -> Load:
-        return Load(self._queued_prompt_tokens, self._running_sequences, self._reserved_tokens)
+    def record(self) -> WorkerRecord:
+        """As the registry had it last."""
+        return self._record
+
+    @property
+    def connected(self) -> bool:
+        """It may be placed on."""
+        return self._connected
+
+    @property
+    def view(self) -> WorkerView:
+        """What placement knows of it."""
+        record = self._record
+        return WorkerView(
+            Target(record.worker_id, record.incarnation),
+            record.model,
+            record.role,
+            record.state == "ready",
+            self._connected,
+            record.layout,
+            record.block_size,
+            record.num_blocks * record.block_size,
+        )
+
+    @property
+    def ejected(self) -> bool:
+        """Sequences failed on it of late, and it is left alone."""
+        return self._fleet.ejected(self._slot)
+
+    def update(self, record: WorkerRecord) -> None:
+        """The registry has something new of this life."""
+        self._record = record
+        self._fleet.update(self._slot, self.view)
 
     @property
     def idle(self) -> bool:
         return not self._open
 
-    def start(self, start: SequenceStart, listener: Listener) -> None:
-        """Sends a sequence down; `listener` hears its outputs until its end or `cancel`."""
-        self._open[start.sequence_id] = opened = _Open(start, listener)
-        self._count(opened, 1)
+    def start(self, start: SequenceStart, listener: Listener, share: Share) -> None:
+        """Sends a sequence down; `listener` hears its outputs until its end or `cancel`.
+
+        Args:
+            share: what it puts on this worker, counted until then.
+        """
+        self._open[start.sequence_id] = _Open(start.stage, listener, share)
+        self._fleet.take(self._clock.now(), share)
         self._outgoing.put_nowait(wire.start_message(start))
 
     def cancel(self, sequence_id: str) -> None:
         """Tells the worker to drop a sequence; its listener hears no more."""
         if opened := self._open.pop(sequence_id, None):
-            self._count(opened, -1)
+            self._fleet.release(self._clock.now(), opened.share)
             self._outgoing.put_nowait(wire.cancel_message(sequence_id))
 
     async def describe(self, timeout: float) -> worker_pb2.WorkerDescription:
@@ -139,6 +174,7 @@ class WorkerLink:
                 backoff = min(MAX_BACKOFF_SECONDS, backoff * 2)
         finally:
             self._down("is gone")
+            self._fleet.leave(self._slot)
 
     async def _serve(self, channel: grpc.aio.Channel) -> None:
         self._outgoing = asyncio.Queue()
@@ -150,12 +186,14 @@ class WorkerLink:
                 await call.initial_metadata()
             if call.done():
                 raise await _error_of(call)
-            self.connected = True
+            self._set_connected(True)
             log.info("worker %s: connected", self.record.worker_id)
             self._changed()
             async for message in call:
                 for output in message.outputs:
                     self._receive(output)
+                if message.HasField("blocks"):
+                    self._see_blocks(message.blocks)
         finally:
             call.cancel()
 
@@ -170,19 +208,34 @@ class WorkerLink:
         opened = self._open.get(message.sequence_id)
         if opened is None:
             return
-        event = wire.output_event(message, opened.start.stage, self.record.worker_id)
+        event = wire.output_event(message, opened.stage, self._record.worker_id)
+        now = self._clock.now()
+        if isinstance(event, WorkerFailed):
+            if event.error.retryable and not isinstance(event.error, Overloaded):
+                self._fleet.failed(now, self._slot, message.error.shared)
+        elif not opened.share.answered:
+            self._fleet.answered(now, opened.share)
         if isinstance(event, WorkerFailed) or event.finish is not None:
             del self._open[message.sequence_id]
-            self._count(opened, -1)
+            self._fleet.release(now, opened.share)
         _tell(opened, event)
+
+    def _see_blocks(self, blocks: worker_pb2.BlockChanges) -> None:
+        if blocks.reset:
+            self._fleet.index.forget(self._slot)
+        if blocks.removed:
+            self._fleet.index.remove(self._slot, np.frombuffer(blocks.removed, "<u8"))
+        if blocks.stored:
+            self._fleet.index.add(self._slot, np.frombuffer(blocks.stored, "<u8"))
 
     def _down(self, reason: str) -> bool:
         """Fails what is open; returns whether the link was up."""
-        was_connected, self.connected, self._channel = self.connected, False, None
+        was_connected, self._channel = self._connected, None
+        self._set_connected(False)
         lost, self._open = self._open, {}
         for sequence_id, opened in lost.items():
-            self._count(opened, -1)
-            _tell(opened, WorkerFailed(sequence_id, opened.start.stage, self._lost(reason)))
+            self._fleet.release(self._clock.now(), opened.share)
+            _tell(opened, WorkerFailed(sequence_id, opened.stage, self._lost(reason)))
         if was_connected:
             self._changed()
         return was_connected
@@ -190,11 +243,9 @@ class WorkerLink:
     def _lost(self, what: str) -> PdserveError:
         return Unavailable(f"worker {self.record.worker_id} {what}")
 
-    def _count(self, opened: _Open, sign: int) -> None:
-        load = opened.load
-        self._queued_prompt_tokens += sign * load.queued_prompt_tokens
-        self._running_sequences += sign * load.running_sequences
-        self._reserved_tokens += sign * load.reserved_tokens
+    def _set_connected(self, connected: bool) -> None:
+        self._connected = connected
+        self._fleet.update(self._slot, self.view)
 
 
 def _tell(opened: _Open, event: Output | WorkerFailed) -> None:

@@ -7,22 +7,25 @@ from typing import Any
 
 import grpc
 
-from cluster.errors import PdserveError
+from cluster.errors import NotFound, PdserveError
 from cluster.store.records import RouterRecord, WorkerRecord
 from pdserve.v1 import operator_pb2, operator_pb2_grpc, worker_pb2
 from router.caller import shown_by
 from router.client_wire import refuse_unknown_fields
 from router.dispatch import Dispatch
+from router.explain import explain_response
 from router.placement import Target
+from router.placer import Placer
 from router.refusal import refusing
 from router.tenants import Tenants
+from router.validate import check_request_id
 from router.workers import STORE_TIMEOUT_SECONDS, Registry, Workers
 
 DESCRIBE_TIMEOUT_SECONDS = 2.0
 
 
 class OperatorServicer(operator_pb2_grpc.OperatorServicer):
-    """GetCluster, from the registry and from the workers themselves."""
+    """GetCluster, from the registry and from the workers themselves; Explain, from placement."""
 
     def __init__(
         self,
@@ -32,7 +35,9 @@ class OperatorServicer(operator_pb2_grpc.OperatorServicer):
         registry: Registry,
         dispatch: Dispatch,
         tenants: Tenants,
+        placer: Placer,
     ) -> None:
+        self._placer = placer
         self._cluster = cluster
         self._router = router
         self._workers = workers
@@ -56,6 +61,18 @@ class OperatorServicer(operator_pb2_grpc.OperatorServicer):
             routers=routers,
             store_reachable=self._workers.store_reachable,
         )
+
+    @refusing
+    async def Explain(
+        self,
+        request: operator_pb2.ExplainRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> operator_pb2.ExplainResponse:
+        refuse_unknown_fields(request)
+        explained = self._placer.explain(check_request_id(request.request_id))
+        if not explained:
+            raise NotFound(f"this router does not remember a request {request.request_id}")
+        return explain_response(explained)
 
     async def _routers(self) -> list[operator_pb2.RouterStatus]:
         """All that the store lists; this one alone while it is out."""
@@ -90,6 +107,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServicer):
         if link is None or not link.connected:
             return status
         status.connected = True
+        status.ejected = link.ejected
         try:
             _describe(status, await link.describe(DESCRIBE_TIMEOUT_SECONDS))
         except PdserveError as error:

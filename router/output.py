@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -40,8 +41,7 @@ class TokenLogprobs:
     top: tuple[Logprob, ...] = ()
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """New tokens of one completion.
 
     Attributes:
@@ -54,7 +54,7 @@ class Delta:
         text_offset: characters of the completion's text before `text`.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of it
     offset: int
     token_ids: tuple[int, ...]
     text: str
@@ -139,8 +139,7 @@ class Completed:
 def joined(deltas: Sequence[Delta]) -> Delta:
     """All deltas of a completion, in order, as one."""
     last = deltas[-1]
-    return replace(
-        last,
+    return last._replace(
         offset=deltas[0].offset,
         text_offset=deltas[0].text_offset,
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),

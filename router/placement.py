@@ -1,12 +1,13 @@
-"""Placement: which workers a sequence runs on. Pure; behind a seam that cost models can fill."""
+"""Placement's values: what a sequence needs, who may run it, what was decided. Pure."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from heapq import nsmallest
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Mode = Literal["auto", "always", "never"]
+"""Whether prefill and decode are on two workers; auto: where that is predicted to be better."""
 
 
 @dataclass(frozen=True)
@@ -18,23 +19,12 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What this router has put on a worker and not seen the end of.
+class WorkerView:
+    """A worker as the router sees it.
 
     Attributes:
-        queued_prompt_tokens: of sequences whose first token has not come yet.
-        running_sequences: decoding or about to.
-        reserved_tokens: prompt and output tokens these may come to hold.
+        kv_tokens: what its KV pool holds.
     """
-
-    queued_prompt_tokens: int = 0
-    running_sequences: int = 0
-    reserved_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class WorkerView:
-    """A worker as the router sees it."""
 
     target: Target
     model: str
@@ -42,7 +32,8 @@ class WorkerView:
     ready: bool
     connected: bool
     layout: str
-    load: Load = Load()
+    block_size: int = 1
+    kv_tokens: int = 0
 
     def serves(self, model: str, role: str) -> bool:
         return self.model == model and self.role in (role, "both") and self.ready
@@ -54,6 +45,9 @@ class Demand:
 
     Attributes:
         decodes: it may go on after its first token.
+        ttft_seconds, tpot_seconds: its targets.
+        waited_seconds: of its time to first token, what is over already.
+        held: prompt tokens that a worker's prefix cache holds, by slot of the fleet.
         avoid: ids of workers that failed it; taken only where there is no other.
     """
 
@@ -61,6 +55,10 @@ class Demand:
     prompt_tokens: int
     max_tokens: int
     decodes: bool
+    ttft_seconds: float = 2.0
+    tpot_seconds: float = 0.1
+    waited_seconds: float = 0.0
+    held: Mapping[int, int] = field(default_factory=dict)
     avoid: frozenset[str] = frozenset()
 
 
@@ -74,6 +72,39 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One way to serve a sequence, and what is predicted of it.
+
+    Attributes:
+        slots: of the fleet: where the prompt is computed, where the rest; -1: nowhere.
+        ttft_seconds: from now.
+        uncached_tokens: prompt tokens that would be computed.
+        prefill_seconds: of computing them.
+        cost: what is compared: shares of the targets, its own and its neighbours'.
+    """
+
+    plan: Plan
+    slots: tuple[int, int]
+    ttft_seconds: float
+    tpot_seconds: float
+    uncached_tokens: int
+    prefill_seconds: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen, and the best of what was not."""
+
+    chosen: Candidate
+    losers: tuple[Candidate, ...]
+
+    @property
+    def plan(self) -> Plan:
+        return self.chosen.plan
+
+
+@dataclass(frozen=True)
 class Unplaced:
     """Nothing fits now; `missing` says what, for the error that the client may get."""
 
@@ -81,61 +112,16 @@ class Unplaced:
 
 
 class Placement(Protocol):
-    """Decides for one sequence, from the view of that moment."""
+    """Decides for one sequence, from the fleet as it is."""
 
-    def place(self, demand: Demand, view: Sequence[WorkerView]) -> Plan | Unplaced: ...
-
-
-class LeastLoaded:
-    """The prefill worker with the least queued, the decode worker with the least running.
-
-    Args:
-        rng: breaks ties, so that routers that see the same do not all choose the same.
-    """
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-
-    def place(self, demand: Demand, view: Sequence[WorkerView]) -> Plan | Unplaced:
-        prefills = [w for w in view if w.connected and w.serves(demand.model, "prefill")]
-        decodes = [w for w in view if w.connected and w.serves(demand.model, "decode")]
-        prefill_cost = {w.target: self._prefill_cost(demand, w) for w in prefills}
-        decode_cost = {w.target: self._decode_cost(demand, w) for w in decodes}
-        if not demand.decodes and prefills:
-            return Plan(prefill=min(prefill_cost, key=prefill_cost.__getitem__))
-        pairs: list[tuple[Target, Target]] = []
-        for layout in {w.layout for w in prefills}:
-            # Two of each are enough to find the best pair of different workers.
-            best_prefills = nsmallest(
-                2,
-                (w.target for w in prefills if w.layout == layout),
-                key=prefill_cost.__getitem__,
-            )
-            best_decodes = nsmallest(
-                2, (w.target for w in decodes if w.layout == layout), key=decode_cost.__getitem__
-            )
-            pairs += [
-                (p, d) for p in best_prefills for d in best_decodes if p.worker_id != d.worker_id
-            ]
-        if pairs:
-            prefill, decode = min(pairs, key=lambda pd: (prefill_cost[pd[0]], decode_cost[pd[1]]))
-            return Plan(prefill=prefill, decode=decode)
-        if wholes := [w for w in decodes if w.role == "both"]:
-            return Plan(whole=min((w.target for w in wholes), key=decode_cost.__getitem__))
-        return Unplaced(missing(demand.model, view))
-
-    def _prefill_cost(self, demand: Demand, worker: WorkerView) -> tuple[bool, int, float]:
-        avoided = worker.target.worker_id in demand.avoid
-        return avoided, worker.load.queued_prompt_tokens, self._rng.random()
-
-    def _decode_cost(self, demand: Demand, worker: WorkerView) -> tuple[bool, int, int, float]:
-        avoided = worker.target.worker_id in demand.avoid
-        load = worker.load
-        return avoided, load.running_sequences, load.reserved_tokens, self._rng.random()
+    def place(self, now: float, demand: Demand) -> Decision | Unplaced: ...
 
 
-def missing(model: str, view: Sequence[WorkerView]) -> str:
+def missing(model: str, view: Iterable[WorkerView], mode: Mode = "always") -> str:
     """What keeps `model` from being served, in words; empty if nothing does."""
+    view = list(view)
+    if mode != "always":
+        return _missing_any(model, view)
     lacking = []
     for role in ("prefill", "decode"):
         serving = [w for w in view if w.serves(model, role)]
@@ -151,3 +137,12 @@ def missing(model: str, view: Sequence[WorkerView]) -> str:
     if prefill_layouts & decode_layouts:
         return ""
     return f"model {model} has no prefill and decode worker with the same KV layout"
+
+
+def _missing_any(model: str, view: Iterable[WorkerView]) -> str:
+    ready = [w for w in view if w.model == model and w.ready]
+    if not ready:
+        return f"model {model} has no ready worker"
+    if not any(w.connected for w in ready):
+        return f"model {model} has no connection to its workers"
+    return ""

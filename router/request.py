@@ -96,7 +96,7 @@ class Request:
             self.state = State.FINISHED
             effects.append(Complete(self._completed()))
         elif not self.ended:
-            self.state = min((c.state for c in self.completions), key=_PROGRESS.index)
+            self.state = self._least()
         return effects
 
     def _take_up(self, before: SentTokens) -> None:
@@ -114,6 +114,12 @@ class Request:
         """It has got a token since it was admitted."""
         had = self._had[completion.index]
         return completion.tokens > had or completion.state in TERMINAL
+
+    def _least(self) -> State:
+        """How far the completion is that is least far."""
+        if len(self.completions) == 1:
+            return self.completions[0].state
+        return min((c.state for c in self.completions), key=_PROGRESS.index)
 
     def _fail(self, now: float, fail: Fail, event: Event) -> list[Effect]:
         effects: list[Effect] = []

@@ -15,6 +15,7 @@ from router.buffer import OutputBuffer
 from router.events import Abort, Cancel, Complete, Deadline, Effect, Emit, Event, Fail
 from router.generation import Generation
 from router.output import Completed, Delta
+from router.pace import Pace
 from router.request import Request
 from router.tokens import SentTokens
 
@@ -29,6 +30,7 @@ class Running:
     Args:
         act: carries out the effects that concern workers.
         ended: called once, after the end.
+        pace: how long tokens gather on their way to the client.
         settled: whether tokens end with a whole character.
         sent: what another router has sent of each completion, to go on from.
     """
@@ -39,13 +41,14 @@ class Running:
         clock: Clock,
         act: Callable[[Running, Effect], None],
         ended: Callable[[Running, Completed | PdserveError], None],
+        pace: Pace | None = None,
         settled: Callable[[Sequence[int]], bool] = lambda _: True,
         sent: Sequence[SentTokens] | None = None,
     ) -> None:
         self.generation = generation
         self.key = request_key(generation.tenant, generation.request_id)
         self.request = Request(generation, settled, sent)
-        self.buffer = OutputBuffer()
+        self.buffer = OutputBuffer(pace=pace)
         self.prompt_digest = prompt_digest(generation.prompt_token_ids)
         self.received_wall = clock.wall() - (clock.now() - generation.received_at)
         self._clock = clock
@@ -63,15 +66,17 @@ class Running:
         An effect may cause another event at once, as when a worker's link turns out to be down: it
         waits its turn.
         """
-        self._events.append((event, index))
         if self._stepping:
+            self._events.append((event, index))
             return
         self._stepping = True
         try:
-            while self._events:
-                event, index = self._events.popleft()
+            while True:
                 for effect in self.request.step(self._clock.now(), event, index):
                     self._try(effect)
+                if not self._events:
+                    break
+                event, index = self._events.popleft()
         finally:
             self._stepping = False
 

@@ -25,15 +25,18 @@ from router.batch.assemble import BatchPart, batch_part
 from router.capacity import Capacities, policy
 from router.catalog import Catalog
 from router.dispatch import Dispatch
+from router.fleet import Fleet
 from router.http.app import HttpApp
 from router.http.generate import GenerateHandlers
 from router.inference import InferenceServicer
 from router.intake import Intake
+from router.joint import JointPlacement
 from router.lease import RouterLease
 from router.listen import Health, bind_grpc, bind_http, grpc_options
 from router.observe import Observer
 from router.operator import OperatorServicer
-from router.placement import LeastLoaded
+from router.pace import Pace
+from router.placer import Placer
 from router.reception import Reception
 from router.resume.service import Resumption
 from router.store import Store, connect
@@ -86,6 +89,7 @@ class RouterServer:
         self._batch_work: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
+        self._pace = Pace()
         self.broken = asyncio.Event()
         """Set when a part of the router has died: it serves errors only and must be replaced."""
         self.metrics = RouterMetrics(CollectorRegistry())
@@ -109,6 +113,8 @@ class RouterServer:
     async def _start(self) -> None:
         config, clock = self._config, self._clock
         store = self._store or await connect(config, self._store_url, self._stack)
+        self._fleet = fleet = Fleet(config.placement.prefix_blocks)
+        mode = config.placement.disaggregate
         self._workers = Workers(
             store.registry,
             self._router_id,
@@ -116,21 +122,26 @@ class RouterServer:
             self.metrics,
             clock,
             config.store.lease_seconds,
+            fleet,
+            mode,
         )
         self._catalog = Catalog(config.models, lambda: self._workers.records, self._tokenizers)
         self._stack.callback(self._catalog.close)
         await self._catalog.load()
         self._observer = Observer(self.metrics, self._router_id, clock)
         tenants = Tenants(config, self._secret, self._signer.call_token())
+        placement = JointPlacement(fleet, mode, random.Random())
+        self._placer = Placer(fleet, placement, config.targets, self.metrics, clock)
         self._dispatch = Dispatch(
             policy(config),
             Capacities(config.models, self._workers),
             self._workers,
-            LeastLoaded(random.Random()),
+            self._placer,
             TicketMint(self._signer, clock, config.handoff.ticket_seconds),
             self._observer,
             clock,
             self._catalog.settled,
+            self._pace,
         )
         intake = Intake(self._catalog, clock)
         owner = f"{self._router_id} {self._incarnation}"
@@ -171,6 +182,7 @@ class RouterServer:
                 store.registry,
                 self._dispatch,
                 tenants,
+                self._placer,
             ),
             self._server,
         )
@@ -180,12 +192,8 @@ class RouterServer:
         self._workers.on_change(self._wake)
         self._background = asyncio.create_task(self._run(store), name="router")
         self._background.add_done_callback(self._broke)
-        log.info(
-            "router %s serves gRPC %s HTTP %s",
-            self._router_id,
-            self.grpc_address,
-            self.http_address,
-        )
+        where = (self.grpc_address, self.http_address)
+        log.info("router %s serves gRPC %s HTTP %s", self._router_id, *where)
 
     def _wake(self) -> None:
         """Ends the waits for a change; who waits next waits for the next one."""
@@ -242,6 +250,7 @@ class RouterServer:
             tasks.create_task(self._report_health(), name="health")
             if self._batch is not None:
                 self._batch_work = tasks.create_task(self._batch.runner.run(), name="batch")
+            tasks.create_task(self._pace.run(), name="pace")
 
     async def _report_health(self) -> None:
         while True:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from cluster.clock import Clock
 from cluster.ticket import Ticket, TicketSigner, new_handoff_id
 from router.generation import Generation
-from router.placement import Plan, WorkerView
+from router.placement import Plan
 
 
 class TicketMint:
@@ -27,12 +25,12 @@ class TicketMint:
         generation: Generation,
         prompt_digest: str,
         plan: Plan,
-        view: Mapping[str, WorkerView],
+        layout: str,
     ) -> bytes:
         """The signed ticket for `plan`; empty if it hands nothing off.
 
         Args:
-            view: the workers that placement saw, by id.
+            layout: of the KV, on both workers.
         """
         if plan.prefill is None or plan.decode is None:
             return b""
@@ -48,7 +46,7 @@ class TicketMint:
             prompt_digest=prompt_digest,
             num_tokens=len(generation.prompt_token_ids),
             tenant_salt=generation.cache_salt,
-            layout=view[plan.decode.worker_id].layout,
+            layout=layout,
             issued_at=issued_at,
             expires_at=issued_at + self._seconds,
         )

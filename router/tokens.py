@@ -66,7 +66,7 @@ class SentTokens:
             raise Contradiction("output with other than one logprob entry a token")
         repeated = min(max(0, self.count - output.offset), len(output.token_ids))
         known = self._tokens[output.offset : output.offset + repeated]
-        if known != array("I", output.token_ids[:repeated]):
+        if repeated and known != array("I", output.token_ids[:repeated]):
             raise Contradiction(f"other tokens than were sent from offset {output.offset}")
         text = self._new_text(output.text, source.chars)
         source.tokens += len(output.token_ids)
@@ -99,7 +99,9 @@ class SentTokens:
 
     def _new_text(self, text: str, start: int) -> str:
         """What of `text`, which begins at character `start` of the completion, was not sent yet."""
-        known = text[: max(0, self.chars - start)]
+        if start >= self.chars:
+            return text
+        known = text[: self.chars - start]
         sent = self._head[start : start + len(known)]
         if known[: len(sent)] != sent:
             raise Contradiction("text that differs from what was sent")

@@ -76,8 +76,18 @@ def output_event(
     message: worker_pb2.SequenceOutput, stage: Stage, worker_id: str
 ) -> Output | WorkerFailed:
     """What a worker says of a sequence that it does `stage` of."""
-    if message.finish_reason == common_pb2.FINISH_REASON_ERROR or message.HasField("error"):
+    if message.HasField("error") or message.finish_reason == common_pb2.FINISH_REASON_ERROR:
         return WorkerFailed(message.sequence_id, stage, _error(message.error))
+    logprobs = _logprobs(message.logprobs) if message.logprobs else ()
+    if not message.finish_reason:
+        return Output(
+            message.sequence_id,
+            stage,
+            message.offset,
+            tuple(message.token_ids),
+            message.text,
+            logprobs,
+        )
     if message.finish_reason == common_pb2.FINISH_REASON_CANCELLED:
         lost = Unavailable(f"worker {worker_id} cancelled the sequence")
         return WorkerFailed(message.sequence_id, stage, lost)
@@ -88,7 +98,7 @@ def output_event(
         message.offset,
         tuple(message.token_ids),
         message.text,
-        _logprobs(message.logprobs),
+        logprobs,
         _FINISH.get(message.finish_reason),
         getattr(message, stop) if stop else None,
         _report(message.report) if message.HasField("report") else None,

@@ -15,8 +15,9 @@ from cluster.obs.metrics import RouterMetrics
 from cluster.store.records import RouterRecord, WorkerRecord
 from cluster.store.registry import Members
 from cluster.ticket import TicketSigner
+from router.fleet import Fleet
 from router.link import WorkerLink
-from router.placement import Target, WorkerView, missing
+from router.placement import Mode, Target, WorkerView, missing
 
 TICK_SECONDS = 0.5
 STORE_TIMEOUT_SECONDS = 2.0
@@ -47,6 +48,10 @@ class Workers:
 
     A worker that the registry no longer lists is still used for one lease while its stream is up: a
     store that comes back empty must not stop the data path.
+
+    Args:
+        fleet: takes the workers in, for placement.
+        mode: which workers a model needs to be served.
     """
 
     def __init__(
@@ -57,7 +62,11 @@ class Workers:
         metrics: RouterMetrics,
         clock: Clock,
         lease_seconds: float,
+        fleet: Fleet,
+        mode: Mode,
     ) -> None:
+        self._fleet = fleet
+        self._mode = mode
         self._registry = registry
         self._router_id = router_id
         self._signer = signer
@@ -81,8 +90,8 @@ class Workers:
         self._listeners.append(listener)
 
     def view(self) -> list[WorkerView]:
-        """What placement sees: the workers with a link."""
-        return [_view(entry.link) for entry in self._entries.values()]
+        """The workers with a link, as placement sees them."""
+        return [entry.link.view for entry in self._entries.values()]
 
     def link(self, target: Target) -> WorkerLink | None:
         """The link to that life of that worker, if there is one."""
@@ -93,7 +102,7 @@ class Workers:
 
     def missing(self, model: str) -> str:
         """What keeps `model` from being served, in words; empty if nothing does."""
-        return missing(model, self.view())
+        return missing(model, self.view(), self._mode)
 
     async def run(self) -> None:
         """Follows the registry until cancelled; the links end with it."""
@@ -141,11 +150,13 @@ class Workers:
         if entry is not None:
             old = entry.link.record
             if (old.incarnation, old.address) == (record.incarnation, record.address):
-                entry.link.record = record
+                entry.link.update(record)
                 return
             self._close(entry)
         if record.address and record.state in ("ready", "draining"):
-            link = WorkerLink(record, self._router_id, self._signer, self._changed)
+            link = WorkerLink(
+                record, self._router_id, self._signer, self._changed, self._fleet, self._clock
+            )
             task = tasks.create_task(link.run(), name=f"link {record.worker_id}")
             self._entries[record.worker_id] = _Entry(link, task, self._clock.now())
 
@@ -180,16 +191,3 @@ class Workers:
         self._metrics.count_workers(Counter((r.model, r.role, r.state) for r in self._records))
         for listener in self._listeners:
             listener()
-
-
-def _view(link: WorkerLink) -> WorkerView:
-    record = link.record
-    return WorkerView(
-        Target(record.worker_id, record.incarnation),
-        record.model,
-        record.role,
-        record.state == "ready",
-        link.connected,
-        record.layout,
-        link.load,
-    )

@@ -19,6 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.config import HandoffConfig, ModelConfig
 from cluster.engine.blocks import HeldBlocks
+from cluster.engine.kv_events import KvEvents
 from cluster.engine.protocol import (
     EngineInfo,
     EngineOutput,
@@ -75,6 +76,7 @@ class VllmEngine:
         self._llm: AsyncLLM | None = None
         self._num_blocks = 0
         self.held_blocks = HeldBlocks()
+        self._kv_events = KvEvents(self.held_blocks)
 
     async def start(self) -> EngineInfo:
         os.environ[SECRET_ENV] = self._secret.hex()
@@ -85,6 +87,7 @@ class VllmEngine:
             # The forced first token and the per-layer hooks are written for the V1 model runner.
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         try:
+            self._kv_events.start()
             self._llm = await asyncio.to_thread(self._open)
             ranks = await self._running.collective_rpc("pdserve_endpoint")
         except Exception as error:
@@ -128,6 +131,7 @@ class VllmEngine:
             "enable_prefix_caching": True,
             "disable_hybrid_kv_cache_manager": True,
             "enable_log_requests": False,
+            "kv_events_config": self._kv_events.config,
             # One backend for every guide: vLLM keeps the first one it was asked for, and xgrammar
             # takes regular expressions whose every token then costs seconds.
             "structured_outputs_config": {"backend": "guidance"},
@@ -201,6 +205,7 @@ class VllmEngine:
         return "an engine process has died; its log tells why"
 
     async def stop(self) -> None:
+        self._kv_events.stop()
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
 

@@ -85,6 +85,7 @@ class RouterMetrics:
             registry=registry,
         )
         self._slo(registry)
+        self._placement(registry)
         self._handoffs(registry)
         self._gauges(registry)
         self._seen_workers: set[tuple[str, str, str]] = set()
@@ -119,6 +120,21 @@ class RouterMetrics:
             "pdserve_tenant_tokens_total",
             "Tokens of a tenant's requests: prompt, completion.",
             ("tenant", "kind"),
+            registry=registry,
+        )
+
+    def _placement(self, registry: CollectorRegistry) -> None:
+        self.placements = Counter(
+            "pdserve_placements_total",
+            "Sequences placed: split over two workers, whole on one, or prefill alone.",
+            ("model", "kind"),
+            registry=registry,
+        )
+        self.prediction_error = Histogram(
+            "pdserve_prediction_error_seconds",
+            "How far what was predicted at placement is from what was observed.",
+            ("quantity",),
+            buckets=PHASE_BUCKETS,
             registry=registry,
         )
 

@@ -5,29 +5,54 @@ from __future__ import annotations
 import asyncio
 
 from cluster.errors import Overloaded
-from cluster.worker.sequence import SequenceStep
+from cluster.worker.blocks import BlockChanges
+from cluster.worker.sequence import SequenceStep, joined
 
 MAX_STEPS = 65_536
 """A router that lets this many gather has stopped reading."""
 
+MAX_CHANGES = 1024
+
 
 class Outbox:
-    """Steps in order; one writer takes all that has gathered."""
+    """Steps in each sequence's order, block changes in theirs; one writer takes what is there."""
 
     def __init__(self) -> None:
-        self._steps: list[SequenceStep] = []
+        self._steps: dict[str, list[SequenceStep]] = {}
+        self._count = 0
+        self._blocks: list[BlockChanges] = []
         self._filled = asyncio.Event()
 
     def put(self, step: SequenceStep) -> None:
         """Raises Overloaded when the router has stopped reading."""
-        if len(self._steps) >= MAX_STEPS:
+        if self._count >= MAX_STEPS:
             raise Overloaded("the router does not read its stream")
-        self._steps.append(step)
+        self._steps.setdefault(step.sequence_id, []).append(step)
+        self._count += 1
         self._filled.set()
 
-    async def take(self) -> list[SequenceStep]:
-        """Waits for at least one step."""
+    def put_blocks(self, changes: BlockChanges) -> None:
+        """Raises Overloaded when the router has stopped reading."""
+        if len(self._blocks) >= MAX_CHANGES:
+            raise Overloaded("the router does not read its stream")
+        self._blocks.append(changes)
+        self._filled.set()
+
+    async def take(self) -> tuple[list[SequenceStep], BlockChanges | None]:
+        """Waits for something: all steps, those of a sequence as one, and the next changes."""
         await self._filled.wait()
-        self._filled.clear()
-        steps, self._steps = self._steps, []
+        gathered, self._steps, self._count = self._steps, {}, 0
+        steps = [step for waiting in gathered.values() for step in _merged(waiting)]
+        blocks = self._blocks.pop(0) if self._blocks else None
+        if not self._blocks:
+            self._filled.clear()
+        return steps, blocks
+
+
+def _merged(steps: list[SequenceStep]) -> list[SequenceStep]:
+    """As one, but for a failure, which says nothing of the tokens before it."""
+    if len(steps) == 1:
         return steps
+    if steps[-1].error is not None:
+        return [*_merged(steps[:-1]), steps[-1]]
+    return [joined(steps)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from cluster.engine.protocol import FinishReason, Sampling, TokenLogprobs
@@ -62,6 +62,18 @@ class SequenceStep:
     stop: str | int | None = None
     error: PdserveError | None = None
     report: SequenceReport | None = None
+
+
+def joined(steps: Sequence[SequenceStep]) -> SequenceStep:
+    """Steps that follow each other in a sequence, as one."""
+    last = steps[-1]
+    return replace(
+        last,
+        offset=steps[0].offset,
+        token_ids=[token for step in steps for token in step.token_ids],
+        text="".join(step.text for step in steps),
+        logprobs=tuple(entry for step in steps for entry in step.logprobs),
+    )
 
 
 Emit = Callable[[SequenceStep], None]

@@ -14,9 +14,10 @@ import grpc
 from cluster.engine.protocol import Engine
 from cluster.errors import PdserveError, Unavailable, status_of
 from cluster.ticket import TicketSigner
+from cluster.worker.blocks import BlockReporter
 from cluster.worker.outbox import Outbox
 from cluster.worker.sequence import Face, Identity, SequenceStart, SequenceStep, Stage
-from cluster.worker.wire import sequence_output, sequence_start
+from cluster.worker.wire import sequence_start, worker_message
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -72,10 +73,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         sequences: dict[str, asyncio.Task[None]] = {}
         writer = asyncio.create_task(_write(outbox, context))
         reader = asyncio.create_task(self._read(request_iterator, sequences, outbox))
+        blocks = BlockReporter(self._engine.held_blocks, outbox.put_blocks)
+        reporter = asyncio.create_task(blocks.run())
         try:
-            await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writer, reader, reporter}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            tasks = [writer, reader, *sequences.values()]
+            tasks = [writer, reader, reporter, *sequences.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -189,11 +192,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
 async def _write(outbox: Outbox, context: Any) -> None:
     while True:
-        steps = await outbox.take()
-        now = time.monotonic()
-        await context.write(
-            worker_pb2.WorkerMessage(outputs=[sequence_output(step, now) for step in steps])
-        )
+        steps, blocks = await outbox.take()
+        await context.write(worker_message(steps, blocks, time.monotonic()))
 
 
 def _failed(sequence_id: str, error: PdserveError) -> SequenceStep:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cluster.engine.protocol import Guide, Logprob, Sampling, TokenLogprobs
-from cluster.errors import InvalidRequest, PdserveError, status_of
+from cluster.errors import HandoffRefused, InvalidRequest, PdserveError, status_of
 from cluster.kv.handoff import HandoffResult
+from cluster.worker.blocks import BlockChanges
 from cluster.worker.sequence import SequenceReport, SequenceStart, SequenceStep, Stage
 from pdserve.v1 import common_pb2, worker_pb2
 
@@ -76,8 +79,19 @@ def _guide(guide: common_pb2.Guide) -> Guide | None:
     return None
 
 
-def sequence_output(step: SequenceStep, now: float) -> worker_pb2.SequenceOutput:
+def worker_message(
+    steps: Iterable[SequenceStep], blocks: BlockChanges | None, now: float
+) -> worker_pb2.WorkerMessage:
     """`now` is CLOCK_MONOTONIC at sending: stamps cross as seconds ago."""
+    message = worker_pb2.WorkerMessage(outputs=[sequence_output(step, now) for step in steps])
+    if blocks is not None:
+        message.blocks.reset = blocks.reset
+        message.blocks.stored = blocks.stored
+        message.blocks.removed = blocks.removed
+    return message
+
+
+def sequence_output(step: SequenceStep, now: float) -> worker_pb2.SequenceOutput:
     message = worker_pb2.SequenceOutput(
         sequence_id=step.sequence_id,
         offset=step.offset,
@@ -99,7 +113,10 @@ def sequence_output(step: SequenceStep, now: float) -> worker_pb2.SequenceOutput
 
 def _error(error: PdserveError) -> worker_pb2.SequenceError:
     return worker_pb2.SequenceError(
-        code=status_of(error).grpc_code, message=str(error), retryable=error.retryable
+        code=status_of(error).grpc_code,
+        message=str(error),
+        retryable=error.retryable,
+        shared=isinstance(error, HandoffRefused),
     )
 
 

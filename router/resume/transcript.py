@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 
 from cluster.errors import InvalidRequest, Overloaded, PdserveError
 from cluster.ids import RequestId
@@ -145,8 +144,7 @@ class Reader:
         if known <= 0:
             return delta
         if known < len(delta.token_ids):
-            return replace(
-                delta,
+            return delta._replace(
                 offset=self._next[delta.index],
                 token_ids=delta.token_ids[known:],
                 logprobs=delta.logprobs[known:],
@@ -154,7 +152,7 @@ class Reader:
         if delta.finish is None:
             return None
         offset = delta.offset + len(delta.token_ids)
-        return replace(delta, offset=offset, token_ids=(), logprobs=())
+        return delta._replace(offset=offset, token_ids=(), logprobs=())
 
     def _check_end(self, end: Completed | PdserveError) -> None:
         for index, (due, count) in enumerate(zip(self._next, self._transcript.counts, strict=True)):

@@ -45,8 +45,11 @@ models:
   kv_cache_bytes: 134217728
   enforce_eager: true
 router: {{{{grpc_port: 0, http_port: 0}}}}
+placement: {{{{disaggregate: always}}}}
 lifecycle: {{{{drain_timeout_seconds: 5}}}}
+secret: {{secret}}
 """
+SECRET = "the secret of the test cluster"
 
 
 @dataclass
@@ -74,7 +77,7 @@ class RunningCluster:
         self.name = name
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"{name}.yaml"
-        self.file.write_text(config.format(name=name))
+        self.file.write_text(config.format(name=name, secret=SECRET))
         self.env = {**os.environ, "PDSERVE_RUNTIME_DIR": str(folder / "run")}
         self.process: subprocess.Popen[str] | None = None
         self.grpc_address = ""

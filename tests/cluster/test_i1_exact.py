@@ -3,9 +3,12 @@ log-probabilities to 1e-4. Over 200 prompts through prefill, handoff and decode.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +17,20 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.config import Config, PlacementConfig
 from examples.recall_task import make_cases
 from pdserve.v1 import common_pb2
-from tests.cluster.running import BLOCK, CHUNK, CONTEXT, MODEL, Answer, RunningCluster, generate
+from router.server import RouterServer
+from tests.cluster.running import (
+    BLOCK,
+    CHUNK,
+    CONTEXT,
+    MODEL,
+    SECRET,
+    Answer,
+    RunningCluster,
+    generate,
+)
 
 LAST_WORDS = range(6, 569)  # every token but the special ones
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
@@ -175,6 +189,34 @@ def same_logprobs(got: list[common_pb2.TokenLogprobs], want: Any) -> None:
         assert listed == {i: pytest.approx(p.logprob, abs=1e-4) for i, p in theirs.items()}
 
 
+@pytest.fixture(scope="module")
+def whole_router(cluster: RunningCluster) -> Iterator[RouterServer]:
+    """A router of the same cluster that hands nothing off: each on one worker, of either role."""
+    config = Config.load(cluster.file)
+    never = config.model_copy(update={"placement": PlacementConfig(disaggregate="never")})
+    store_url = (cluster.folder / "run" / cluster.name / "store_url").read_text()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    router = RouterServer(never, "router-whole", "one", SECRET.encode(), store_url)
+    try:
+        asyncio.run_coroutine_threadsafe(router.start(), loop).result(60)
+        asyncio.run_coroutine_threadsafe(router.wait_ready(60), loop).result(70)
+        yield router
+    finally:
+        asyncio.run_coroutine_threadsafe(router.stop(0), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def whole_answers(whole_router: RouterServer) -> list[Answer]:
+    address = whole_router.grpc_address
+    with grpc.insecure_channel(address) as channel, ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda ask: generate(channel, ask.prompt, ask.pdserve()), ASKS))
+
+
 def test_there_are_enough_of_them() -> None:
     assert len(ASKS) >= 200
 
@@ -185,6 +227,35 @@ def test_equals_one_vllm(about: str, answers: list[Answer], expected: list[Any])
     for ask, answer, reference in zip(ASKS, answers, expected, strict=True):
         if ask.about == about:
             same(answer, reference)
+
+
+@pytest.mark.timeout(900)
+def test_whole_equals_one_vllm(whole_answers: list[Answer], expected: list[Any]) -> None:
+    for answer, reference in zip(whole_answers, expected, strict=True):
+        same(answer, reference)
+    reports = [report for a in whole_answers for report in a.completed.completions]
+    assert not any(report.HasField("handoff") for report in reports)
+    assert len({report.prefill_worker for report in reports}) == 2
+
+
+def test_routers_know_what_the_engines_hold(
+    cluster: RunningCluster, whole_router: RouterServer
+) -> None:
+    """By the engines' own KV events, under the same names, and under no other salt."""
+    prompt = [LAST_WORDS[(7 * i) % len(LAST_WORDS)] for i in range(10 * BLOCK + 5)]
+    sampling = common_pb2.SamplingParams(temperature=0, max_tokens=4)
+    with cluster.channel() as channel:
+        generate(channel, prompt, sampling, cache_salt="known")
+    deadline = time.monotonic() + 10
+    fleet, model = whole_router._fleet, "recall-tiny"
+    while len(held := fleet.held_tokens(prompt, model, "known")) < 2:
+        assert time.monotonic() < deadline, "the routers were not told"
+        time.sleep(0.1)
+    assert set(held.values()) == {10 * BLOCK}  # on both workers, after the handoff
+    assert not fleet.held_tokens(prompt, model, "unknown")
+    with grpc.insecure_channel(whole_router.grpc_address) as channel:
+        answer = generate(channel, prompt, sampling, cache_salt="known")
+    assert answer.completed.usage.cached_prompt_tokens == 10 * BLOCK
 
 
 def test_nearly_all_were_handed_off(answers: list[Answer]) -> None:

@@ -246,6 +246,7 @@ class Cluster:
             models=[{"name": MODEL, "path": "/nowhere"}],  # type: ignore[list-item]
             router={"grpc_port": 0, "http_port": 0, **router_settings},  # type: ignore[arg-type]
             tenants=list(tenants),
+            placement={"disaggregate": "always"},  # type: ignore[arg-type]
         )
         self.router = self.new_router("r-0")
 

@@ -49,6 +49,7 @@ class SimulatedCluster:
             settings, "router-0", "life", SECRET, store.url, tokenizers=tokenizers
         )
         self.channel: grpc.aio.Channel
+        self.last_id = ""
 
     async def add(self, worker_id: str, role: str) -> WorkerHost:
         host = worker_host(
@@ -69,6 +70,7 @@ class SimulatedCluster:
         tokens: list[int] = []
         completed = None
         async for message in stub.Generate(request, timeout=TIMEOUT):
+            self.last_id = message.request_id
             if message.HasField("completed"):
                 completed = message.completed
             else:

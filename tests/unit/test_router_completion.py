@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -104,7 +104,7 @@ class Bench:
             handoff=Handoff("grpc", 10, 1, 0, 1, 0.1, 0.2),
         )
         event = Output(self.sequence, stage, offset, tokens, text, finish=finish)
-        return self.step(replace(event, report=report) if finish else event)
+        return self.step(event._replace(report=report) if finish else event)
 
     def fails(self, stage: Stage, error: PdserveError = LOST) -> list[Effect]:
         return self.step(WorkerFailed(self.sequence, stage, error))

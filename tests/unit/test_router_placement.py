@@ -1,98 +1,245 @@
-"""Least loaded, only what is ready and connected, and a reason when nothing is."""
+"""Joint placement: what it weighs, and what it must never do."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
 
-from router.placement import (
-    Demand,
-    LeastLoaded,
-    Load,
-    Placement,
-    Plan,
-    Target,
-    Unplaced,
-    WorkerView,
-)
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-DEMAND = Demand("m", prompt_tokens=10, max_tokens=5, decodes=True)
+from router.fleet import Fleet, Share
+from router.joint import JointPlacement
+from router.output import Stage
+from router.placement import Candidate, Decision, Demand, Mode, Target, Unplaced, WorkerView
+
+DEMAND = Demand("m", 1000, 100, decodes=True)
 
 
-def worker(name: str, role: str, load: Load | None = None, layout: str = "l") -> WorkerView:
-    view = WorkerView(Target(name, "1"), "m", role, ready=True, connected=True, layout=layout)
-    return replace(view, load=load or Load())
+def worker(worker_id: str, role: str, **changes: object) -> WorkerView:
+    view = WorkerView(Target(worker_id, "x"), "m", role, True, True, "l", 32, 100_000)
+    return replace(view, **changes)  # type: ignore[arg-type]
 
 
-def place(*view: WorkerView, demand: Demand = DEMAND, seed: int = 0) -> Plan | Unplaced:
-    placement: Placement = LeastLoaded(random.Random(seed))
-    return placement.place(demand, view)
+def fleet(*views: WorkerView) -> Fleet:
+    made = Fleet()
+    for view in views:
+        made.join(view)
+    return made
 
 
-def ids(plan: Plan | Unplaced) -> tuple[str | None, ...]:
-    assert isinstance(plan, Plan)
-    targets = (plan.prefill, plan.decode, plan.whole)
-    return tuple(target and target.worker_id for target in targets)
+def put(made: Fleet, slot: int, stage: Stage, seconds: float = 0.05, times: int = 1) -> None:
+    for _ in range(times):
+        share = Share(slot, stage, 1000, 100.0, seconds)
+        made.take(0.0, share)
+        if stage is Stage.DECODE:
+            made.answered(0.0, share)
 
 
-def test_least_loaded_pair() -> None:
-    plan = place(
-        worker("p0", "prefill", Load(queued_prompt_tokens=5)),
-        worker("p1", "prefill", Load(queued_prompt_tokens=4)),
-        worker("d0", "decode", Load(running_sequences=1, reserved_tokens=9)),
-        worker("d1", "decode", Load(running_sequences=1, reserved_tokens=8)),
-        worker("d2", "decode", Load(running_sequences=2)),
+def decide(
+    made: Fleet, demand: Demand = DEMAND, mode: Mode = "auto", seed: int = 0, now: float = 0.0
+) -> Decision:
+    decision = JointPlacement(made, mode, random.Random(seed)).place(now, demand)
+    assert isinstance(decision, Decision), decision
+    return decision
+
+
+def ids(decision: Decision | Candidate) -> tuple[str | None, ...]:
+    plan = decision.plan
+    return tuple(t and t.worker_id for t in (plan.prefill, plan.decode, plan.whole))
+
+
+def refused(made: Fleet, demand: Demand = DEMAND, mode: Mode = "always") -> str:
+    decision = JointPlacement(made, mode, random.Random(0)).place(0.0, demand)
+    assert isinstance(decision, Unplaced)
+    return decision.missing
+
+
+PAIRS = ("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode")
+
+
+def two_of_each() -> Fleet:
+    return fleet(*(worker(name, role) for name, role in PAIRS))
+
+
+def test_the_least_loaded_pair() -> None:
+    made = two_of_each()
+    put(made, 0, Stage.PREFILL, 0.5)
+    put(made, 2, Stage.DECODE, times=40)
+    assert ids(decide(made, mode="always")) == ("p1", "d1", None)
+
+
+def test_a_prefix_outweighs_a_queue_that_is_shorter_than_it_saves() -> None:
+    made = two_of_each()
+    put(made, 0, Stage.PREFILL, 0.05)
+    long = replace(DEMAND, prompt_tokens=20_000, held={0: 19_000})
+    assert ids(decide(made, long, "always"))[0] == "p0"
+    put(made, 0, Stage.PREFILL, 2.0)
+    assert ids(decide(made, long, "always"))[0] == "p1"
+
+
+def test_the_speed_that_was_seen_counts() -> None:
+    made = two_of_each()
+    for _ in range(5):
+        made.saw_prefill(0, 1000, 0.4)
+        made.saw_step(2, 1.0, 0.08)
+    assert ids(decide(made, mode="always")) == ("p1", "d1", None)
+    assert decide(made, mode="always").chosen.ttft_seconds == pytest.approx(0.029, abs=0.005)
+
+
+def test_a_full_kv_pool_is_waited_for() -> None:
+    made = fleet(
+        worker("p0", "prefill"),
+        worker("d0", "decode", kv_tokens=2000),
+        worker("d1", "decode"),
     )
-    assert ids(plan) == ("p1", "d1", None)
+    put(made, 1, Stage.DECODE)
+    put(made, 2, Stage.DECODE, times=8)
+    assert ids(decide(made, mode="always")) == ("p0", "d1", None)
+
+
+def test_whole_on_an_idle_worker_for_a_short_prompt() -> None:
+    made = two_of_each()
+    for slot in (2, 3):
+        made.saw_exposed(slot, 100, 0.05)
+    decision = decide(made, replace(DEMAND, prompt_tokens=100))
+    assert ids(decision)[2] is not None
+    assert any(loser.plan.decode for loser in decision.losers)
+
+
+def test_split_where_a_long_prompt_would_stall_many() -> None:
+    made = fleet(worker("p0", "prefill"), worker("d0", "decode"), worker("d1", "decode"))
+    for _ in range(60):  # p0 computes prompts most of the time, so decodes would crawl there
+        share = Share(0, Stage.PREFILL, 1000, 100.0, 0.12)
+        made.take(0.0, share)
+        made.release(0.0, share)
+    put(made, 1, Stage.DECODE, times=60)
+    put(made, 2, Stage.DECODE, times=60)
+    demand = replace(DEMAND, prompt_tokens=16_000, tpot_seconds=0.02)
+    assert ids(decide(made, demand))[0] == "p0"
+    made = fleet(worker("p0", "prefill"), worker("d0", "decode"))
+    assert ids(decide(made, demand))[2] is not None  # nobody is there to be stalled
+
+
+def test_whole_on_decode_when_the_prefill_pool_is_saturated() -> None:
+    made = fleet(worker("p0", "prefill"), worker("d0", "decode"))
+    put(made, 0, Stage.PREFILL, 5.0)
+    assert ids(decide(made)) == (None, None, "d0")
+
+
+def test_whole_when_the_prefix_is_warm_on_decode() -> None:
+    made = fleet(worker("p0", "prefill"), worker("d0", "decode"))
+    put(made, 1, Stage.DECODE, times=4)
+    demand = replace(DEMAND, prompt_tokens=16_000, held={1: 15_900})
+    assert ids(decide(made, demand)) == (None, None, "d0")
+
+
+def test_one_pool_empty() -> None:
+    for role in ("prefill", "decode"):
+        assert ids(decide(fleet(worker("w", role)))) == (None, None, "w")
+        assert "has no ready" in refused(fleet(worker("w", role)))
+
+
+def test_modes() -> None:
+    made = two_of_each()
+    assert ids(decide(made, mode="always"))[2] is None
+    put(made, 2, Stage.DECODE, times=100)
+    put(made, 3, Stage.DECODE, times=100)
+    assert ids(decide(made, replace(DEMAND, prompt_tokens=16_000), "never"))[2] is not None
 
 
 def test_layouts_must_be_equal() -> None:
-    idle_but_other = worker("p0", "prefill", layout="other")
-    busy = worker("p1", "prefill", Load(queued_prompt_tokens=100))
-    assert ids(place(idle_but_other, busy, worker("d0", "decode"))) == ("p1", "d0", None)
-    unplaced = place(idle_but_other, worker("d0", "decode"))
-    assert isinstance(unplaced, Unplaced)
-    assert "same KV layout" in unplaced.missing
+    made = fleet(
+        worker("p0", "prefill", layout="other"), worker("p1", "prefill"), worker("d0", "decode")
+    )
+    put(made, 1, Stage.PREFILL, 3.0)
+    assert ids(decide(made, mode="always")) == ("p1", "d0", None)
+    alone = fleet(worker("p0", "prefill", layout="other"), worker("d0", "decode"))
+    assert "same KV layout" in refused(alone)
 
 
 def test_only_ready_connected_and_of_the_model() -> None:
-    good = worker("d0", "decode")
-    for bad in (
-        replace(worker("p0", "prefill"), ready=False),
-        replace(worker("p0", "prefill"), connected=False),
-        replace(worker("p0", "prefill"), model="other"),
-    ):
-        unplaced = place(bad, good)
-        assert isinstance(unplaced, Unplaced)
-        assert "prefill" in unplaced.missing
-        assert "decode" not in unplaced.missing
+    for bad in ({"ready": False}, {"connected": False}, {"model": "other"}):
+        missing = refused(fleet(worker("p0", "prefill", **bad), worker("d0", "decode")))
+        assert "prefill" in missing and "decode" not in missing
+    assert refused(Fleet()) == "model m has no ready prefill worker and no ready decode worker"
+    assert refused(Fleet(), mode="auto") == "model m has no ready worker"
 
 
-def test_nothing_at_all() -> None:
-    unplaced = place()
-    assert unplaced == Unplaced("model m has no ready prefill worker and no ready decode worker")
+def test_changes_are_seen_at_once() -> None:
+    made = two_of_each()
+    placement = JointPlacement(made, "always", random.Random(0))
+    made.update(0, worker("p0", "prefill", ready=False))
+    for _ in range(20):
+        decision = placement.place(0.0, DEMAND)
+        assert isinstance(decision, Decision) and ids(decision)[0] == "p1"
+    made.leave(1)
+    assert isinstance(placement.place(0.0, DEMAND), Unplaced)
 
 
 def test_ties_are_broken_at_random() -> None:
-    view = [worker(f"p{i}", "prefill") for i in range(4)] + [worker("d0", "decode")]
-    assert {ids(place(*view, seed=seed))[0] for seed in range(50)} == {"p0", "p1", "p2", "p3"}
+    made = fleet(*(worker(f"p{i}", "prefill") for i in range(4)), worker("d0", "decode"))
+    chosen = {ids(decide(made, mode="always", seed=seed))[0] for seed in range(60)}
+    assert chosen == {"p0", "p1", "p2", "p3"}
 
 
 def test_workers_that_failed_are_the_last_choice() -> None:
+    made = fleet(worker("p0", "prefill"), worker("d0", "decode"), worker("d1", "decode"))
+    put(made, 2, Stage.DECODE, times=50)
     demand = replace(DEMAND, avoid=frozenset({"d0"}))
-    busy = worker("d1", "decode", Load(running_sequences=50))
-    prefill = worker("p0", "prefill")
-    assert ids(place(prefill, worker("d0", "decode"), busy, demand=demand)) == ("p0", "d1", None)
-    assert ids(place(prefill, worker("d0", "decode"), demand=demand)) == ("p0", "d0", None)
+    assert ids(decide(made, demand, "always")) == ("p0", "d1", None)
+    made.leave(2)
+    assert ids(decide(made, demand, "always")) == ("p0", "d0", None)
 
 
 def test_one_token_takes_prefill_alone() -> None:
     demand = replace(DEMAND, decodes=False, max_tokens=1)
-    assert ids(place(worker("p0", "prefill"), demand=demand)) == ("p0", None, None)
+    assert ids(decide(two_of_each(), demand, "always"))[1:] == (None, None)
 
 
 def test_both_roles() -> None:
-    assert ids(place(worker("b0", "both"))) == (None, None, "b0")
-    pair = place(worker("b0", "both"), worker("b1", "both", Load(running_sequences=3)))
-    assert ids(pair) in [("b0", "b1", None), ("b1", "b0", None)]
-    assert ids(place(worker("b0", "both"), worker("p0", "prefill", Load(9)))) == ("p0", "b0", None)
+    assert ids(decide(fleet(worker("b0", "both")), mode="always")) == (None, None, "b0")
+    pair = ids(decide(fleet(worker("b0", "both"), worker("b1", "both")), mode="always"))
+    assert pair in [("b0", "b1", None), ("b1", "b0", None)]
+
+
+Event = tuple[int, str, float]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 5),
+            st.sampled_from(["prefill", "decode", "whole"]),
+            st.floats(0.001, 5.0),
+            st.booleans(),
+        ),
+        max_size=40,
+    ),
+    st.integers(1, 100_000),
+    st.sampled_from(["auto", "always", "never"]),
+)
+def test_whatever_was_put_on_it_a_fleet_returns_to_zero_and_predictions_stay_finite(
+    events: list[tuple[int, str, float, bool]], prompt: int, mode: Mode
+) -> None:
+    views = [worker(f"w{i}", ["prefill", "decode", "both"][i % 3]) for i in range(6)]
+    made = fleet(*views)
+    shares = []
+    for now, (slot, stage, seconds, answered) in enumerate(events):
+        share = Share(slot, Stage(stage), prompt, 100.0, seconds)
+        made.take(float(now), share)
+        if answered:
+            made.answered(now + seconds, share)
+        made.saw_prefill(slot, prompt, seconds)
+        made.saw_step(slot, 3.0, seconds)
+        shares.append(share)
+    demand = replace(DEMAND, prompt_tokens=prompt, held={0: prompt, 5: prompt // 2})
+    chosen = decide(made, demand, mode, now=float(len(events))).chosen
+    assert 0 < chosen.ttft_seconds < 1e6 and 0 <= chosen.tpot_seconds < 1e6
+    assert 0 < chosen.uncached_tokens <= prompt
+    for share in shares:
+        made.release(100.0, share)
+    for column in (made.backlog, made.queue, made.decodes, made.kv_used, made.context):
+        assert abs(column).max() < 1e-6

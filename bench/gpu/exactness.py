@@ -1,0 +1,75 @@
+"""Whether a split says what one engine says, and whether it would show if it did not."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bench.gpu.fleet import Engine
+from bench.gpu.results import Control, Exact, Ledger
+from bench.gpu.systems import System, greedy, random_prompt
+from bench.gpu.timing import Request
+from cluster.engine.protocol import Sampling
+
+TOKENS = 16
+BLOCK = 32
+SETTLE_SECONDS = 10.0
+"""An engine says what it holds after its next step."""
+
+
+def samplings(seed: int) -> list[tuple[str, Sampling]]:
+    drawn = Sampling(max_tokens=TOKENS, temperature=1, seed=seed, top_p=0.9, ignore_eos=True)
+    return [("greedy", replace(greedy(TOKENS), logprobs=2)), ("seeded", drawn)]
+
+
+async def exactness(
+    split: System, ones: Sequence[System], lengths: Sequence[int], vocab: int, reshaped: bool
+) -> tuple[list[Exact], list[Control]]:
+    """The same requests to the split and to each of `ones`; `reshaped` as in `Exact`."""
+    rng = random.Random(3)
+    rows, controls = [], []
+    for length in lengths:
+        prompt = random_prompt(rng, length, vocab)
+        for name, sampling in samplings(seed=length)[: 1 if reshaped else 2]:
+            mine = await split.run(prompt, sampling)
+            for one in ones:
+                theirs = await one.run(prompt, sampling)
+                row = compare(split.name, one.name, length, name, mine, theirs)
+                rows.append(replace(row, reshaped=reshaped))
+        if length > 2 * BLOCK:
+            other = random_prompt(rng, BLOCK, vocab) + array("I", prompt[BLOCK:])
+            control = await split.run(other, greedy(TOKENS))
+            natural = await split.run(prompt, greedy(TOKENS))
+            controls.append(Control(length, control.tokens != natural.tokens))
+    return rows, controls
+
+
+def compare(
+    pair: str, against: str, prompt: int, sampling: str, mine: Request, theirs: Request
+) -> Exact:
+    """How far the two agree."""
+    same = 0
+    while same < len(theirs.tokens) and mine.tokens[same : same + 1] == theirs.tokens[same:][:1]:
+        same += 1
+    parts = same < len(theirs.tokens)
+    gap = theirs.gaps[same] if parts and same < len(theirs.gaps) else None
+    return Exact(pair, against, prompt, sampling, len(theirs.tokens), same, gap)
+
+
+async def ledgers(engines: Sequence[Engine]) -> list[Ledger]:
+    """What pdserve's engines hold; waits a little for 0."""
+    rows = []
+    for engine in engines:
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            held = await engine.holdings()
+            row = Ledger(engine.spec.name, len(held.ledger), held.blocks_used)
+            if (row.entries == row.blocks == 0) or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.5)
+        rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""Replay of traces through placement and simulated engines, on a virtual clock."""

@@ -1,0 +1,113 @@
+"""What a router costs: CPU per token, tokens per second and core, added time to first token.
+
+    quiet .venv/bin/python -m bench.router [--json] [--systems …] [--streams …]
+
+Simulated engines on one core, the system under test alone on another; the clients share the
+engines' core, so that what is measured is the system's own CPU time. Every load comes twice: paced,
+each token a message, and saturated, the engines as fast as they can. The time to first token is
+taken on workers of their own that are always free, through the system and past it, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.streams.clients import Client, DirectClient, GrpcClient, HttpClient
+from bench.streams.measure import Row, measure
+from bench.streams.processes import Process
+from bench.streams.setting import Load
+from cluster.store.client import connect
+from cluster.store.embedded import EmbeddedStore
+from cluster.store.registry import Registry
+
+SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx", "ray-serve")
+STREAMS = (1, 100, 1000, 5000)
+TOKENS_PER_SECOND = 2500.0
+"""Of a paced load with a hundred streams or more: what clients on one core can take singly."""
+
+SATURATED_GAP = 1e-4
+
+
+def loads(streams: int) -> tuple[Load, Load]:
+    """Paced and saturated."""
+    gap = max(0.01, streams / TOKENS_PER_SECOND)
+    return Load(streams, gap), Load(streams, SATURATED_GAP)
+
+
+def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -> Process:
+    arguments: dict[str, Any] = {"load": vars(load)}
+    cores = {0}
+    if system.startswith("pdserve"):
+        return Process("ours", cores, store_url=store_url, **arguments)
+    module = "minimal" if system == "fastapi-httpx" else "serve_ingress"
+    return Process(module, cores, urls=urls, **arguments)
+
+
+def client_of(system: str, process: Process) -> Client:
+    if system == "pdserve-grpc":
+        return GrpcClient(process.said["grpc"])
+    return HttpClient(process.said["http"])
+
+
+async def direct(store_url: str) -> DirectClient:
+    from bench.streams.setting import SECRET
+
+    store = await connect(store_url, 5.0)
+    try:
+        workers = await Registry(store, "pdserve").workers()
+    finally:
+        await store.aclose()
+    record = next(w for w in workers if w.worker_id == "x-p")
+    client = DirectClient(record.address, record.worker_id, SECRET)
+    await client.open()
+    return client
+
+
+async def one(system: str, load: Load, saturated: bool, store_url: str, workers: Process) -> Row:
+    process = start(system, load, store_url, workers.said["urls"])
+    try:
+        client, past = client_of(system, process), await direct(store_url)
+        return await measure(system, load, saturated, client, past, process)
+    finally:
+        process.stop()
+
+
+def run(systems: list[str], streams: list[int]) -> list[Row]:
+    rows = []
+    os.sched_setaffinity(0, {1})
+    with tempfile.TemporaryDirectory() as folder:
+        for count in streams:
+            for load in loads(count):
+                store = EmbeddedStore.start(Path(folder))
+                workers = Process("workers", {1}, store_url=store.url, load=vars(load))
+                try:
+                    for system in systems:
+                        saturated = load.gap_seconds == SATURATED_GAP
+                        row = asyncio.run(one(system, load, saturated, store.url, workers))
+                        rows.append(row)
+                        print(row.text(), flush=True)
+                finally:
+                    workers.stop()
+                    store.stop()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--streams", nargs="+", type=int, default=list(STREAMS))
+    arguments = parser.parse_args()
+    rows = run(arguments.systems, arguments.streams)
+    if arguments.json:
+        print(json.dumps({"rows": [row.values() for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

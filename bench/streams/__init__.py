@@ -1,0 +1,1 @@
+"""Router benchmark: one set of simulated workers, several systems in front of them."""

@@ -1,0 +1,113 @@
+"""One measurement: streams held open, CPU time read around a window, probes in turns."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench.streams.clients import Client, Seen
+from bench.streams.processes import Process
+from bench.streams.setting import LOAD, PROBE, Load
+
+WINDOW_SECONDS = 6.0
+OPEN_SECONDS = 90.0
+PROBES = 60
+PROBE_GAP_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is reported of a system under a load.
+
+    Attributes:
+        kib_per_stream: of memory that the open streams take in the system.
+        wrong: streams that lost or repeated a token.
+    """
+
+    system: str
+    streams: int
+    tokens_per_message: float
+    cpu_us_per_token: float
+    tokens_per_s: float
+    ttft_added_ms: dict[str, float]
+    saturated: bool
+    core_share: float
+    kib_per_stream: float
+    wrong: int
+
+    def values(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        return (
+            f"{self.system:14} {self.streams:5} streams "
+            f"{'saturated' if self.saturated else 'paced':9} "
+            f"{self.tokens_per_message:5.1f} tok/msg {self.cpu_us_per_token:7.1f} us/tok "
+            f"{self.tokens_per_s:8.0f} tok/s {100 * self.core_share:4.0f} % core, TTFT "
+            f"+{self.ttft_added_ms['p50']:.1f}/{self.ttft_added_ms['p99']:.1f} ms, "
+            f"{self.kib_per_stream:.0f} KiB/stream, wrong {self.wrong}"
+        )
+
+
+async def measure(
+    system: str, load: Load, saturated: bool, client: Client, past: Client, process: Process
+) -> Row:
+    for _ in range(3):
+        await client.run(PROBE, 2, Seen())
+    before = process.resident_bytes()
+    seen = Seen()
+    streams = [asyncio.create_task(_keep(client, load, seen)) for _ in range(load.streams)]
+    try:
+        async with asyncio.timeout(OPEN_SECONDS):
+            while seen.open < 0.98 * load.streams:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        await asyncio.sleep(1.0)
+        resident = process.resident_bytes() - before
+        cpu, tokens, messages = process.cpu_seconds(), seen.tokens, seen.messages
+        began = time.perf_counter()
+        await asyncio.sleep(WINDOW_SECONDS)
+        seconds = time.perf_counter() - began
+        cpu = process.cpu_seconds() - cpu
+        tokens, messages = seen.tokens - tokens, seen.messages - messages
+        added = await _added(client, past)
+    finally:
+        for stream in streams:
+            stream.cancel()
+        results = await asyncio.gather(*streams, return_exceptions=True)
+    failed = [r for r in results if isinstance(r, Exception)]
+    if failed:
+        raise failed[0]
+    return Row(
+        system,
+        load.streams,
+        tokens / max(1, messages),
+        1e6 * cpu / max(1, tokens),
+        tokens / seconds,
+        added,
+        saturated,
+        cpu / seconds,
+        resident / 1024 / load.streams,
+        seen.wrong,
+    )
+
+
+async def _keep(client: Client, load: Load, seen: Seen) -> None:
+    """One stream after the other."""
+    tokens = max(8, min(3900, round(30 / load.gap_seconds)))
+    while True:
+        await client.run(LOAD, tokens, seen)
+
+
+async def _added(client: Client, past: Client) -> dict[str, float]:
+    """Milliseconds through the system minus milliseconds past it, at the same moments."""
+    through, around = [], []
+    for _ in range(PROBES):
+        through.append(await client.run(PROBE, 2, Seen()))
+        around.append(await past.run(PROBE, 2, Seen()))
+        await asyncio.sleep(PROBE_GAP_SECONDS)
+    through.sort()
+    around.sort()
+    at = {"p50": PROBES // 2, "p99": PROBES * 99 // 100 - 1}
+    return {name: round(1e3 * (through[i] - around[i]), 2) for name, i in at.items()}

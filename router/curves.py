@@ -1,0 +1,99 @@
+"""Curves that learn: seconds over a size, one per worker, from what was observed. Pure.
+
+A curve is piecewise linear between knots at powers of two, in logarithms on both axes, so that it
+is positive and keeps one relative accuracy from 16 tokens to a million. An observation pulls the
+two knots around it; knots that have seen nothing yet move along with it, so that one observation
+sets the scale of a worker that nothing is known of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+MIN_GAIN = 0.08
+"""Weight of an observation at a knot that has seen many."""
+
+MAX_RATIO = 8.0
+"""One observation counts as no further off than this factor, once a knot has seen some."""
+
+
+class Curves:
+    """One curve per row.
+
+    Args:
+        first, knots: the first knot is at size 2^first; there are so many.
+        prior: seconds at a size, for rows that nothing is known of.
+    """
+
+    def __init__(self, first: int, knots: int, prior: Callable[[float], float]) -> None:
+        self._first = first
+        self._last = first + knots - 1
+        self._prior = np.array([math.log(prior(2.0 ** (first + i))) for i in range(knots)])
+        self._logs = np.empty((0, knots))
+        self._seen = np.empty((0, knots))
+
+    def resize(self, rows: int) -> None:
+        """More rows, at the prior."""
+        more = rows - len(self._logs)
+        # By columns, because `at` reads two of them.
+        logs = np.vstack([self._logs, np.tile(self._prior, (more, 1))])
+        self._logs = np.asfortranarray(logs)
+        self._seen = np.vstack([self._seen, np.zeros((more, len(self._prior)))])
+
+    def reset(self, row: int, like: list[int]) -> None:
+        """A new worker in `row`: as the mean of the rows `like`, or the prior; it unlearns fast."""
+        learned = [r for r in like if r != row and self._seen[r].any()]
+        self._logs[row] = self._logs[learned].mean(axis=0) if learned else self._prior
+        self._seen[row] = 0
+
+    def at(self, size: float, rows: slice | NDArray[np.intp]) -> Floats:
+        """Seconds at one size, for many rows."""
+        knot, part = self._locate(size)
+        left, right = self._logs[rows, knot], self._logs[rows, knot + 1]
+        seconds: Floats = np.exp(left * (1 - part) + right * part)
+        return seconds
+
+    def each(self, sizes: Floats, rows: NDArray[np.intp]) -> Floats:
+        """Seconds at a size per row."""
+        place = np.clip(np.log2(np.maximum(sizes, 1.0)), self._first, self._last - 1e-9)
+        knots = place.astype(np.intp)
+        part = place - knots
+        knots -= self._first
+        left, right = self._logs[rows, knots], self._logs[rows, knots + 1]
+        seconds: Floats = np.exp(left + part * (right - left))
+        return seconds
+
+    def one(self, size: float, row: int) -> float:
+        knot, part = self._locate(size)
+        left, right = self._logs[row, knot], self._logs[row, knot + 1]
+        return math.exp(left + part * (right - left))
+
+    def observe(self, row: int, size: float, seconds: float) -> None:
+        """`row` took so long at this size."""
+        knot, part = self._locate(size)
+        logs, seen = self._logs[row], self._seen[row]
+        off = math.log(max(seconds, 1e-6)) - math.log(self.one(size, row))
+        if seen[knot] + seen[knot + 1] > 4:
+            off = max(-math.log(MAX_RATIO), min(math.log(MAX_RATIO), off))
+        gain = max(MIN_GAIN, 1.0 / (1.0 + seen[knot] * (1 - part) + seen[knot + 1] * part))
+        unseen = seen == 0
+        # Moves of both knots that change the value between them by gain · off.
+        weight = gain / ((1 - part) ** 2 + part**2)
+        logs[knot] += weight * (1 - part) * off
+        logs[knot + 1] += weight * part * off
+        unseen[knot] = unseen[knot + 1] = False
+        logs[unseen] += gain * off
+        seen[knot] += 1 - part
+        seen[knot + 1] += part
+
+    def _locate(self, size: float) -> tuple[int, float]:
+        place = math.log2(size) if size > 1 else 0.0
+        place = min(max(place, self._first), self._last - 1e-9)
+        knot = int(place)
+        return knot - self._first, place - knot

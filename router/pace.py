@@ -1,0 +1,46 @@
+"""How long tokens gather before they are sent: not at all, while the event loop keeps up.
+
+A message costs its router about as much for sixteen tokens as for one. So when the loop falls
+behind, streams wait a little between messages, and what arrives meanwhile goes as one: the router
+then carries several times the tokens, at the price of milliseconds that were lost anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+TICK_SECONDS = 0.05
+LATE_SECONDS = 0.004
+"""The loop falls behind: a timer this late means that callbacks have piled up for as long."""
+
+STEP_SECONDS = 0.004
+MAX_SECONDS = 0.06
+SLACKEN = 0.85
+
+
+class Pace:
+    """Follows the event loop it runs on.
+
+    Attributes:
+        seconds: that a stream waits after a message before it takes what has come.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    async def run(self) -> None:
+        """Measures until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + TICK_SECONDS
+            await asyncio.sleep(TICK_SECONDS)
+            self.see(loop.time() - due)
+
+    def see(self, late: float) -> None:
+        """A timer came so many seconds late."""
+        if late > LATE_SECONDS:
+            self.seconds = min(MAX_SECONDS, self.seconds + STEP_SECONDS)
+        else:
+            self.seconds *= SLACKEN
+            if self.seconds < STEP_SECONDS / 4:
+                self.seconds = 0.0

@@ -1,0 +1,42 @@
+"""Tokens gather when the event loop falls behind, and only then."""
+
+from __future__ import annotations
+
+import asyncio
+
+from router.buffer import OutputBuffer
+from router.output import Delta
+from router.pace import LATE_SECONDS, MAX_SECONDS, Pace
+
+
+def test_it_grows_while_the_loop_is_late_and_ends_soon_after() -> None:
+    pace = Pace()
+    pace.see(LATE_SECONDS / 2)
+    assert pace.seconds == 0.0
+    for _ in range(100):
+        pace.see(10 * LATE_SECONDS)
+    assert pace.seconds == MAX_SECONDS
+    for _ in range(30):
+        pace.see(0.0)
+    assert pace.seconds == 0.0
+
+
+async def test_the_first_delta_never_waits_and_later_ones_gather() -> None:
+    pace = Pace()
+    pace.seconds = 0.05
+    buffer = OutputBuffer(pace=pace)
+    buffer.put(Delta(0, 0, (1,), "a"))
+    async with asyncio.timeout(0.04):  # a wait would be longer
+        assert [d.token_ids for d in await buffer.take()] == [(1,)]
+    taking = asyncio.create_task(buffer.take())
+    for i in range(1, 5):
+        buffer.put(Delta(0, i, (i + 1,), "b"))
+        await asyncio.sleep(0)
+    assert [(d.offset, d.token_ids) for d in await taking] == [(1, (2, 3, 4, 5))]
+
+
+async def test_without_load_every_delta_goes_at_once() -> None:
+    buffer = OutputBuffer(pace=Pace())
+    for i in range(3):
+        buffer.put(Delta(0, i, (i,), "a"))
+        assert [d.token_ids for d in await buffer.take()] == [(i,)]
