@@ -15,8 +15,10 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cluster.config_clients import (
+    BatchConfig,
     ClassesConfig,
     CredentialsConfig,
+    ResumeConfig,
     TenantConfig,
     TlsConfig,
     check_callers,
@@ -173,6 +175,8 @@ class Config(BaseSettings):
     handoff: HandoffConfig = HandoffConfig()
     targets: TargetsConfig = TargetsConfig()
     classes: ClassesConfig = ClassesConfig()
+    resume: ResumeConfig = ResumeConfig()
+    batch: BatchConfig = BatchConfig()
     tenants: Annotated[
         list[TenantConfig], Field(description="None: everyone is the one tenant `default`.")
     ] = []

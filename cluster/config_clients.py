@@ -144,6 +144,36 @@ class ClassesConfig(Section):
     ] = 0.8
 
 
+class ResumeConfig(Section):
+    """Requests that can be resumed: those with an idempotency key, or that ask for it."""
+
+    window_seconds: Annotated[
+        float, Field(gt=0, le=86400, description="A finished one can be replayed for so long.")
+    ] = 600.0
+    grace_seconds: Annotated[
+        float, Field(ge=0, description="A running one waits so long for its client to come back.")
+    ] = 30.0
+
+
+class BatchConfig(Section):
+    """Batch jobs: how much of them at once, and how long they are kept."""
+
+    max_running_lines: Annotated[
+        int, Field(ge=16, description="Lines that a router has in hand at once.")
+    ] = 128
+    max_file_bytes: Annotated[int, Field(ge=1024, description="Largest input, bytes.")] = 64 << 20
+    max_lines: Annotated[int, Field(ge=1, description="Lines of an input.")] = 100_000
+    max_stored_bytes: Annotated[
+        int, Field(ge=1024, description="Inputs and results that the store holds, bytes.")
+    ] = 256 << 20
+    completion_window_seconds: Annotated[
+        float, Field(gt=0, description="A job that takes longer ends as expired.")
+    ] = 86400.0
+    keep_seconds: Annotated[
+        float, Field(gt=0, description="An ended job and its results are kept for so long.")
+    ] = 7 * 86400.0
+
+
 class TlsConfig(Section):
     """TLS of the routers' two ports."""
 

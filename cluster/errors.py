@@ -5,6 +5,7 @@
     ├── NotFound              no such model, request or worker
     ├── Unauthenticated       no or wrong credentials
     ├── PermissionDenied      known, but not allowed to do this
+    ├── NotResumable          a request cannot be gone on with: expired, or not exactly
     ├── Overloaded            no room now; carries when to come back
     ├── DeadlineExceeded      the caller's time is over
     ├── Cancelled             the caller gave up
@@ -58,6 +59,10 @@ class Unauthenticated(PdserveError):
 
 class PermissionDenied(PdserveError):
     """The caller is known, but may not do this."""
+
+
+class NotResumable(PdserveError):
+    """A request cannot be gone on with: it has expired, or its next token could not be exact."""
 
 
 class Overloaded(PdserveError):
@@ -118,6 +123,7 @@ STATUS: dict[type[PdserveError], Status] = {
     NotFound: Status(5, 404, "NOT_FOUND"),
     Unauthenticated: Status(16, 401, "UNAUTHENTICATED"),
     PermissionDenied: Status(7, 403, "PERMISSION_DENIED"),
+    NotResumable: Status(9, 410, "FAILED_PRECONDITION"),
     Overloaded: Status(8, 429, "RESOURCE_EXHAUSTED"),
     DeadlineExceeded: Status(4, 504, "DEADLINE_EXCEEDED"),
     Cancelled: Status(1, 499, "CANCELLED"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cluster.config import ModelConfig
 from cluster.errors import Unavailable
@@ -60,3 +60,7 @@ class Catalog:
     async def encode(self, name: str, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's token ids. Raises InvalidRequest as `Tokenizer.encode`."""
         return await self._tokenizers[name].encode(prompt)
+
+    def settled(self, name: str, token_ids: Sequence[int]) -> bool:
+        """As `Tokenizer.settled`."""
+        return self._tokenizers[name].settled(token_ids)

@@ -82,6 +82,9 @@ def ask(
         request_id=request.request_id,
         cache_salt=request.cache_salt,
         urgency=_urgency(request),
+        idempotency_key=request.idempotency_key,
+        resumable=request.resumable,
+        publish_after=_publish_after(request),
     )
 
 
@@ -95,6 +98,11 @@ def _urgency(request: inference_pb2.GenerateRequest) -> Urgency:
         targets.ttft_seconds if targets.HasField("ttft_seconds") else None,
         targets.tpot_seconds if targets.HasField("tpot_seconds") else None,
     )
+
+
+def _publish_after(request: inference_pb2.GenerateRequest) -> str | int | None:
+    mark = request.WhichOneof("publish_after")
+    return getattr(request, mark) if mark else None
 
 
 def prompt(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> Prompt:
@@ -121,6 +129,8 @@ def delta_message(request_id: str, delta: Delta) -> inference_pb2.GenerateRespon
         message.offset = delta.offset
     message.token_ids.extend(delta.token_ids)
     message.text = delta.text
+    if delta.text_offset:
+        message.text_offset = delta.text_offset
     if delta.logprobs:
         message.logprobs.extend(_logprobs(delta.logprobs))
     if delta.finish is not None:
@@ -153,6 +163,7 @@ def _completion_report(report: CompletionReport) -> inference_pb2.CompletionRepo
         phases=common_pb2.PhaseTimes(**phases),
         ttft_seconds=report.ttft_seconds,
         tpot_seconds=report.tpot_seconds,
+        publish_seconds=report.publish_seconds,
     )
     if report.handoff is not None:
         message.handoff.CopyFrom(common_pb2.HandoffReport(**asdict(report.handoff)))

@@ -2,10 +2,14 @@
 
     RECEIVED ─admitted─► ADMITTED ─placed─► PLACED ─started─► PREFILLING
         ─first token─► FIRST_TOKEN ─decode's own tokens─► DECODING ─► FINISHED
-    and from every state ─► FAILED or CANCELLED; a retry goes back to ADMITTED.
+    and from every state ─► FAILED or CANCELLED; a retry goes back to ADMITTED, and a request that
+    gives way to RECEIVED.
 
 Prefill and decode work on it at once under one sequence id. Prefill answers once, with the first
 token; decode's stream begins with the same token. Whichever comes first is sent.
+
+A worker may be lost after tokens were sent: the next attempt goes on at the next offset, in one of
+the ways of `router.replay`, or the completion fails where none is exact.
 
 When prefill's token is the last one, nothing is pushed and decode gives up: so a retryable failure
 of decode counts only once prefill has answered, or failed.
@@ -13,11 +17,11 @@ of decode counts only once prefill has answered, or failed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Callable, Sequence
 
-from cluster.errors import Cancelled, DeadlineExceeded, PdserveError, Unavailable
+from cluster.errors import Cancelled, DeadlineExceeded, NotResumable, PdserveError, Unavailable
+from router.account import Account
+from router.attempt import Attempt, Leg, legs
 from router.events import (
     Abort,
     Admitted,
@@ -29,6 +33,7 @@ from router.events import (
     Event,
     Fail,
     Finish,
+    GiveWay,
     Output,
     Place,
     Placed,
@@ -37,49 +42,15 @@ from router.events import (
     WorkerFailed,
 )
 from router.generation import Sampling
-from router.output import CompletionReport, FinishReason, Handoff, Stage
-from router.phases import Stamps
-from router.placement import Plan, Target
+from router.output import FinishReason, Stage
+from router.replay import Replay, how, why_not
+from router.states import TERMINAL, State
 from router.tokens import Contradiction, SentTokens, Source
 
 MAX_RETRIES = 2
 RETRY_DELAY_SECONDS = 0.05
 """Before the second retry; the first comes at once, on other workers."""
-
-
-class State(StrEnum):
-    """Where a completion is."""
-
-    RECEIVED = "received"
-    ADMITTED = "admitted"
-    PLACED = "placed"
-    PREFILLING = "prefilling"
-    FIRST_TOKEN = "first_token"
-    DECODING = "decoding"
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-TERMINAL = frozenset({State.FINISHED, State.FAILED, State.CANCELLED})
-
-
-@dataclass
-class _Leg:
-    """One worker's part in an attempt; ended when it sent its last output or failed."""
-
-    worker: Target
-    source: Source = field(default_factory=Source)
-    ended: bool = False
-
-
-@dataclass
-class _Attempt:
-    """One try; `decode_error` is decode's failure while prefill has yet to answer."""
-
-    sequence_id: str
-    legs: dict[Stage, _Leg]
-    decode_error: PdserveError | None = None
+NOT_THE_SAME = "the next one did not give the same tokens again"
 
 
 class Completion:
@@ -88,29 +59,45 @@ class Completion:
     Args:
         sampling: the completion's own, with max_tokens set.
         received_at: on the clock that `step` is given.
+        settled: whether tokens end with a whole character.
+        sent: what another router has sent of it, to go on from.
+        publish_after: as in `Account`.
     """
 
-    def __init__(self, index: int, sampling: Sampling, received_at: float) -> None:
+    def __init__(
+        self,
+        index: int,
+        sampling: Sampling,
+        received_at: float,
+        settled: Callable[[Sequence[int]], bool] = lambda _: True,
+        sent: SentTokens | None = None,
+        publish_after: str | int | None = None,
+    ) -> None:
         self.index = index
         self.state = State.RECEIVED
         self._sampling = sampling
-        self._stamps = Stamps(received_at)
-        self._sent = SentTokens(index)
-        self._attempt = _Attempt("", {})
-        self._retries = 0
+        self._account = Account(received_at, publish_after)
+        self._sent = sent or SentTokens(index)
+        self._attempt = Attempt()
+        self._attempts = 0
+        self._failures = 0
+        self._settled = settled
         self._avoid: frozenset[str] = frozenset()
-        self._last_token_at = received_at
-        self._cached_prompt_tokens = 0
-        self._handoff: Handoff | None = None
 
     @property
     def tokens(self) -> int:
         """How many the client was sent."""
         return self._sent.count
 
+    def check_goes_on(self) -> None:
+        """Raises NotResumable if it cannot go on exactly after what was sent."""
+        if self._replay() is None:
+            sent = f"after {self._sent.count} tokens"
+            raise NotResumable(f"it cannot go on exactly {sent}: {why_not(self._sampling)}")
+
     @property
     def first_token_at(self) -> float | None:
-        return self._stamps.first_token
+        return self._account.stamps.first_token
 
     def step(self, now: float, event: Event) -> list[Effect]:
         """Takes an event; events of a former attempt or after the end do nothing."""
@@ -120,8 +107,9 @@ class Completion:
             return self._output(now, event)
         match event:
             case Admitted():
-                self.state = State.ADMITTED
-                return [Place(self.index, 0)]
+                return self._place()
+            case GiveWay():
+                return self._give_way()
             case Placed():
                 return self._placed(now, event)
             case Started():
@@ -138,21 +126,25 @@ class Completion:
                 return self._fail(error)
 
     def _placed(self, now: float, event: Placed) -> list[Effect]:
-        if self.state is not State.ADMITTED:
+        if self.state is not State.ADMITTED or event.attempt not in (None, self._attempts - 1):
             return []
         self.state = State.PLACED
         if self._sent.count == 0:
-            self._stamps.placed = now
-        self._attempt = _Attempt(event.sequence_id, _legs(event.plan))
+            self._account.stamps.placed = now
+        base = Source(event.base, self._sent.chars if event.base else 0)
+        parts = legs(event.plan, base)
+        self._attempt = Attempt(event.sequence_id, parts, event.base, self._sent.count)
         return [
             StartSequence(self.index, leg.worker, stage, event.sequence_id, event.ticket)
             for stage, leg in self._attempt.legs.items()
         ]
 
     def _output(self, now: float, event: Output) -> list[Effect]:
-        leg = self._leg(event.sequence_id, event.stage)
+        leg = self._attempt.leg(event.sequence_id, event.stage)
         if leg is None:
             return []
+        if self._attempt.base:
+            event = event._replace(offset=event.offset + self._attempt.base)
         finish = self._finish_reason(event)
         try:
             if event.stage is Stage.PREFILL:
@@ -162,134 +154,109 @@ class Completion:
                     return self._retry_or_fail(self._attempt.decode_error, Stage.DECODE)
             delta = self._sent.take(event, leg.source, finish)
         except Contradiction as error:
+            if self._attempt.sent_before > 1:
+                return self._fail(Unavailable(f"a worker was lost and {NOT_THE_SAME}"))
             return self._fail(error)
         leg.ended = event.finish is not None
-        self._report(now, event)
+        self._account.reported(now, event, self._attempt)
         effects: list[Effect] = []
         if delta is not None:
+            self._account.sent(now, delta)
             if delta.token_ids:
-                self._advance(now)
+                self.state = State.FIRST_TOKEN if self._sent.count == 1 else State.DECODING
             effects.append(Emit(delta))
         if finish is not None:
             effects += self._cancel_legs()
             self.state = State.FINISHED
-            effects.append(Finish(self._completion_report(now, event.stage)))
+            report = self._account.report(
+                now, self.index, self._sent.count, self._attempt, event.stage
+            )
+            effects.append(Finish(report))
         return effects
 
     def _check_prefill(self, event: Output, finish: FinishReason | None) -> None:
         """Raises Contradiction unless it is prefill's one message and decode agrees with it."""
         if len(event.token_ids) != 1 or event.finish is None:
             raise Contradiction("prefill answered with other than one token and an end")
-        if finish is not None and self._sent.count > 1:
+        if finish is not None and self._sent.count > self._attempt.base + 1:
             raise Contradiction("prefill ended with its first token, decode went on")
 
     def _finish_reason(self, event: Output) -> FinishReason | None:
         """Why the completion ends with `event`; prefill's LENGTH is only its clamp to one token."""
         if event.stage is Stage.PREFILL and event.finish is FinishReason.LENGTH:
             alone = Stage.DECODE not in self._attempt.legs
-            return event.finish if alone or self._sampling.max_tokens == 1 else None
+            one_was_left = self._sampling.max_tokens == self._attempt.base + 1
+            return event.finish if alone or one_was_left else None
         return event.finish
 
-    def _advance(self, now: float) -> None:
-        if self._stamps.first_token is None:
-            self._stamps.first_token = now
-        self._last_token_at = now
-        self.state = State.FIRST_TOKEN if self._sent.count == 1 else State.DECODING
-
-    def _report(self, now: float, event: Output) -> None:
-        report = event.report
-        if report is None:
-            return
-        if event.stage is Stage.DECODE:
-            self._stamps.decode_reported(now, report)
-            self._handoff = report.handoff
-            return
-        self._cached_prompt_tokens = report.cached_prompt_tokens
-        if event.stage is Stage.PREFILL:
-            self._stamps.prefill_reported(now, report)
-        else:
-            self._stamps.whole_reported(now, report)
-
-    def _completion_report(self, now: float, last: Stage) -> CompletionReport:
-        legs = self._attempt.legs
-        first = legs.get(Stage.PREFILL) or legs[Stage.WHOLE]
-        first_token_at = self._stamps.first_token or now
-        gaps = self._sent.count - 1
-        return CompletionReport(
-            index=self.index,
-            tokens=self._sent.count,
-            prefill_worker=first.worker.worker_id,
-            decode_worker="" if last is Stage.PREFILL else legs[last].worker.worker_id,
-            phases=self._stamps.phases(now),
-            handoff=self._handoff,
-            cached_prompt_tokens=self._cached_prompt_tokens,
-            ttft_seconds=first_token_at - self._stamps.received,
-            tpot_seconds=(self._last_token_at - first_token_at) / gaps if gaps > 0 else 0.0,
-        )
-
     def _worker_failed(self, event: WorkerFailed) -> list[Effect]:
-        leg = self._leg(event.sequence_id, event.stage)
+        leg = self._attempt.leg(event.sequence_id, event.stage)
         if leg is None:
             return []
         leg.ended = True
         decode = self._attempt.legs.get(Stage.DECODE)
-        if event.stage is Stage.PREFILL and decode and not decode.ended and decode.source.tokens:
+        if event.stage is Stage.PREFILL and decode and not decode.ended and self._began(decode):
             return []  # Decode has what prefill was for.
         if self._attempt.decode_error is not None and event.error.retryable:
             return self._retry_or_fail(self._attempt.decode_error, Stage.DECODE, Stage.PREFILL)
         prefill = self._attempt.legs.get(Stage.PREFILL)
-        undecided = prefill is not None and not prefill.ended and self._sent.count <= 1
+        undecided = (
+            prefill is not None
+            and not prefill.ended
+            and (self._sent.count <= self._attempt.base + 1)
+        )
         if event.stage is Stage.DECODE and event.error.retryable and undecided:
             self._attempt.decode_error = event.error
             return []
         return self._retry_or_fail(event.error, event.stage)
 
+    def _began(self, leg: Leg) -> bool:
+        return leg.source.tokens > self._attempt.base
+
     def _retry_or_fail(self, error: PdserveError, *failed: Stage) -> list[Effect]:
-        if error.retryable and self._may_retry():
-            return self._retry(failed)
-        if self._sent.count and error.retryable:
-            error = Unavailable(f"{error} after {self._sent.count} tokens had been sent")
-        return self._fail(error)
-
-    def _may_retry(self) -> bool:
-        if self._retries >= MAX_RETRIES or self._sent.count > 1:
-            return False
-        return self._sent.count == 0 or self._sampling.replayable
-
-    def _retry(self, failed: Iterable[Stage]) -> list[Effect]:
-        effects = self._cancel_legs()
-        self._retries += 1
+        if not error.retryable:
+            return self._fail(error)
+        if self._sent.count > self._attempt.sent_before:
+            self._failures = 0  # It got on: a long answer may outlive many workers.
+        self._failures += 1
+        sent = f" after {self._sent.count} tokens had been sent" if self._sent.count else ""
+        if self._failures > MAX_RETRIES:
+            return self._fail(Unavailable(f"{error}{sent}") if sent else error)
+        if self._replay() is None:
+            reason = why_not(self._sampling)
+            return self._fail(Unavailable(f"{error}{sent}; it cannot go on exactly: {reason}"))
         self._avoid |= {self._attempt.legs[stage].worker.worker_id for stage in failed}
-        self._attempt = _Attempt("", {})
+        effects = self._cancel_legs()
+        return [*effects, *self._place(RETRY_DELAY_SECONDS * (self._failures - 1))]
+
+    def _place(self, delay_seconds: float = 0.0) -> list[Effect]:
+        """The next attempt."""
         self.state = State.ADMITTED
-        delay = RETRY_DELAY_SECONDS * (self._retries - 1)
-        return [*effects, Place(self.index, self._retries, self._avoid, delay)]
+        going_on = self._replay() is Replay.CONTINUE
+        prefix = self._sent.token_ids if going_on else ()
+        self._attempt = Attempt()
+        self._attempts += 1
+        return [Place(self.index, self._attempts - 1, self._avoid, delay_seconds, prefix)]
+
+    def _replay(self) -> Replay | None:
+        settled = self._sent.count == 0 or self._settled(self._sent.token_ids)
+        return how(self._sampling, self._sent.count, settled)
+
+    def _give_way(self) -> list[Effect]:
+        """Back to where it waits for admission, if it can go on from there."""
+        if self._replay() is None:
+            reason = why_not(self._sampling)
+            gave_way = "it gave way to online work and cannot go on exactly"
+            return self._fail(Unavailable(f"{gave_way}: {reason}"))
+        effects = self._cancel_legs()
+        self.state = State.RECEIVED
+        self._attempt = Attempt()
+        return effects
 
     def _fail(self, error: PdserveError, state: State = State.FAILED) -> list[Effect]:
         self.state = state
         return [*self._cancel_legs(), Fail(error)]
 
     def _cancel_legs(self) -> list[Effect]:
-        effects: list[Effect] = []
-        for leg in self._attempt.legs.values():
-            if not leg.ended:
-                leg.ended = True
-                effects.append(CancelSequence(leg.worker, self._attempt.sequence_id))
-        return effects
-
-    def _leg(self, sequence_id: str, stage: Stage) -> _Leg | None:
-        """The part of the present attempt that is still going on, or None."""
-        if sequence_id != self._attempt.sequence_id:
-            return None
-        leg = self._attempt.legs.get(stage)
-        return None if leg is None or leg.ended else leg
-
-
-def _legs(plan: Plan) -> dict[Stage, _Leg]:
-    """Decode comes first: it reserves its blocks while prefill is still on its way."""
-    workers = {
-        Stage.DECODE: plan.decode,
-        Stage.PREFILL: plan.prefill,
-        Stage.WHOLE: plan.whole,
-    }
-    return {stage: _Leg(worker) for stage, worker in workers.items() if worker is not None}
+        name = self._attempt.sequence_id
+        return [CancelSequence(leg.worker, name) for leg in self._attempt.end()]

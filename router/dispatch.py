@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from cluster.clock import Clock
-from cluster.errors import Cancelled, InvalidRequest, Overloaded, PdserveError, Unavailable
+from cluster.errors import InvalidRequest, Overloaded, PdserveError, Unavailable
 from cluster.ids import sequence_id
+from cluster.ticket import prompt_digest
 from router.admission.offers import Capacity, SloClass
 from router.admission.policy import Policy
 from router.events import (
@@ -19,6 +21,7 @@ from router.events import (
     Cancel,
     CancelSequence,
     Effect,
+    GiveWay,
     Output,
     Place,
     Placed,
@@ -37,10 +40,14 @@ from router.placement import Plan, Target, Unplaced
 from router.placer import Placer
 from router.running import Running, request_key
 from router.tickets import Cuts, TicketMint
+from router.tokens import SentTokens
 from router.worker_wire import SequenceStart
 
 PLACEMENT_WAIT_SECONDS = 10.0
 """How long an admitted request waits for workers that can take it."""
+
+RECOVERY_WAIT_SECONDS = 120.0
+"""How long one waits that has tokens already, for the next life of a worker that was lost."""
 
 
 class Workers(Protocol):
@@ -62,7 +69,11 @@ class _Unplaced:
 
 
 class Dispatch:
-    """Owns the requests that wait or run. All of it happens in one event loop."""
+    """Owns the requests that wait or run. All of it happens in one event loop.
+
+    Args:
+        settled: whether a model's tokens end with a whole character.
+    """
 
     def __init__(
         self,
@@ -73,6 +84,7 @@ class Dispatch:
         mint: TicketMint,
         observer: Observer,
         clock: Clock,
+        settled: Callable[[str, Sequence[int]], bool],
         pace: Pace | None = None,
     ) -> None:
         self._pace = pace
@@ -81,9 +93,12 @@ class Dispatch:
         self._mint = mint
         self._observer = observer
         self._clock = clock
+        self._settled = settled
         self.gate = Gate(policy, capacities, clock, self._admit, self._refuse, self._give_way)
         self._requests: dict[str, Running] = {}
         self._unplaced: dict[tuple[str, int], _Unplaced] = {}
+        self._asked: dict[tuple[str, int], Generation] = {}
+        """What the present attempt at a completion asks of its workers."""
         self._nonce = secrets.token_hex(4)
         self._sequences = 0
         self._refusal: PdserveError | None = None
@@ -100,10 +115,14 @@ class Dispatch:
             raise self._refusal
         self.gate.check(tenant, slo_class)
 
-    def submit(self, generation: Generation) -> Running:
+    def submit(self, generation: Generation, sent: Sequence[SentTokens] | None = None) -> Running:
         """Takes a request in. The caller consumes its deltas and calls `leave` in the end.
 
+        Args:
+            sent: what another router has sent of each completion, to go on from.
+
         Raises:
+            NotResumable: it could not go on exactly.
             InvalidRequest: its request_id is running already.
             Overloaded: there is no room.
             Unavailable: the router is stopping.
@@ -115,8 +134,15 @@ class Dispatch:
             raise InvalidRequest(
                 "request_id", f"{generation.request_id} is the id of a request that is running"
             )
-        self.gate.offer(key, generation)
-        running = Running(generation, self._clock, self._act, self._ended, self._pace)
+        settled = partial(self._settled, generation.model)
+        running = Running(
+            generation, self._clock, self._act, self._ended, self._pace, settled, sent
+        )
+        try:
+            self.gate.offer(key, generation, going_on=sent is not None)
+        except Overloaded:
+            running.discard()
+            raise
         self._requests[key] = running
         self._idle.clear()
         self._observer.received(running)
@@ -173,18 +199,23 @@ class Dispatch:
     def _place(self, running: Running, place: Place) -> None:
         if running.request.ended:
             return
-        generation = running.generation
+        generation = running.generation.going_on(place.prefix)
         decision = self._placer.place(running.key, generation, place)
         if isinstance(decision, Unplaced):
             self._wait_for_workers(running, place, decision.missing)
             return
         plan = decision.plan
         self._no_longer_waits(running.key, place.index)
-        ticket = self._mint.mint(generation, running.prompt_digest, plan, self._cuts(plan))
+        digest = running.prompt_digest
+        if place.prefix:
+            digest = prompt_digest(generation.prompt_token_ids)
+        ticket = self._mint.mint(generation, digest, plan, self._cuts(plan))
         self._sequences += 1
         nonce = f"{self._nonce}{self._sequences}"
         name = sequence_id(generation.request_id, place.index, place.attempt, nonce)
-        running.step(Placed(plan, name, ticket), place.index)
+        self._asked[running.key, place.index] = generation
+        placed = Placed(plan, name, ticket, len(place.prefix), place.attempt)
+        running.step(placed, place.index)
         running.step(Started(), place.index)
 
     def _cuts(self, plan: Plan) -> Cuts:
@@ -200,7 +231,9 @@ class Dispatch:
             waiting.missing = missing
             return
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(PLACEMENT_WAIT_SECONDS, self._give_up, key)
+        going_on = running.request.tokens > 0
+        patience = RECOVERY_WAIT_SECONDS if going_on else PLACEMENT_WAIT_SECONDS
+        timer = loop.call_later(patience, self._give_up, key)
         self._unplaced[key] = _Unplaced(running, place, missing, timer)
 
     def _give_up(self, key: tuple[str, int]) -> None:
@@ -208,7 +241,7 @@ class Dispatch:
         waiting.running.step(Abort(Unavailable(waiting.missing)))
 
     def _start(self, running: Running, effect: StartSequence) -> None:
-        generation = running.generation
+        generation = self._asked[running.key, effect.index]
         link = self._workers.link(effect.worker)
         error = Unavailable(f"worker {effect.worker.worker_id} is not connected")
         if link is None or not link.connected:
@@ -242,11 +275,15 @@ class Dispatch:
         self._requests[key].step(Abort(error))
 
     def _give_way(self, key: str) -> None:
-        self._requests[key].step(Abort(Yielded("online work needs the room")))
+        running = self._requests[key]
+        for completion in running.request.completions:
+            self._no_longer_waits(key, completion.index)
+        running.step(GiveWay())
 
     def _ended(self, running: Running, end: Completed | PdserveError) -> None:
         del self._requests[running.key]
         for completion in running.request.completions:
+            self._asked.pop((running.key, completion.index), None)
             self._no_longer_waits(running.key, completion.index)
         self.gate.release(running.key, running.generation, running.request.tokens)
         self._placer.ended(running.key, running.generation, end)
@@ -257,7 +294,3 @@ class Dispatch:
 
     def _gauge(self) -> None:
         self._observer.load(self.gate.running, {c: self.gate.queued(c) for c in SloClass})
-
-
-class Yielded(Cancelled):
-    """A batch request gave its place to online work; it may be asked again."""

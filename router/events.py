@@ -27,11 +27,19 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Placed:
-    """Workers were found; `ticket` is the signed ticket of the handoff, empty if there is none."""
+    """Workers were found.
+
+    Attributes:
+        ticket: the signed ticket of the handoff, empty if there is none.
+        base: how many tokens of the completion are part of the prompt.
+        attempt: of the Place that this answers; None: the latest.
+    """
 
     plan: Plan
     sequence_id: str
     ticket: bytes
+    base: int = 0
+    attempt: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,25 +90,35 @@ class Deadline:
 
 
 @dataclass(frozen=True)
+class GiveWay:
+    """Its room is needed: it stops, and waits to be admitted again."""
+
+
+@dataclass(frozen=True)
 class Abort:
     """The router gives the request up."""
 
     error: PdserveError
 
 
-Event = Admitted | Placed | Started | Output | WorkerFailed | Cancel | Deadline | Abort
+Event = Admitted | Placed | Started | Output | WorkerFailed | Cancel | Deadline | GiveWay | Abort
 
 # --- effects ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Place:
-    """Find workers for a completion, not before `delay_seconds` are over; retries avoid some."""
+    """Find workers for a completion, not before `delay_seconds` are over; retries avoid some.
+
+    Attributes:
+        prefix: tokens of the completion that were sent: they are computed as part of the prompt.
+    """
 
     index: int
     attempt: int
     avoid: frozenset[str] = frozenset()
     delay_seconds: float = 0.0
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,16 @@ class Gate:
         """Raises Overloaded if `offer` is sure to."""
         self._core.check(self._clock.now(), tenant, slo_class)
 
-    def offer(self, key: str, generation: Generation) -> None:
-        """Lets a request wait; `pump` next. Raises Overloaded."""
+    def offer(self, key: str, generation: Generation, going_on: bool = False) -> None:
+        """Lets a request wait; `pump` next.
+
+        Args:
+            going_on: it has its first token already.
+
+        Raises:
+            Overloaded: there is no room, or it cannot be in time.
+        """
+        due = generation.received_at + generation.slo.ttft_seconds
         guess = self._output_tokens.get(generation.model, FIRST_GUESS_TOKENS)
         n = generation.sampling.n
         offer = Offer(
@@ -73,7 +81,7 @@ class Gate:
             generation.model,
             len(generation.prompt_token_ids),
             n * min(generation.max_tokens, round(guess)),
-            min(generation.deadline, generation.received_at + generation.slo.ttft_seconds),
+            generation.deadline if going_on else min(generation.deadline, due),
             generation.deadline,
             n,
             generation.slo.priority,
@@ -106,7 +114,7 @@ class Gate:
                 self._again = False
                 for effect in self._core.pump(self._clock.now(), self._capacities()):
                     match effect:
-                        case Admit(key):
+                        case Admit(key, _):
                             self._admit(key)
                         case Refuse(key, error):
                             self._refuse(key, error)

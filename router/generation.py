@@ -115,6 +115,9 @@ class Ask:
         timeout_seconds: what is left of the caller's deadline; None: it set none.
         default_max_tokens: taken, as far as the context allows, when max_tokens is unset.
         received_at: seconds of the router's clock.
+        idempotency_key: a repetition under it joins or replays the first request.
+        resumable: it can be resumed; implied by a key.
+        publish_after: text or token id behind which the answer begins that a user sees.
     """
 
     model: str
@@ -126,6 +129,9 @@ class Ask:
     cache_salt: str = ""
     default_max_tokens: int | None = None
     urgency: Urgency = Urgency()
+    idempotency_key: str = ""
+    resumable: bool = False
+    publish_after: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +153,21 @@ class Generation:
     deadline: float
     tenant: str = DEFAULT_TENANT
     slo: Slo = Slo()
+    publish_after: str | int | None = None
 
     @property
     def max_tokens(self) -> int:
         assert self.sampling.max_tokens is not None
         return self.sampling.max_tokens
+
+    def going_on(self, prefix: tuple[int, ...]) -> Generation:
+        """The same, with tokens of its one completion that are there already in the prompt."""
+        if not prefix:
+            return self
+        sampling = replace(
+            self.sampling,
+            max_tokens=self.max_tokens - len(prefix),
+            min_tokens=max(0, self.sampling.min_tokens - len(prefix)),
+        )
+        prompt = self.prompt_token_ids + prefix
+        return replace(self, prompt_token_ids=prompt, sampling=sampling)

@@ -10,25 +10,24 @@ import grpc
 
 from cluster.clock import Clock
 from cluster.errors import PdserveError
-from cluster.ids import RequestId
 from cluster.obs.logs import REQUEST_ID
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 from router import client_wire as wire
 from router import validate
+from router.answer import Answer
 from router.caller import shown_by
 from router.catalog import Catalog
 from router.dispatch import Dispatch
 from router.intake import Intake
 from router.reception import Reception
 from router.refusal import refuse, refusing
-from router.running import Running
 from router.tenants import Tenants
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Generate, Cancel, Tokenize and ListModels over gRPC."""
+    """Generate, Resume, Cancel, Tokenize and ListModels over gRPC."""
 
     def __init__(
         self,
@@ -57,13 +56,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         except Exception as error:
             self._reception.refused("", request.model, error)
             raise
-        running = await self._reception.receive(tenant, ask)
-        generation = running.generation
-        REQUEST_ID.set(generation.request_id)
-        try:
-            await _send(running, generation.request_id, context)
-        finally:
-            running.leave()
+        await _answer(await self._reception.receive(tenant, ask), context)
+
+    @refusing
+    async def Resume(self, request: inference_pb2.ResumeRequest, context: Context) -> None:
+        tenant = self._tenants.identify(shown_by(context))
+        wire.refuse_unknown_fields(request)
+        validate.check_timeout(context.time_remaining())
+        answer = await self._reception.resume(tenant, request.request_id, request.next_offset)
+        await _answer(answer, context)
 
     @refusing
     async def Cancel(
@@ -107,18 +108,26 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ListModelsResponse(models=models)
 
 
-async def _send(running: Running, request_id: RequestId, context: Context) -> None:
+async def _answer(answer: Answer, context: Context) -> None:
+    REQUEST_ID.set(answer.request_id)
+    try:
+        await _send(answer, context)
+    finally:
+        answer.leave()
+
+
+async def _send(answer: Answer, context: Context) -> None:
     """Writes a request's deltas and its end; ends a write that blocks when the request is cut."""
     loop = asyncio.get_running_loop()
+    request_id = answer.request_id
     try:
         async with asyncio.timeout(None) as limit:
-            running.buffer.on_cut = lambda: limit.reschedule(loop.time())
-            async for deltas in running.deltas():
+            answer.on_cut = lambda: limit.reschedule(loop.time())
+            async for deltas in answer.deltas():
                 for delta in deltas:
                     await context.write(wire.delta_message(request_id, delta))
-            await context.write(wire.completed_message(request_id, running.buffer.completed))
+            await context.write(wire.completed_message(request_id, answer.completed))
     except TimeoutError:
-        error = running.buffer.error or PdserveError("cut without an error")
-        await refuse(context, error)
+        await refuse(context, answer.error or PdserveError("cut without an error"))
     finally:
-        running.buffer.on_cut = None
+        answer.on_cut = None

@@ -31,6 +31,7 @@ class Intake:
             validate.check_request_id(ask.request_id) if ask.request_id else new_request_id()
         )
         validate.check_cache_salt(ask.cache_salt)
+        validate.check_publish_after(ask.publish_after)
         model = validate.check_model(ask.model, self._catalog.names)
         limits = self._catalog.limits(model)
         validate.check_sampling(ask.sampling, limits)
@@ -51,6 +52,7 @@ class Intake:
             deadline,
             tenant.name,
             slo,
+            ask.publish_after,
         )
 
     async def encode(self, model: str, prompt: Prompt) -> tuple[int, ...]:

@@ -15,12 +15,13 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.config import RouterConfig
 from cluster.errors import ConfigError
-from pdserve.v1 import inference_pb2, operator_pb2
+from pdserve.v1 import batch_pb2, inference_pb2, operator_pb2
 from router.tls import grpc_credentials, http_context
 
 MAX_RESPONSE_BYTES = 16 << 20
 HTTP_SHUTDOWN_SECONDS = 1.0
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+BATCH = batch_pb2.DESCRIPTOR.services_by_name["Batch"].full_name
 OPERATOR = operator_pb2.DESCRIPTOR.services_by_name["Operator"].full_name
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Health:
         self._serving: bool | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        names = (INFERENCE, OPERATOR, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (INFERENCE, BATCH, OPERATOR, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
 
     async def start(self) -> None:
@@ -98,7 +99,7 @@ class Health:
             if serving
             else health_pb2.HealthCheckResponse.NOT_SERVING
         )
-        for name in ("", INFERENCE):
+        for name in ("", INFERENCE, BATCH):
             await self._servicer.set(name, status)
 
     async def stop(self) -> None:

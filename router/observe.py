@@ -170,6 +170,8 @@ class Observer:
         self.metrics.ttft.labels(model).observe(report.ttft_seconds)
         if report.tokens > 1:
             self.metrics.tpot.labels(model).observe(report.tpot_seconds)
+        if report.publish_seconds is not None:
+            self.metrics.publish.labels(model).observe(report.publish_seconds)
         for phase, seconds in asdict(report.phases).items():
             self.metrics.phase.labels(phase).observe(seconds)
         if report.handoff is not None:

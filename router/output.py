@@ -51,6 +51,7 @@ class Delta(NamedTuple):
         logprobs: as many as token_ids, or none.
         finish: set on the completion's last delta.
         stop: the stop string or token id that ended it.
+        text_offset: characters of the completion's text before `text`.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of it
@@ -60,6 +61,7 @@ class Delta(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None
     stop: str | int | None = None
+    text_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class CompletionReport:
         decode_worker: empty when it ended with its first token.
         ttft_seconds: received to first token.
         tpot_seconds: mean gap between the tokens after the first; 0 with one token.
+        publish_seconds: received to what a user sees first; None where that was not marked.
     """
 
     index: int
@@ -120,6 +123,7 @@ class CompletionReport:
     cached_prompt_tokens: int
     ttft_seconds: float
     tpot_seconds: float
+    publish_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ def joined(deltas: Sequence[Delta]) -> Delta:
     last = deltas[-1]
     return last._replace(
         offset=deltas[0].offset,
+        text_offset=deltas[0].text_offset,
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         text="".join(delta.text for delta in deltas),
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),

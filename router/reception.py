@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cluster.config_clients import ClassesConfig
 from router import validate
+from router.answer import Answer
 from router.catalog import Catalog
 from router.dispatch import Dispatch
 from router.generation import Ask, Slo
 from router.intake import Intake
 from router.observe import Observer
-from router.running import Running
+from router.resume.service import Resumption
 from router.slo import slo_of
 from router.tenants import Tenant
 
@@ -23,15 +26,17 @@ class Reception:
         catalog: Catalog,
         intake: Intake,
         dispatch: Dispatch,
+        resumption: Resumption,
         observer: Observer,
     ) -> None:
         self._classes = classes
         self._catalog = catalog
         self._intake = intake
         self._dispatch = dispatch
+        self._resumption = resumption
         self._observer = observer
 
-    async def receive(self, tenant: Tenant, ask: Ask) -> Running:
+    async def receive(self, tenant: Tenant, ask: Ask) -> Answer:
         """Takes a request in. The caller consumes its deltas and calls `leave` in the end.
 
         Raises:
@@ -42,10 +47,19 @@ class Reception:
             timeout = validate.check_timeout(ask.timeout_seconds)
             slo = slo_of(self._classes, tenant, ask.urgency, timeout)
             self._dispatch.check_room(tenant.name, slo.slo_class)
-            return self._dispatch.submit(await self._intake.prepare(ask, tenant, slo))
+            validate.check_idempotency_key(ask.idempotency_key)
+            generation = await self._intake.prepare(ask, tenant, slo)
+            if ask.resumable or ask.idempotency_key:
+                return await self._resumption.begin(generation, ask.idempotency_key)
+            return self._dispatch.submit(generation)
         except Exception as error:
             self.refused(tenant.name, ask.model, error, slo)
             raise
+
+    async def resume(self, tenant: Tenant, request_id: str, next_offsets: Sequence[int]) -> Answer:
+        """As `Resumption.resume`."""
+        validate.check_request_id(request_id)
+        return await self._resumption.resume(tenant.name, request_id, next_offsets)
 
     def refused(
         self, tenant: str, model: str, error: BaseException, slo: Slo | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from cluster.errors import Cancelled
-from router.completion import TERMINAL, Completion, State
+from router.completion import Completion
 from router.events import (
     Abort,
     Cancel,
@@ -13,10 +15,13 @@ from router.events import (
     Event,
     Fail,
     Finish,
+    GiveWay,
     PromptComputed,
 )
 from router.generation import Generation
-from router.output import Completed, CompletionReport
+from router.output import Completed, CompletionReport, Phases
+from router.states import TERMINAL, State
+from router.tokens import SentTokens
 
 
 class Request:
@@ -24,17 +29,39 @@ class Request:
 
     It ends once: with Complete when every completion has finished, or with Fail when the first one
     fails, which cancels the others.
+
+    Args:
+        settled: whether tokens end with a whole character.
+        sent: what another router has sent of each completion, to go on from.
+
+    Raises:
+        NotResumable: it could not go on exactly.
     """
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        settled: Callable[[Sequence[int]], bool] = lambda _: True,
+        sent: Sequence[SentTokens] | None = None,
+    ) -> None:
         self.state = State.RECEIVED
         self._prompt_tokens = len(generation.prompt_token_ids)
+        self._reports: dict[int, CompletionReport] = {}
         self.completions = [
-            Completion(i, generation.sampling.completion(i), generation.received_at)
+            Completion(
+                i,
+                generation.sampling.completion(i),
+                generation.received_at,
+                settled,
+                sent[i] if sent else None,
+                generation.publish_after,
+            )
             for i in range(generation.sampling.n)
         ]
-        self._reports: dict[int, CompletionReport] = {}
+        for before in sent or ():
+            self._take_up(before)
         self._prompt_computed = False
+        self._had = [c.tokens for c in self.completions]
 
     @property
     def ended(self) -> bool:
@@ -59,7 +86,10 @@ class Request:
                         return [*effects, *self._fail(now, effect, event)]
                     case _:
                         effects.append(effect)
-        if not self._prompt_computed and all(c.tokens for c in self.completions):
+        if isinstance(event, GiveWay):
+            self._prompt_computed = False
+            self._had = [c.tokens for c in self.completions]
+        elif not self._prompt_computed and all(map(self._got_on, self.completions)):
             self._prompt_computed = True
             effects.append(PromptComputed())
         if len(self._reports) == len(self.completions):
@@ -68,6 +98,22 @@ class Request:
         elif not self.ended:
             self.state = self._least()
         return effects
+
+    def _take_up(self, before: SentTokens) -> None:
+        """A completion that was all sent has no report: the router that served it is gone."""
+        completion = self.completions[before.index]
+        if before.finished:
+            completion.state = State.FINISHED
+            self._reports[before.index] = CompletionReport(
+                before.index, before.count, "", "", Phases(), None, 0, 0.0, 0.0
+            )
+        else:
+            completion.check_goes_on()
+
+    def _got_on(self, completion: Completion) -> bool:
+        """It has got a token since it was admitted."""
+        had = self._had[completion.index]
+        return completion.tokens > had or completion.state in TERMINAL
 
     def _least(self) -> State:
         """How far the completion is that is least far."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from cluster.clock import Clock
 from cluster.errors import Overloaded, PdserveError
+from cluster.ids import RequestId
 from cluster.ticket import prompt_digest
 from router.buffer import OutputBuffer
 from router.events import Abort, Cancel, Complete, Deadline, Effect, Emit, Event, Fail
@@ -16,6 +17,7 @@ from router.generation import Generation
 from router.output import Completed, Delta
 from router.pace import Pace
 from router.request import Request
+from router.tokens import SentTokens
 
 SLOW_CLIENT_RETRY_SECONDS = 1.0
 
@@ -23,12 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class Running:
-    """One request from its admission or queueing to its end.
+    """One request from its admission or queueing to its end; an `Answer`.
 
     Args:
         act: carries out the effects that concern workers.
         ended: called once, after the end.
         pace: how long tokens gather on their way to the client.
+        settled: whether tokens end with a whole character.
+        sent: what another router has sent of each completion, to go on from.
     """
 
     def __init__(
@@ -38,10 +42,12 @@ class Running:
         act: Callable[[Running, Effect], None],
         ended: Callable[[Running, Completed | PdserveError], None],
         pace: Pace | None = None,
+        settled: Callable[[Sequence[int]], bool] = lambda _: True,
+        sent: Sequence[SentTokens] | None = None,
     ) -> None:
         self.generation = generation
         self.key = request_key(generation.tenant, generation.request_id)
-        self.request = Request(generation)
+        self.request = Request(generation, settled, sent)
         self.buffer = OutputBuffer(pace=pace)
         self.prompt_digest = prompt_digest(generation.prompt_token_ids)
         self.received_wall = clock.wall() - (clock.now() - generation.received_at)
@@ -74,6 +80,34 @@ class Running:
         finally:
             self._stepping = False
 
+    @property
+    def request_id(self) -> RequestId:
+        return self.generation.request_id
+
+    @property
+    def model(self) -> str:
+        return self.generation.model
+
+    @property
+    def n(self) -> int:
+        return self.generation.sampling.n
+
+    @property
+    def completed(self) -> Completed:
+        return self.buffer.completed
+
+    @property
+    def error(self) -> PdserveError | None:
+        return self.buffer.error
+
+    @property
+    def on_cut(self) -> Callable[[], None] | None:
+        return self.buffer.on_cut
+
+    @on_cut.setter
+    def on_cut(self, cut: Callable[[], None] | None) -> None:
+        self.buffer.on_cut = cut
+
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What is there for the client, again and again until the end; one consumer.
 
@@ -87,6 +121,10 @@ class Running:
         """The client's call is over: whatever still runs is cancelled."""
         late = self._clock.now() >= self.generation.deadline
         self.step(Deadline() if late else Cancel())
+
+    def discard(self) -> None:
+        """It was not taken in after all: no event comes."""
+        self._deadline.cancel()
 
     def _try(self, effect: Effect) -> None:
         """A bug in one effect ends this request, not the task that brought the event."""

@@ -9,7 +9,6 @@ import os
 import random
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import grpc
 from aiohttp import web
@@ -20,12 +19,10 @@ from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.obs.metrics import RouterMetrics
 from cluster.obs.tracing import tracer_from_environment
-from cluster.store import client as store_client
-from cluster.store import journal as store_journal
-from cluster.store import registry as store_registry
 from cluster.store.records import RouterRecord
 from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
+from router.batch.assemble import BatchPart, batch_part
 from router.capacity import Capacities, policy
 from router.catalog import Catalog
 from router.dispatch import Dispatch
@@ -37,29 +34,24 @@ from router.intake import Intake
 from router.joint import JointPlacement
 from router.lease import RouterLease
 from router.listen import Health, bind_grpc, bind_http, grpc_options
-from router.observe import Journal, Observer
+from router.observe import Observer
 from router.operator import OperatorServicer
 from router.pace import Pace
 from router.placer import Placer
 from router.reception import Reception
+from router.resume.service import Resumption
+from router.store import Store, connect
 from router.tenants import Tenants
 from router.tickets import TicketMint
 from router.tokenize import Tokenizer
-from router.workers import Registry, Workers
+from router.workers import Workers
 
 JOURNAL_FLUSH_SECONDS = 1.0
 GRPC_GRACE_SECONDS = 1.0
+STREAMS_SECONDS = 2.0
 SHUTTING_DOWN = "the router is shutting down"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Store:
-    """The store's two parts that a router uses."""
-
-    registry: Registry
-    journal: Journal
 
 
 class RouterServer:
@@ -95,6 +87,7 @@ class RouterServer:
         self._clock = clock or SystemClock()
         self._stack = contextlib.AsyncExitStack()
         self._background: asyncio.Task[None] | None = None
+        self._batch_work: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
         self._pace = Pace()
@@ -120,7 +113,7 @@ class RouterServer:
 
     async def _start(self) -> None:
         config, clock = self._config, self._clock
-        store = self._store or await self._connect_store()
+        store = self._store or await connect(config, self._store_url, self._stack)
         self._fleet = fleet = Fleet(config.placement.prefix_blocks)
         mode = config.placement.disaggregate
         self._workers = Workers(
@@ -150,10 +143,16 @@ class RouterServer:
             TicketMint(self._signer, clock, config.handoff.ticket_seconds),
             self._observer,
             clock,
+            self._catalog.settled,
             self._pace,
         )
         intake = Intake(self._catalog, clock)
-        reception = Reception(config.classes, self._catalog, intake, self._dispatch, self._observer)
+        owner = f"{self._router_id} {self._incarnation}"
+        self._resumption = Resumption(config.resume, store.streams, self._dispatch, owner, clock)
+        self._stack.push_async_callback(self._resumption.stop)
+        reception = Reception(
+            config.classes, self._catalog, intake, self._dispatch, self._resumption, self._observer
+        )
         self._server = grpc.aio.server(options=grpc_options(config.router))
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceServicer(
@@ -167,6 +166,11 @@ class RouterServer:
             ),
             self._server,
         )
+        self._batch: BatchPart | None = None
+        if store.batch is not None:
+            self._batch = batch_part(
+                config.batch, store.batch, self._server, reception, tenants, owner, clock
+            )
         self._health = Health(self._server)
         self.grpc_address = bind_grpc(self._server, config.router)
         self._stack.push_async_callback(self._server.stop, GRPC_GRACE_SECONDS)
@@ -191,12 +195,8 @@ class RouterServer:
         self._workers.on_change(self._wake)
         self._background = asyncio.create_task(self._run(store), name="router")
         self._background.add_done_callback(self._broke)
-        log.info(
-            "router %s serves gRPC %s HTTP %s",
-            self._router_id,
-            self.grpc_address,
-            self.http_address,
-        )
+        where = (self.grpc_address, self.http_address)
+        log.info("router %s serves gRPC %s HTTP %s", self._router_id, *where)
 
     def _wake(self) -> None:
         """Ends the waits for a change; who waits next waits for the next one."""
@@ -230,10 +230,15 @@ class RouterServer:
         if self._stopping or self._background is None:
             return
         self._stopping = True
+        if self._batch_work is not None:
+            self._batch_work.cancel()  # Its pages are other routers' now.
+            await asyncio.wait({self._batch_work})
         self._dispatch.refuse(Unavailable(SHUTTING_DOWN))
+        self._resumption.abandon()
         await self._health.stop()
         await self._lease.drain()
         await self._dispatch.drain(drain_seconds)
+        await self._resumption.recorded(STREAMS_SECONDS)
         await self._observer.flush(JOURNAL_FLUSH_SECONDS)
         await self._end_background()
         await self._lease.remove()
@@ -246,6 +251,8 @@ class RouterServer:
             tasks.create_task(self._lease.run(), name="lease")
             tasks.create_task(self._observer.write_journal(store.journal), name="journal")
             tasks.create_task(self._report_health(), name="health")
+            if self._batch is not None:
+                self._batch_work = tasks.create_task(self._batch.runner.run(), name="batch")
             tasks.create_task(self._pace.run(), name="pace")
 
     async def _report_health(self) -> None:
@@ -265,13 +272,6 @@ class RouterServer:
             self._background.cancel()
             await asyncio.wait({self._background})
 
-    async def _connect_store(self) -> Store:
-        timeout = self._config.store.connect_timeout_seconds
-        client = await store_client.connect(self._store_url, timeout)
-        self._stack.push_async_callback(client.aclose)
-        name = self._config.name
-        return Store(store_registry.Registry(client, name), store_journal.Journal(client, name))
-
     def _http(self, tenants: Tenants, reception: Reception) -> web.Application:
         settings = self._config.router
         handlers = GenerateHandlers(
@@ -285,6 +285,7 @@ class RouterServer:
             registry,
             self.not_ready,
             settings.max_request_bytes,
+            self._batch.routes if self._batch is not None else (),
         )
         return built.app
 

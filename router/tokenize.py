@@ -19,6 +19,9 @@ from router.generation import ChatMessage, Prompt
 INLINE_CHARS = 50_000
 """Longer texts are encoded in a thread, so that they do not hold up other requests' tokens."""
 
+MAX_CHAR_TOKENS = 4
+"""UTF-8 has characters of four bytes."""
+
 MESSAGE_CHARS = 16
 """What a chat template is taken to write around a message."""
 
@@ -77,6 +80,11 @@ class Tokenizer:
             return await self._run(chars, self._encode_chat, prompt.chat)
         text = prompt.text or ""
         return await self._run(len(text), self._encode_text, text)
+
+    def settled(self, token_ids: Sequence[int]) -> bool:
+        """They end with a whole character: a token is one byte of it at least."""
+        tail = self._pretrained.decode(list(token_ids[-MAX_CHAR_TOKENS:]))
+        return not tail.endswith("\ufffd")
 
     def close(self) -> None:
         """Ends the thread; texts in it are given up."""

@@ -6,6 +6,8 @@ with each character of its text once; that the repetitions agree is checked.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import PdserveError
@@ -31,11 +33,20 @@ class SentTokens:
     """The tokens and the text that were sent of one completion."""
 
     def __init__(self, index: int) -> None:
-        self._index = index
-        self._first: int | None = None
+        self.index = index
+        self._tokens = array("I")
         self._head = ""
-        self._chars = 0
-        self.count = 0
+        self.chars = 0
+        self.finished = False
+        """Another router has sent all of it."""
+
+    @property
+    def count(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(self._tokens)
 
     def take(
         self, output: Output, source: Source, finish: FinishReason | None = None
@@ -54,8 +65,9 @@ class SentTokens:
         if output.logprobs and len(output.logprobs) != len(output.token_ids):
             raise Contradiction("output with other than one logprob entry a token")
         repeated = min(max(0, self.count - output.offset), len(output.token_ids))
-        if repeated and output.offset == 0 and output.token_ids[0] != self._first:
-            raise Contradiction(f"first token {output.token_ids[0]} after {self._first} was sent")
+        known = self._tokens[output.offset : output.offset + repeated]
+        if repeated and known != array("I", output.token_ids[:repeated]):
+            raise Contradiction(f"other tokens than were sent from offset {output.offset}")
         text = self._new_text(output.text, source.chars)
         source.tokens += len(output.token_ids)
         source.chars += len(output.text)
@@ -63,26 +75,33 @@ class SentTokens:
         if not token_ids and not text and finish is None:
             return None
         delta = Delta(
-            self._index,
+            self.index,
             self.count,
             token_ids,
             text,
             output.logprobs[repeated:],
             finish,
             output.stop if finish else None,
+            self.chars,
         )
-        if self._first is None and token_ids:
-            self._first = token_ids[0]
-        self.count += len(token_ids)
-        self._chars += len(text)
-        self._head += text[: _HEAD_CHARS - len(self._head)]
+        self._count(token_ids, text)
         return delta
+
+    def restore(self, delta: Delta) -> None:
+        """Counts as sent what another router has sent. Deltas come in order."""
+        self._count(delta.token_ids, delta.text)
+        self.finished = self.finished or delta.finish is not None
+
+    def _count(self, token_ids: Sequence[int], text: str) -> None:
+        self._tokens.extend(token_ids)
+        self.chars += len(text)
+        self._head += text[: _HEAD_CHARS - len(self._head)]
 
     def _new_text(self, text: str, start: int) -> str:
         """What of `text`, which begins at character `start` of the completion, was not sent yet."""
-        if start >= self._chars:
+        if start >= self.chars:
             return text
-        known = text[: self._chars - start]
+        known = text[: self.chars - start]
         sent = self._head[start : start + len(known)]
         if known[: len(sent)] != sent:
             raise Contradiction("text that differs from what was sent")

@@ -21,6 +21,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_CACHE_SALT_CHARS = 256
+MAX_IDEMPOTENCY_KEY_CHARS = 256
 MAX_GUIDE_CHARS = 64 << 10
 MAX_CHOICES = 1024
 MAX_MESSAGES = 4096
@@ -71,6 +72,25 @@ def check_cache_salt(salt: str) -> None:
     if len(salt) > MAX_CACHE_SALT_CHARS:
         raise InvalidRequest(
             "cache_salt", f"must be at most {MAX_CACHE_SALT_CHARS} characters, not {len(salt)}"
+        )
+
+
+def check_idempotency_key(key: str) -> None:
+    """Raises InvalidRequest if it is too long or not printable."""
+    if len(key) > MAX_IDEMPOTENCY_KEY_CHARS:
+        raise InvalidRequest(
+            "idempotency_key",
+            f"must be at most {MAX_IDEMPOTENCY_KEY_CHARS} characters, not {len(key)}",
+        )
+    if not key.isprintable():
+        raise InvalidRequest("idempotency_key", "must be printable characters")
+
+
+def check_publish_after(mark: str | int | None) -> None:
+    """Raises InvalidRequest if it is an empty or a long text."""
+    if isinstance(mark, str) and not 0 < len(mark) <= MAX_STOP_CHARS:
+        raise InvalidRequest(
+            "publish_after_text", f"must be 1 to {MAX_STOP_CHARS} characters, not {len(mark)}"
         )
 
 

@@ -100,7 +100,7 @@ async def generate(to: grpc.aio.Channel, prompt: Prompt) -> AsyncIterator[Delta 
     else:
         request.text = prompt.text
     stub = inference_pb2_grpc.InferenceStub(to)
-    with _errors():
+    with grpc_errors():
         async for response in stub.Generate(request, timeout=prompt.timeout_seconds):
             if response.HasField("delta"):
                 delta = response.delta
@@ -116,7 +116,7 @@ async def generate(to: grpc.aio.Channel, prompt: Prompt) -> AsyncIterator[Delta 
 async def cluster_view(to: grpc.aio.Channel) -> ClusterView:
     """GetCluster. Raises PdserveError."""
     stub = operator_pb2_grpc.OperatorStub(to)
-    with _errors():
+    with grpc_errors():
         reply = await stub.GetCluster(operator_pb2.GetClusterRequest(), timeout=STATUS_SECONDS)
     workers = tuple(
         WorkerView(
@@ -183,7 +183,8 @@ def _served(completed: inference_pb2.Completed) -> Served:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def grpc_errors() -> Iterator[None]:
+    """Turns a call's failure into the error that the router meant."""
     try:
         yield
     except grpc.aio.AioRpcError as error:

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.cli.batch_app import batch_app
 from cluster.cli.terminal import DEBUG, EXIT_INTERRUPTED, EXIT_OK, Terminal
 from cluster.errors import InvalidRequest, PdserveError
 
@@ -143,6 +144,9 @@ def config_check(file: File = None, as_json: Json = False) -> None:
     else:
         names = ", ".join(model.name for model in config.models)
         terminal.out.print(f"ok: cluster {config.name}, {names}", markup=False)
+
+
+app.add_typer(batch_app(terminal, lambda address, name: _address(address, name)), name="batch")
 
 
 def main() -> NoReturn:

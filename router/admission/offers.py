@@ -79,9 +79,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Admit:
-    """It starts now."""
+    """It starts now; promised batch work starts on top of what the room holds, and stays."""
 
     request_id: str
+    promised: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Yield:
-    """A running batch request gives its place back; `release` it, and offer it again later."""
+    """A running batch request gives its place back: it waits again, until the next Admit of it."""
 
     request_id: str
 

@@ -22,10 +22,11 @@ Lane = tuple[str, str, bool]
 
 @dataclass(frozen=True)
 class Waiting:
-    """An offer in its lane, and when it came there."""
+    """An offer in its lane, when it came there, and its number: it may come there again."""
 
     offer: Offer
     since: float
+    number: int
 
 
 _SLACK = 64
@@ -69,7 +70,7 @@ class ClassQueue:
             self._served[offer.tenant] = max(before, self._present)
         self._number += 1
         name, number = offer.request_id, self._number
-        self._by_id[name] = Waiting(offer, now)
+        self._by_id[name] = Waiting(offer, now, number)
         self.cost += offer.cost
         lane = self._lanes.setdefault((offer.tenant, offer.model, long), [])
         heapq.heappush(lane, ((-offer.priority, offer.start_by, number), name))
@@ -117,10 +118,10 @@ class ClassQueue:
     def expired(self, now: float) -> list[Offer]:
         """Those whose first token is due; each is told once."""
         due = []
-        while self._due and (self._due[0][0] <= now or self._due[0][2] not in self._by_id):
-            waiting = self._by_id.get(heapq.heappop(self._due)[2])
-            if waiting is not None and waiting.offer.start_by <= now:
-                due.append(waiting.offer)
+        while self._due and (self._due[0][0] <= now or not self._waits(*self._due[0][1:])):
+            _, number, name = heapq.heappop(self._due)
+            if self._waits(number, name):
+                due.append(self._by_id[name].offer)
         return due
 
     def cost_before(self, start_by: float) -> int:
@@ -129,10 +130,10 @@ class ClassQueue:
 
     def _forget_removed(self) -> None:
         """Drops what was removed from the middle of the heaps: they stay in proportion."""
-        self._due = [entry for entry in self._due if entry[2] in self._by_id]
+        self._due = [entry for entry in self._due if self._waits(*entry[1:])]
         heapq.heapify(self._due)
         for heap in self._lanes.values():
-            heap[:] = [entry for entry in heap if entry[1] in self._by_id]
+            heap[:] = [entry for entry in heap if self._waits(entry[0][2], entry[1])]
             heapq.heapify(heap)
         self._lanes = {lane: heap for lane, heap in self._lanes.items() if heap}
 
@@ -144,8 +145,14 @@ class ClassQueue:
         """The lane's first, past those that were removed; an empty lane goes."""
         heap = self._lanes[lane]
         while heap:
-            if waiting := self._by_id.get(heap[0][1]):
-                return waiting
+            (_, _, number), name = heap[0]
+            if self._waits(number, name):
+                return self._by_id[name]
             heapq.heappop(heap)
         del self._lanes[lane]
         return None
+
+    def _waits(self, number: int, name: str) -> bool:
+        """Entries of what was removed stay in the heaps until they come up."""
+        waiting = self._by_id.get(name)
+        return waiting is not None and waiting.number == number

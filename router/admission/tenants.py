@@ -58,6 +58,11 @@ class TenantBook:
         self._queued[tenant] -= 1
         self._running[tenant] += 1
 
+    def yields(self, tenant: str) -> None:
+        """A running request of it waits again."""
+        self._running[tenant] -= 1
+        self._queued[tenant] += 1
+
     def left(self, tenant: str, ran: bool) -> None:
         """A request of it has ended, running or waiting."""
         (self._running if ran else self._queued)[tenant] -= 1

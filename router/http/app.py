@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -26,6 +26,7 @@ class HttpApp:
     Args:
         not_ready: why requests cannot be served now; empty if they can.
         max_body: bytes.
+        more: routes beside its own.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class HttpApp:
         registry: CollectorRegistry,
         not_ready: Callable[[], str],
         max_body: int,
+        more: Iterable[web.RouteDef] = (),
     ) -> None:
         self._tenants = tenants
         self._catalog = catalog
@@ -53,6 +55,7 @@ class HttpApp:
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
+                *more,
             ]
         )
 

@@ -17,6 +17,7 @@ _TYPES = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    410: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     499: "cancelled",
@@ -24,6 +25,7 @@ _TYPES = {
     504: "timeout_error",
 }
 _FIELDS = {
+    "idempotency_key": "Idempotency-Key",
     "slo_class": "X-Slo-Class",
     "priority": "X-Priority",
     "targets.ttft_seconds": "X-Ttft-Target-Seconds",
@@ -54,7 +56,7 @@ def body_of(error: BaseException) -> tuple[int, dict[str, Any]]:
     if isinstance(error, InvalidRequest) and error.field:
         param = http_field(error.field)
         message = param + message.removeprefix(error.field)
-    elif isinstance(error, NotFound):
+    elif isinstance(error, NotFound) and message.startswith("model"):
         param, code = "model", "model_not_found"
     code = code or status.name.lower()
     return status.http_status, error_body(status.http_status, message, param, code)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 from aiohttp import ClientConnectionResetError, web
 from pydantic import ValidationError
@@ -14,13 +15,13 @@ from cluster.clock import Clock
 from cluster.errors import PdserveError
 from cluster.ids import REQUEST_ID_PATTERN
 from cluster.obs.logs import REQUEST_ID
+from router.answer import Answer
 from router.http.bodies import ChatBody, CompletionBody
 from router.http.failures import body_of, refuse_body
-from router.http.headers import seconds, shown_by, urgency
+from router.http.headers import IDEMPOTENCY_HEADER, seconds, shown_by, urgency
 from router.http.replies import ChatReply, CompletionReply, event
 from router.output import Delta, joined
 from router.reception import Reception
-from router.running import Running
 from router.tenants import Tenants
 
 TIMEOUT_HEADER = "X-Request-Timeout-Seconds"
@@ -64,22 +65,20 @@ class GenerateHandlers:
             tenant = self._tenants.identify(shown_by(request))
             body = _parse(kind, await request.read())
             asked = body.asked(received_at, self._timeout(request), _header_id(request))
-            asked = replace(asked, urgency=urgency(request.headers))
+            key = request.headers.get(IDEMPOTENCY_HEADER, "")
+            asked = replace(asked, urgency=urgency(request.headers), idempotency_key=key)
         except PdserveError as error:
             self._reception.refused("", "", error)
             raise
-        running = await self._reception.receive(tenant, asked)
-        generation = running.generation
-        REQUEST_ID.set(generation.request_id)
-        reply = reply_kind(
-            generation.request_id, generation.model, int(time.time()), body.include_usage
-        )
+        answer = await self._reception.receive(tenant, asked)
+        REQUEST_ID.set(answer.request_id)
+        reply = reply_kind(answer.request_id, answer.model, int(time.time()), body.include_usage)
         try:
             if body.stream:
-                return await _stream(request, running, reply)
-            return await _whole(running, reply)
+                return await _stream(request, answer, reply)
+            return await _whole(answer, reply)
         finally:
-            running.leave()
+            answer.leave()
 
     def _timeout(self, request: web.Request) -> float:
         return seconds(request.headers, TIMEOUT_HEADER) or self._default_timeout
@@ -98,33 +97,37 @@ def _header_id(request: web.Request) -> str:
     return given if REQUEST_ID_PATTERN.fullmatch(given) else ""
 
 
-async def _whole(running: Running, reply: CompletionReply) -> web.Response:
+async def collect(answer: Answer, reply: CompletionReply) -> dict[str, Any]:
+    """The whole reply, once it is there. Raises PdserveError."""
     deltas: dict[int, list[Delta]] = {}
-    async for batch in running.deltas():
+    async for batch in answer.deltas():
         for delta in batch:
             deltas.setdefault(delta.index, []).append(delta)
     choices = [joined(deltas[index]) for index in sorted(deltas)]
-    body = reply.whole(choices, running.buffer.completed)
-    headers = {REQUEST_ID_HEADER: running.generation.request_id}
-    return web.json_response(body, headers=headers)
+    return reply.whole(choices, answer.completed)
+
+
+async def _whole(answer: Answer, reply: CompletionReply) -> web.Response:
+    body = await collect(answer, reply)
+    return web.json_response(body, headers={REQUEST_ID_HEADER: answer.request_id})
 
 
 async def _stream(
-    request: web.Request, running: Running, reply: CompletionReply
+    request: web.Request, answer: Answer, reply: CompletionReply
 ) -> web.StreamResponse:
-    batches = running.deltas()
+    batches = answer.deltas()
     # Nothing is answered before the first token, so that an error until then has its own status.
     first = await anext(batches)
-    headers = {**STREAM_HEADERS, REQUEST_ID_HEADER: running.generation.request_id}
+    headers = {**STREAM_HEADERS, REQUEST_ID_HEADER: answer.request_id}
     response = web.StreamResponse(headers=headers)
-    write = _interruptible(running, response.write)
+    write = _interruptible(answer, response.write)
     try:
         await response.prepare(request)
-        await write(reply.opening(running.generation.sampling.n) + _chunks(reply, first))
+        await write(reply.opening(answer.n) + _chunks(reply, first))
         try:
             async for batch in batches:
                 await write(_chunks(reply, batch))
-            await write(reply.closing(running.buffer.completed))
+            await write(reply.closing(answer.completed))
         except PdserveError as error:
             _, body = body_of(error)
             await write(event(body))
@@ -143,17 +146,17 @@ def _chunks(reply: CompletionReply, batch: list[Delta]) -> bytes:
 
 
 def _interruptible(
-    running: Running, write: Callable[[bytes], Awaitable[None]]
+    answer: Answer, write: Callable[[bytes], Awaitable[None]]
 ) -> Callable[[bytes], Awaitable[None]]:
     """`write`, ended by TimeoutError when the request is cut off while it blocks."""
     loop = asyncio.get_running_loop()
 
     async def wrapped(data: bytes) -> None:
         async with asyncio.timeout(None) as limit:
-            running.buffer.on_cut = lambda: limit.reschedule(loop.time())
+            answer.on_cut = lambda: limit.reschedule(loop.time())
             try:
                 await write(data)
             finally:
-                running.buffer.on_cut = None
+                answer.on_cut = None
 
     return wrapped

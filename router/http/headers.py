@@ -16,6 +16,7 @@ from router.tenants import Shown
 CLASS_HEADER = "X-Slo-Class"
 PRIORITY_HEADER = "X-Priority"
 TTFT_HEADER = "X-Ttft-Target-Seconds"
+IDEMPOTENCY_HEADER = "Idempotency-Key"
 TPOT_HEADER = "X-Tpot-Target-Seconds"
 
 

@@ -1,5 +1,5 @@
-"""Workers that die: their requests end with a clear error, the survivors' ledgers return to 0, and
-the controller puts new lives in their place."""
+"""Workers that die: their requests go on exactly, or end with a clear error, the survivors' ledgers
+return to 0, and the controller puts new lives in their place."""
 
 from __future__ import annotations
 
@@ -40,38 +40,63 @@ def wait_for_new_life(cluster: RunningCluster, before: WorkerRecord) -> None:
     raise AssertionError(f"{before.worker_id} did not come back")
 
 
-def start_long(channel: grpc.Channel) -> grpc.Call:
-    sampling = common_pb2.SamplingParams(max_tokens=900, temperature=1, ignore_eos=True)
-    request = inference_pb2.GenerateRequest(text="Here are the codes:\n", sampling=sampling)
-    call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=120)
-    next(call)
-    next(call)
-    return call
+LONG = common_pb2.SamplingParams(max_tokens=600, temperature=0, ignore_eos=True)
+PROMPT = "Here are the codes:\n"
 
 
-@pytest.mark.timeout(600)
+def start(channel: grpc.Channel, sampling: common_pb2.SamplingParams) -> grpc.Call:
+    request = inference_pb2.GenerateRequest(text=PROMPT, sampling=sampling)
+    return inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=280)
+
+
+def read(call: grpc.Call, count: int | None = None) -> tuple[list[int], str]:
+    """Reads so many tokens, or all; asserts promise I4."""
+    tokens: list[int] = []
+    text, first = "", 0
+    for message in call:
+        if message.HasField("delta"):
+            first = message.delta.offset if not tokens else first
+            assert message.delta.offset == first + len(tokens)
+            tokens += message.delta.token_ids
+            text += message.delta.text
+        if count is not None and len(tokens) >= count:
+            break
+    return tokens, text
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("worker_id", "victim"),
     [(DECODE, "the worker"), (PREFILL, "its engine")],
     ids=["decode worker killed", "prefill engine killed"],
 )
-def test_a_dead_worker_is_replaced(
+def test_a_dead_worker_is_replaced_and_its_streams_go_on(
     cluster: RunningCluster, channel: grpc.Channel, worker_id: str, victim: str
 ) -> None:
+    whole = read(start(channel, LONG))
     before = registered(cluster)[worker_id]
-    call = start_long(channel)
+    call = start(channel, LONG)
+    inexact = common_pb2.SamplingParams(
+        max_tokens=600, temperature=1, ignore_eos=True, presence_penalty=0.5
+    )
+    other = start(channel, inexact)
+    tokens, text = read(call, 20)
+    read(other, 20)
     process = psutil.Process(before.pid)
     if victim == "its engine":
-        process = next(p for p in process.children(recursive=True) if ENGINE_CORE in p.name())
+        process = next(p for p in process.children(recursive=True) if "EngineCore" in p.name())
     family = psutil.Process(before.pid).children(recursive=True)
     process.kill()
     if worker_id == DECODE:
         with pytest.raises(grpc.RpcError):
-            list(call)
-        assert call.code() == grpc.StatusCode.UNAVAILABLE
-        assert DECODE in call.details()
+            list(other)
+        assert other.code() == grpc.StatusCode.UNAVAILABLE
+        assert DECODE in other.details()
+        assert "presence penalty" in other.details()
     else:
-        call.cancel()
+        other.cancel()
+    rest, rest_text = read(call)
+    assert (tokens + rest, text + rest_text) == whole
     wait_for_new_life(cluster, before)
     assert left_of(family) == []
     case = make_case(random.Random(7), n_facts=30)

@@ -16,7 +16,8 @@ from cluster.store.records import JournalEntry, RouterRecord, WorkerRecord
 from cluster.store.registry import Members
 from cluster.ticket import Ticket, TicketSigner
 from pdserve.v1 import common_pb2, worker_pb2, worker_pb2_grpc
-from router.server import RouterServer, Store
+from router.server import RouterServer
+from router.store import Store
 from router.tokenize import Tokenizer
 
 SECRET = b"a secret of the tests"
@@ -39,6 +40,9 @@ class Letters:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         letters = [2 + ord(c) % 900 for c in text]
         return [1, *letters] if add_special_tokens else letters
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(f"t{i - 10} " if i >= 10 else "?" for i in token_ids)
 
     def apply_chat_template(
         self, turns: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool
@@ -104,13 +108,21 @@ class FakeJournal:
         self.entries.append(entry)
 
 
+def going_on(start: worker_pb2.StartSequence) -> int:
+    """How many of the fake model's tokens stand at the end of the prompt."""
+    prompt = list(start.prompt_token_ids)
+    return next((n for n in range(len(prompt), 0, -1) if prompt[-n:] == list(range(10, 10 + n))), 0)
+
+
 def token_output(start: worker_pb2.StartSequence, i: int) -> worker_pb2.SequenceOutput:
-    """Token i of the one completion that the fake model knows: 10 + i, "t<i> "."""
+    """Token i after the prompt: the one completion that the fake model knows is 10, 11, … with
+    the text "t0 t1 …"; it goes on where the prompt ends with some of it."""
+    k = going_on(start) + i
     output = worker_pb2.SequenceOutput(
-        sequence_id=start.sequence_id, offset=i, token_ids=[10 + i], text=f"t{i} "
+        sequence_id=start.sequence_id, offset=i, token_ids=[10 + k], text=f"t{k} "
     )
     if start.sampling.HasField("logprobs"):
-        sampled = common_pb2.Logprob(token_id=10 + i, logprob=-0.5, rank=1, text=f"t{i} ")
+        sampled = common_pb2.Logprob(token_id=10 + k, logprob=-0.5, rank=1, text=f"t{k} ")
         other = common_pb2.Logprob(token_id=9, logprob=float("-inf"), rank=2, text="x")
         output.logprobs.add(sampled=sampled, top=[sampled, other][: start.sampling.logprobs])
     if i + 1 == start.sampling.max_tokens or start.stage == worker_pb2.STAGE_PREFILL:

@@ -227,22 +227,26 @@ async def test_more_urgent_work_starts_first(tenants: list[dict[str, Any]]) -> N
         assert order == ["running", "now", "high", "low", "batch"]
 
 
-async def test_online_work_takes_the_place_of_batch_work() -> None:
+async def test_batch_work_gives_way_to_online_work_and_goes_on_after_it() -> None:
     async with (
         running_cluster(max_running_requests=1) as cluster,
         grpc.aio.insecure_channel(cluster.router.grpc_address) as channel,
     ):
         stub = inference_pb2_grpc.InferenceStub(channel)
         cluster.decode.gate.clear()
-        request = ask()
+        request = ask(temperature=1)
         request.slo_class = common_pb2.SLO_CLASS_BATCH
         batch = stub.Generate(request, timeout=TIMEOUT)
-        await batch.read()
+        messages = [await batch.read()]
         online = stub.Generate(ask(), timeout=TIMEOUT)
         await online.read()
         await asyncio.wait_for(cluster.decode.cancelled.get(), TIMEOUT)
         cluster.decode.gate.set()
         assert (await collect(online))[-1].HasField("completed")
+        messages += await collect(batch)
+        assert tokens_of(messages) == [10, 11, 12, 13]
+        prompts = [len(cluster.prefill.started.get_nowait().prompt_token_ids) for _ in range(3)]
+        assert prompts == [3, 3, 4]
 
 
 def make_certificates(folder: Path) -> None:

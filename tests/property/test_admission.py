@@ -6,7 +6,7 @@ A model of its own keeps account of what was admitted; nothing of the core's is 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,23 +47,20 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.promised: set[str] = set()
 
     def pump(self) -> None:
-        online_waits = [
-            o.model
-            for o in self.waiting.values()
-            if o.slo_class is not SloClass.BATCH and self.tenant_may_run(o.tenant)
-        ]
         for effect in self.core.pump(self.now, dict.fromkeys(MODELS, self.capacity)):
             match effect:
-                case Admit(name):
+                case Admit(name, promised):
                     offer = self.waiting.pop(name)
                     self.running[name] = Running(offer)
-                    if not self.fits(offer, without=name):
+                    if promised:
                         assert offer.slo_class is SloClass.BATCH
                         self.promised.add(name)
-                    elif offer.slo_class is SloClass.BATCH:
-                        assert offer.model not in online_waits or not self.promised
+                    else:
+                        assert self.fits(offer, without=name)
                 case Yield(name):
-                    assert self.running.pop(name).offer.slo_class is SloClass.BATCH
+                    offer = self.running.pop(name).offer
+                    self.waiting[name] = replace(offer, start_by=offer.deadline)
+                    assert self.waiting[name].slo_class is SloClass.BATCH
                     assert name not in self.promised
                 case Refuse(name, error):
                     assert self.waiting.pop(name).start_by <= self.now
@@ -155,7 +152,8 @@ class AdmissionMachine(RuleBasedStateMachine):
             )
         for slo_class in SloClass:
             waiting = sum(o.slo_class is slo_class for o in self.waiting.values())
-            assert waiting <= self.max_queued + 1
+            yielded = MAX_RUNNING if slo_class is SloClass.BATCH else 0
+            assert waiting <= self.max_queued + yielded
 
     @invariant()
     def nothing_is_overdue(self) -> None:
@@ -178,7 +176,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 
 TestAdmission = AdmissionMachine.TestCase
-TestAdmission.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAdmission.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 @given(
@@ -243,7 +241,7 @@ def test_batch_and_standard_go_on_under_an_endless_stream(
                 core.release(now, name, 20)
         for effect in core.pump(now, {}):
             match effect:
-                case Admit(name):
+                case Admit(name, _):
                     running[name] = now + gap
                     if name.startswith(tuple(last)):
                         last[SloClass(name.rstrip("0123456789"))] = now

@@ -3,7 +3,7 @@ complete exactly when every block of every layer has come."""
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import HandoffRefused
@@ -12,6 +12,7 @@ from cluster.kv.assembly import Assembly, BlockRun
 BLOCK = 16
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_only_what_is_due_is_accepted(data: st.DataObject) -> None:
     layers = data.draw(st.integers(1, 4))

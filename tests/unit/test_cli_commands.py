@@ -45,7 +45,7 @@ def cluster_file(tmp_path: Path, **extra: object) -> str:
 def test_help_lists_every_command_without_importing_the_heavy_parts(pdserve) -> None:  # type: ignore[no-untyped-def]
     done = pdserve("--help")
     assert done.returncode == 0
-    for command in ("up", "down", "status", "generate", "demo", "doctor", "config"):
+    for command in ("up", "down", "status", "generate", "demo", "doctor", "config", "batch"):
         assert f" {command} " in done.stdout
     code = (
         "import sys, cluster.cli.main; print({'ray', 'grpc', 'torch', 'vllm'} & set(sys.modules))"

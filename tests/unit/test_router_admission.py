@@ -156,18 +156,23 @@ def test_a_prompt_that_cannot_be_computed_before_the_deadline_is_refused() -> No
         desk.core.offer(1.0, offer("hopeless", prompt_tokens=1000, deadline=7.0))
 
 
-def test_batch_yields_to_online_work_at_once() -> None:
+def test_batch_yields_to_online_work_at_once_and_waits_again() -> None:
     desk = Desk(max_running=4, batch_share=0.5)
-    assert desk.come(*(offer(f"b{i}", BATCH) for i in range(4))) == ["b0", "b1"]
+    assert desk.come(*(offer(f"b{i}", BATCH) for i in range(3))) == ["b0", "b1"]
     assert desk.come(offer("s0"), offer("i0", INTERACTIVE)) == ["i0", "s0"]
     desk.core.offer(1, offer("i1", INTERACTIVE))
     assert desk.pump(1) == [Yield("b1"), Admit("i1")]
-    desk.core.release(1, "b1", 0)  # what yielded ends after all: nothing more
     desk.core.offer(1, offer("i2", INTERACTIVE))
     assert desk.pump(1) == [Yield("b0"), Admit("i2")]
+    assert desk.core.queued == 3
     assert desk.leave("i0", 2) == []  # more than batch's share is still taken
     assert desk.leave("i1", 2) == []
-    assert desk.leave("i2", 2) == ["b2"]
+    assert desk.leave("i2", 2) == ["b2"]  # the one that has waited longest
+    assert desk.leave("s0", 2) == ["b1"]
+    assert desk.leave("b2", 3) == ["b0"]
+    desk.core.release(3, "b1", 20)
+    desk.core.release(3, "b0", 20)
+    assert (desk.core.running, desk.core.queued) == (0, 0)
 
 
 def test_batch_does_not_starve_and_online_work_does_not_wait_for_it() -> None:
@@ -264,7 +269,8 @@ def test_the_delay_follows_the_rate() -> None:
     delays = []
     for gap in (0.1, 5.0):
         desk = Desk(max_queued=10)
-        desk.come(*(offer(str(i)) for i in range(11)))
+        desk.come(offer("0"))
+        desk.come(*(offer(str(i)) for i in range(1, 11)))
         for i in range(8):
             now = (i + 1) * gap
             desk.leave(str(i), now)

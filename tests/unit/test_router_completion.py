@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from cluster.errors import (
     Unavailable,
     status_of,
 )
-from router.completion import MAX_RETRIES, Completion, State
+from router.completion import MAX_RETRIES, Completion
 from router.events import (
     Abort,
     Admitted,
@@ -27,6 +29,7 @@ from router.events import (
     Event,
     Fail,
     Finish,
+    GiveWay,
     Output,
     Place,
     Placed,
@@ -34,9 +37,10 @@ from router.events import (
     StartSequence,
     WorkerFailed,
 )
-from router.generation import Sampling
+from router.generation import Guide, Sampling
 from router.output import CompletionReport, Delta, FinishReason, Handoff, Stage, WorkerReport
 from router.placement import Plan, Target
+from router.states import State
 
 P, D = Target("p-0", "a"), Target("d-0", "b")
 PAIR = Plan(prefill=P, decode=D)
@@ -47,8 +51,13 @@ STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 class Bench:
     """A completion on a table: one call per event, time as told."""
 
-    def __init__(self, sampling: Sampling | None = None) -> None:
-        self.machine = Completion(0, sampling or Sampling(max_tokens=8, temperature=0), 100.0)
+    def __init__(
+        self,
+        sampling: Sampling | None = None,
+        settled: Callable[[Sequence[int]], bool] = lambda _: True,
+    ) -> None:
+        sampling = sampling or Sampling(max_tokens=8, temperature=0)
+        self.machine = Completion(0, sampling, 100.0, settled)
         self.now = 100.0
         self.attempt = -1
         self.deltas: list[Delta] = []
@@ -59,11 +68,11 @@ class Bench:
         self.deltas += [e.delta for e in effects if isinstance(e, Emit)]
         return effects
 
-    def place(self, plan: Plan = PAIR) -> list[Effect]:
+    def place(self, plan: Plan = PAIR, base: int = 0) -> list[Effect]:
         if self.machine.state is State.RECEIVED:
             self.step(Admitted(), 0)
         self.attempt += 1
-        effects = self.step(Placed(plan, self.sequence, b"ticket"))
+        effects = self.step(Placed(plan, self.sequence, b"ticket", base))
         self.step(Started(), 0)
         return effects
 
@@ -314,7 +323,7 @@ def test_prefill_that_cannot_be_retried_decides() -> None:
 
 
 def test_a_decode_failure_that_waits_is_told_when_there_is_no_retry() -> None:
-    bench = Bench(Sampling(max_tokens=8, temperature=1))
+    bench = Bench(Sampling(max_tokens=8, temperature=1, presence_penalty=0.5))
     bench.place()
     bench.decode(0, 7, text="he")
     assert bench.fails(Stage.DECODE) == []
@@ -354,20 +363,130 @@ def test_retry_that_draws_another_first_token_fails() -> None:
     assert status_of(error_of(bench.prefill(token=8))).name == "INTERNAL"
 
 
-def test_no_retry_of_a_random_completion_after_its_first_token() -> None:
+def test_it_continues_after_the_tokens_that_were_sent() -> None:
     bench = Bench(Sampling(max_tokens=8, temperature=1))
     bench.place()
+    bench.decode(0, 7, 8, 9, text="hell")
+    bench.prefill()
+    (place,) = bench.fails(Stage.DECODE)
+    assert place == Place(0, 1, frozenset({"d-0"}), 0.0, (7, 8, 9))
+    bench.place(base=3)
+    # Workers count from 0 again; prefill's LENGTH is its clamp to one token.
+    assert [e.delta for e in bench.prefill(token=5, text="o")] == [
+        Delta(0, 3, (5,), "o", text_offset=4)
+    ]
+    assert bench.decode(0, 5, text="o") == []
+    effects = bench.decode(1, 6, text="!", finish=STOP)
+    assert (bench.tokens, bench.text) == ([7, 8, 9, 5, 6], "hello!")
+    report = report_of(effects)
+    assert (report.tokens, report.cached_prompt_tokens) == (5, 3)  # of the first prefill
+
+
+def test_one_token_that_is_left_is_prefills() -> None:
+    bench = Bench(Sampling(max_tokens=3, temperature=1))
+    bench.place()
+    bench.decode(0, 7, 8, text="he")
+    bench.prefill()
+    bench.fails(Stage.DECODE)
+    bench.place(Plan(prefill=P), base=2)
+    assert report_of(bench.prefill(token=5, text="y")).decode_worker == ""
+    assert (bench.tokens, bench.text) == ([7, 8, 5], "hey")
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=8, temperature=1, seed=1),
+        Sampling(max_tokens=8, temperature=0, presence_penalty=0.5),
+        Sampling(max_tokens=8, temperature=0, stop=("x",)),
+        Sampling(max_tokens=8, temperature=0, guide=Guide("regex", "h.*")),
+    ],
+    ids=["seed", "penalty", "stop", "guide"],
+)
+def test_what_an_engine_keeps_is_built_up_again(sampling: Sampling) -> None:
+    """All is generated anew, compared with what was sent, and goes on behind it."""
+    bench = Bench(sampling)
+    bench.place()
+    bench.decode(0, 7, 8, text="he")
+    bench.prefill()
+    (place,) = bench.fails(Stage.DECODE)
+    assert isinstance(place, Place) and place.prefix == ()
+    bench.place()
+    assert bench.prefill() == []
+    assert bench.decode(0, 7, text="he") == []
+    bench.decode(1, 8, 9, text="y", finish=STOP)
+    assert (bench.tokens, bench.text) == ([7, 8, 9], "hey")
+
+
+def test_other_tokens_the_second_time_are_an_error_and_never_sent() -> None:
+    bench = Bench(Sampling(max_tokens=8, temperature=1, seed=1))
+    bench.place()
+    bench.decode(0, 7, 8, text="he")
+    bench.prefill()
+    bench.fails(Stage.DECODE)
+    bench.place()
+    bench.prefill()
+    error = error_of(bench.decode(0, 7, 6, text="hi"))
+    assert isinstance(error, Unavailable) and "same tokens" in str(error)
+    assert bench.tokens == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"presence_penalty": 0.5}, "presence"),
+        ({"frequency_penalty": -0.5}, "frequency"),
+        ({"stop": ("x",)}, "stop strings"),
+        ({"guide": Guide("json_object")}, "guide"),
+    ],
+)
+def test_what_cannot_go_on_exactly_says_why(fields: dict[str, Any], word: str) -> None:
+    bench = Bench(Sampling(max_tokens=8, temperature=1, **fields))
+    bench.place()
+    bench.decode(0, 7, 8, text="he")
     bench.prefill()
     error = error_of(bench.fails(Stage.DECODE))
     assert isinstance(error, Unavailable)
-    assert "1 token" in str(error)
+    assert "2 tokens" in str(error) and word in str(error) and "without a seed" in str(error)
 
 
-def test_no_retry_once_decode_went_on() -> None:
-    bench = Bench()
+def test_half_a_character_is_not_continued() -> None:
+    for temperature in (0, 1):
+        bench = Bench(Sampling(max_tokens=8, temperature=temperature), settled=lambda _: False)
+        bench.place()
+        bench.decode(0, 7, 8, text="he")
+        bench.prefill()
+        last = bench.fails(Stage.DECODE)[-1]
+        if temperature == 0:
+            assert last == Place(0, 1, frozenset({"d-0"}))
+        else:
+            assert isinstance(last, Fail)
+
+
+def test_a_long_answer_may_outlive_many_workers() -> None:
+    bench = Bench(Sampling(max_tokens=99, temperature=1))
+    for i in range(3 * MAX_RETRIES):
+        bench.place(Plan(whole=D), base=i)
+        bench.decode(0, 7, text="x", stage=Stage.WHOLE)
+        assert isinstance(bench.fails(Stage.WHOLE)[-1], Place)
+    for _ in range(MAX_RETRIES - 1):
+        bench.place(Plan(whole=D), base=3 * MAX_RETRIES)
+        assert isinstance(bench.fails(Stage.WHOLE)[-1], Place)
+    bench.place(Plan(whole=D), base=3 * MAX_RETRIES)
+    assert f"{3 * MAX_RETRIES} tokens" in str(error_of(bench.fails(Stage.WHOLE)))
+
+
+def test_it_gives_way_and_goes_on_when_it_is_admitted_again() -> None:
+    bench = Bench(Sampling(max_tokens=8, temperature=1))
     bench.place()
-    bench.decode(0, 7, 8, text="hel")
-    assert isinstance(error_of(bench.fails(Stage.DECODE)), Unavailable)
+    bench.decode(0, 7, 8, text="he")
+    assert cancelled(bench.step(GiveWay())) == {"p-0", "d-0"}
+    assert bench.machine.state is State.RECEIVED
+    assert bench.decode(2, 9, text="?") == []
+    assert bench.step(Admitted()) == [Place(0, 1, frozenset(), 0.0, (7, 8))]
+    bench.place(base=2)
+    bench.prefill(token=9, text="y", finish=STOP)
+    assert (bench.tokens, bench.text) == ([7, 8, 9], "hey")
 
 
 def test_prefill_lost_after_decode_took_over_is_nothing() -> None:

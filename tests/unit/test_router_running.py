@@ -51,7 +51,7 @@ class Blocked:
 async def test_a_handler_that_is_cancelled_after_the_deadline_ends_the_request() -> None:
     desk = Desk()
     desk.output(1)
-    handler = asyncio.create_task(_send(desk.running, RequestId("r"), Blocked()))  # type: ignore[arg-type]
+    handler = asyncio.create_task(_send(desk.running, Blocked()))  # type: ignore[arg-type]
     await asyncio.sleep(0)
     assert desk.running.buffer.on_cut is not None
     handler.cancel()

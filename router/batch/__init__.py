@@ -1,0 +1,1 @@
+"""Batch jobs: taken in, worked on in the slack that online work leaves, read back."""

@@ -1,0 +1,1 @@
+"""Streams that outlive a connection and a router: recorded, joined, followed, taken over."""

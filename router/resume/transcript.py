@@ -1,0 +1,170 @@
+"""All that was sent of a request, for as many readers as come, at any offset."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from cluster.errors import InvalidRequest, Overloaded, PdserveError
+from cluster.ids import RequestId
+from router.generation import Generation
+from router.output import Completed, Delta
+
+SLOW_READER_SECONDS = 60.0
+"""A reader that takes nothing for so long is cut off; what it has not taken stays where it is."""
+
+
+class Transcript:
+    """Deltas in order, then the end. Memory is the request's own: readers hold a position only.
+
+    Args:
+        left: called when the last reader has left.
+    """
+
+    def __init__(self, generation: Generation, left: Callable[[], None]) -> None:
+        self.generation = generation
+        self.deltas: list[Delta] = []
+        self.end: Completed | PdserveError | None = None
+        self.readers = 0
+        self._left = left
+        self._news = asyncio.Event()
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each completion."""
+        counts = [0] * self.generation.sampling.n
+        for delta in self.deltas:
+            counts[delta.index] = delta.offset + len(delta.token_ids)
+        return counts
+
+    def extend(self, deltas: Sequence[Delta]) -> None:
+        self.deltas += deltas
+        self._wake()
+
+    def close(self, end: Completed | PdserveError) -> None:
+        """Nothing follows."""
+        self.end = end
+        self._wake()
+
+    async def news(self) -> None:
+        """Until there is more than there was."""
+        await self._news.wait()
+
+    def reader(self, next_offsets: Sequence[int] = ()) -> Reader:
+        """From these offsets on, one for each completion; 0 where there is none.
+
+        Raises:
+            InvalidRequest: there are more than completions.
+        """
+        n = self.generation.sampling.n
+        if len(next_offsets) > n:
+            raise InvalidRequest("next_offset", f"has {len(next_offsets)} entries, of {n} at most")
+        self.readers += 1
+        padding = [0] * (n - len(next_offsets))
+        return Reader(self, [*next_offsets, *padding])
+
+    def leave(self) -> None:
+        self.readers -= 1
+        if not self.readers:
+            self._left()
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+
+class Reader:
+    """One consumer of a transcript; an `Answer`."""
+
+    def __init__(self, transcript: Transcript, next_offsets: list[int]) -> None:
+        self._transcript = transcript
+        self._next = next_offsets
+        self._error: PdserveError | None = None
+        self._gone = False
+        self.on_cut: Callable[[], None] | None = None
+
+    @property
+    def request_id(self) -> RequestId:
+        return self._transcript.generation.request_id
+
+    @property
+    def model(self) -> str:
+        return self._transcript.generation.model
+
+    @property
+    def n(self) -> int:
+        return self._transcript.generation.sampling.n
+
+    @property
+    def error(self) -> PdserveError | None:
+        return self._error
+
+    @property
+    def completed(self) -> Completed:
+        assert isinstance(self._transcript.end, Completed)
+        return self._transcript.end
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """From the asked offsets on.
+
+        Raises:
+            InvalidRequest: an offset is behind the end.
+            PdserveError: the request failed, or this reader is too slow.
+        """
+        position = 0
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = self._transcript.deltas[position:]
+            position += len(batch)
+            rest = [rest for delta in batch if (rest := self._rest(delta)) is not None]
+            if rest:
+                timer = loop.call_later(SLOW_READER_SECONDS, self._cut)
+                try:
+                    yield rest
+                finally:
+                    timer.cancel()
+            elif self._transcript.end is not None and not batch:
+                self._check_end(self._transcript.end)
+                return
+            elif not batch:
+                await self._transcript.news()
+
+    def leave(self) -> None:
+        """The consumer's call is over; the request goes on for a while."""
+        if not self._gone:
+            self._gone = True
+            self._transcript.leave()
+
+    def _rest(self, delta: Delta) -> Delta | None:
+        """What of `delta` the reader has not got.
+
+        Its text comes whole or not at all: `text_offset` says where it begins.
+        """
+        known = self._next[delta.index] - delta.offset
+        if known <= 0:
+            return delta
+        if known < len(delta.token_ids):
+            return delta._replace(
+                offset=self._next[delta.index],
+                token_ids=delta.token_ids[known:],
+                logprobs=delta.logprobs[known:],
+            )
+        if delta.finish is None:
+            return None
+        offset = delta.offset + len(delta.token_ids)
+        return delta._replace(offset=offset, token_ids=(), logprobs=())
+
+    def _check_end(self, end: Completed | PdserveError) -> None:
+        for index, (due, count) in enumerate(zip(self._next, self._transcript.counts, strict=True)):
+            if due > count:
+                raise InvalidRequest(
+                    "next_offset",
+                    f"{due} is past the end: completion {index} has {count} tokens",
+                )
+        if isinstance(end, PdserveError):
+            raise end
+
+    def _cut(self) -> None:
+        self._error = Overloaded("the client reads too slowly; resume where it stopped", 1.0)
+        if self.on_cut is not None:
+            self.on_cut()
