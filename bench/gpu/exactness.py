@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from bench.gpu.fleet import Engine
 from bench.gpu.results import Control, Exact, Ledger
-from bench.gpu.systems import System, greedy, random_prompt
+from bench.gpu.systems import Split, System, Whole, greedy, random_prompt
 from bench.gpu.timing import Request
 from cluster.engine.protocol import Sampling
 
@@ -27,11 +27,15 @@ def samplings(seed: int) -> list[tuple[str, Sampling]]:
 
 
 async def exactness(
-    split: System, ones: Sequence[System], lengths: Sequence[int], vocab: int, reshaped: bool
+    split: Split, ones: Sequence[System], lengths: Sequence[int], vocab: int, reshaped: bool
 ) -> tuple[list[Exact], list[Control]]:
     """The same requests to the split and to each of `ones`; `reshaped` as in `Exact`."""
     rng = random.Random(3)
     rows, controls = [], []
+    for engine in (split.prefill, split.decode):
+        # An engine's first logprobs compile a kernel, which can take longer than a ticket lives.
+        _, logprobs = samplings(seed=0)[0]
+        await Whole("warm-up", engine).run(random_prompt(rng, BLOCK, vocab), logprobs)
     for length in lengths:
         prompt = random_prompt(rng, length, vocab)
         for name, sampling in samplings(seed=length)[: 1 if reshaped else 2]:
