@@ -1,0 +1,1 @@
+"""The advisor: which prefill:decode ratio, or none at all, for this traffic on these GPUs."""

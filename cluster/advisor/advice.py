@@ -1,0 +1,160 @@
+"""The options' answers put together: the best, what the second loses, what would change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.advisor.evaluate import Verdict, evaluate, goodput_on, mixed, requests_for
+from cluster.advisor.question import Floor, Option, Question, check_reachable
+from cluster.planner.efficiency import Cost, cost_per_request
+from cluster.simulator.goodput import Goal, goodput
+from cluster.simulator.outcome import Targets
+from cluster.simulator.workload import mean_rate
+
+RIVALS = 2
+"""Options beside the best one whose sensitivity to the traffic is simulated."""
+
+Task = tuple[Callable[..., object], tuple[object, ...]]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """If the targets or the traffic were other than stated.
+
+    Attributes:
+        change: in words.
+        best: the option that would be best then.
+        goodput: its goodput, and `kept` that of the option advised now.
+    """
+
+    change: str
+    best: Option
+    goodput: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The answer.
+
+    Attributes:
+        verdicts: best first.
+        second_loses: the share of the best one's goodput that the second best lacks.
+        costs: dollars per request at each option's goodput, in the order of `verdicts`.
+        rate: of the trace, requests/s.
+    """
+
+    question: Question
+    floor: Floor
+    rate: float
+    verdicts: tuple[Verdict, ...]
+    costs: tuple[Cost, ...]
+    second_loses: float
+    sensitivity: tuple[Sensitivity, ...]
+
+    @property
+    def best(self) -> Verdict:
+        return self.verdicts[0]
+
+
+def advise(
+    question: Question,
+    run: Callable[[Sequence[Task]], Iterable[object]],
+) -> Advice:
+    """Answers the question.
+
+    Args:
+        run: runs tasks, in processes of its own if it likes, and gives results in their order.
+
+    Raises:
+        InvalidRequest: an idle worker misses the targets, or there is no whole worker.
+    """
+    options = question.options()
+    least = check_reachable(question.performance, question.arrivals, question.goal)
+    verdicts: list[Verdict] = []
+    for verdict in run([(evaluate, (question, option)) for option in options]):
+        assert isinstance(verdict, Verdict)
+        verdicts.append(verdict)
+    verdicts.sort(key=lambda v: (v.goodput, v.attainment), reverse=True)
+    first = verdicts[0].goodput
+    second = verdicts[1].goodput if len(verdicts) > 1 else 0.0
+    sensitivity = [*_of_targets(question, verdicts), *_of_traffic(question, verdicts, run)]
+    return Advice(
+        question,
+        least,
+        mean_rate(question.arrivals),
+        tuple(verdicts),
+        tuple(_cost(question, verdict) for verdict in verdicts),
+        (first - second) / first if first > 0 else 0.0,
+        tuple(sensitivity),
+    )
+
+
+def _cost(question: Question, verdict: Verdict) -> Cost:
+    gpus, option = question.performance.gpus, verdict.option
+    prefill = option.prefill + option.both * verdict.prefill_busy
+    decode = option.decode + option.both * (1 - verdict.prefill_busy)
+    return cost_per_request(
+        question.dollars_per_hour, prefill * gpus, decode * gpus, verdict.goodput
+    )
+
+
+def _of_targets(question: Question, verdicts: Sequence[Verdict]) -> list[Sensitivity]:
+    """From the curves that are there already: the same runs, judged by other targets."""
+    now, found = question.goal.targets, []
+    for change, targets in (
+        ("TTFT target halved", Targets(now.ttft / 2, now.tpot)),
+        ("TTFT target doubled", Targets(now.ttft * 2, now.tpot)),
+        ("TPOT target halved", Targets(now.ttft, now.tpot / 2)),
+        ("TPOT target doubled", Targets(now.ttft, now.tpot * 2)),
+    ):
+        goal = Goal(targets, question.goal.share)
+        values = [goodput_on(verdict.curve, goal) for verdict in verdicts]
+        best = max(range(len(values)), key=values.__getitem__)
+        found.append(Sensitivity(change, verdicts[best].option, values[best], values[0]))
+    return found
+
+
+def _of_traffic(
+    question: Question,
+    verdicts: Sequence[Verdict],
+    run: Callable[[Sequence[Task]], Iterable[object]],
+) -> list[Sensitivity]:
+    requests = requests_for(question, verdicts[0].goodput)
+    limit = question.shape.max_model_len
+    changes = {
+        "prompts twice as long": mixed(requests, 2.0, 1.0, limit),
+        "outputs twice as long": mixed(requests, 1.0, 2.0, limit),
+    }
+    candidates = _neighbours(question, verdicts)
+    tasks: list[Task] = [
+        (
+            goodput,
+            (question.deployment(option), tuple(traffic), question.goal, question.seed, near, 0.08),
+        )
+        for traffic in changes.values()
+        for option, near in candidates
+    ]
+    results = [float(value) for value in run(tasks)]  # type: ignore[arg-type]
+    found = []
+    for i, change in enumerate(changes):
+        values = results[i * len(candidates) : (i + 1) * len(candidates)]
+        best = max(range(len(values)), key=values.__getitem__)
+        found.append(Sensitivity(change, candidates[best][0], values[best], values[0]))
+    return found
+
+
+def _neighbours(
+    question: Question, verdicts: Sequence[Verdict]
+) -> list[tuple[Option, float | None]]:
+    """The best option first, then its rivals: the splits beside it, and aggregated."""
+    best = verdicts[0].option
+    rivals = [v for v in verdicts[1:] if v.option.both]
+    rivals += [
+        v
+        for v in verdicts[1:]
+        if not v.option.both and abs(v.option.prefill - best.prefill) <= 1 and not best.both
+    ]
+    chosen = [verdicts[0], *rivals[:RIVALS]]
+    return [(v.option, v.goodput * 0.7 or None) for v in chosen]

@@ -1,0 +1,170 @@
+"""Fits a worker's performance to a profile, and says how far off the fit is.
+
+Relative least squares with coefficients ≥ 0: a millisecond matters as much in a short step as ten
+in a long one, and no cost is negative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from cluster.errors import InvalidRequest
+from cluster.planner.performance import DecodeCost, HandoffCost, Performance, PrefillCost
+from cluster.planner.profile import DecodeSample, HandoffSample, PrefillSample, Profile
+
+MIN_SAMPLES = 3
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class FitError:
+    """Relative errors over the samples, each predicted by a fit to all the others.
+
+    Attributes:
+        median, p90: |predicted − measured| ÷ measured; NaN where nothing was measured.
+    """
+
+    samples: int
+    median: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A performance that was fitted, and its own errors."""
+
+    performance: Performance
+    prefill_error: FitError
+    decode_error: FitError
+
+
+def calibrate(start: Performance, profile: Profile) -> Calibration:
+    """`start` with the costs that the profile measured; what it did not measure is kept.
+
+    Raises:
+        InvalidRequest: fewer than `MIN_SAMPLES` samples of a kind.
+    """
+    for kind, count in (("prefill", len(profile.prefill)), ("decode", len(profile.decode))):
+        if count < MIN_SAMPLES:
+            raise InvalidRequest(
+                "profile", f"has {count} {kind} samples, {MIN_SAMPLES} are the least to fit"
+            )
+    fitted = _fit_decode(_fit_prefill(start, profile.prefill), profile.decode)
+    if profile.handoff:
+        fitted = _fit_handoff(fitted, profile.handoff)
+    prefill_error = _cross_validated(
+        profile.prefill,
+        lambda rest: _fit_prefill(start, rest),
+        lambda p, s: (p.prefill_seconds(s.new, s.cached), s.seconds),
+    )
+    decode_error = _cross_validated(
+        profile.decode,
+        lambda rest: _fit_decode(start, rest),
+        lambda p, s: (p.decode_seconds(s.batch, s.context), s.seconds),
+    )
+    label = start.label.replace("roofline", "") + "calibrated"
+    return Calibration(replace(fitted, label=label), prefill_error, decode_error)
+
+
+def _fit_prefill(start: Performance, samples: Sequence[PrefillSample]) -> Performance:
+    rows = [(1.0, float(s.new), float(s.new * (s.new + 2 * s.cached))) for s in samples]
+    base, per_token, per_pair = fit(rows, [s.seconds for s in samples])
+    floor = min(start.prefill.floor, min(s.seconds for s in samples))
+    return replace(start, prefill=PrefillCost(base, per_token, per_pair, floor))
+
+
+def _fit_decode(start: Performance, samples: Sequence[DecodeSample]) -> Performance:
+    """One line below the large batches and one above, where both have samples enough."""
+    small = [s for s in samples if s.batch < start.large_batch]
+    large = [s for s in samples if s.batch >= start.large_batch]
+    if len(small) < MIN_SAMPLES or len(large) < MIN_SAMPLES:
+        small = large = list(samples)
+    return replace(start, decode=_decode_line(small), decode_large=_decode_line(large))
+
+
+def _decode_line(samples: Sequence[DecodeSample]) -> DecodeCost:
+    rows = [(1.0, float(s.context), float(s.batch)) for s in samples]
+    return DecodeCost(*fit(rows, [s.seconds for s in samples]))
+
+
+def _fit_handoff(start: Performance, samples: Sequence[HandoffSample]) -> Performance:
+    latency, per_byte = fit([(1.0, float(s.bytes)) for s in samples], [s.seconds for s in samples])
+    bandwidth = 1 / per_byte if per_byte > 0 else start.handoff.bandwidth
+    return replace(start, handoff=HandoffCost(latency, bandwidth, start.handoff.layers))
+
+
+def _cross_validated(
+    samples: Sequence[S],
+    fitted: Callable[[Sequence[S]], Performance],
+    predict: Callable[[Performance, S], tuple[float, float]],
+) -> FitError:
+    errors = []
+    for left_out, sample in enumerate(samples):
+        rest = [s for i, s in enumerate(samples) if i != left_out]
+        predicted, measured = predict(fitted(rest), sample)
+        errors.append(abs(predicted - measured) / measured)
+    errors.sort()
+    return FitError(len(errors), quantile(errors, 0.5), quantile(errors, 0.9))
+
+
+def quantile(ascending: Sequence[float], q: float) -> float:
+    """By linear interpolation; NaN of nothing."""
+    if not ascending:
+        return math.nan
+    position = q * (len(ascending) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ascending) - 1)
+    return ascending[low] + (position - low) * (ascending[high] - ascending[low])
+
+
+def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Coefficients ≥ 0 that minimise Σ((row·c − s)/s)². Few columns: every set of them is tried.
+
+    The best least-squares fit whose coefficients are all positive, over all subsets of columns, is
+    the non-negative optimum; with three columns that is seven tiny systems.
+    """
+    weighted = [[x / s for x in row] for row, s in zip(rows, seconds, strict=True)]
+    columns = len(weighted[0])
+    scale = [max(abs(row[c]) for row in weighted) or 1.0 for c in range(columns)]
+    best, best_error = [0.0] * columns, float(len(weighted))
+    for subset in range(1, 1 << columns):
+        chosen = [c for c in range(columns) if subset >> c & 1]
+        matrix = [[row[c] / scale[c] for c in chosen] for row in weighted]
+        solution = _normal_equations(matrix)
+        if solution is None or min(solution) < 0:
+            continue
+        error = sum(
+            (sum(x * c for x, c in zip(row, solution, strict=True)) - 1.0) ** 2 for row in matrix
+        )
+        if error < best_error - 1e-12:
+            best_error = error
+            best = [0.0] * columns
+            for c, value in zip(chosen, solution, strict=True):
+                best[c] = value / scale[c]
+    return best
+
+
+def _normal_equations(matrix: Sequence[Sequence[float]]) -> list[float] | None:
+    """Least squares against all ones, by Gaussian elimination; None where it is singular."""
+    n = len(matrix[0])
+    a = [[sum(r[i] * r[j] for r in matrix) for j in range(n)] for i in range(n)]
+    b = [sum(r[i] for r in matrix) for i in range(n)]
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda k: abs(a[k][i]))
+        if abs(a[pivot][i]) < 1e-12:
+            return None
+        a[i], a[pivot], b[i], b[pivot] = a[pivot], a[i], b[pivot], b[i]
+        for k in range(i + 1, n):
+            factor = a[k][i] / a[i][i]
+            for j in range(i, n):
+                a[k][j] -= factor * a[i][j]
+            b[k] -= factor * b[i]
+    solution = [0.0] * n
+    for i in reversed(range(n)):
+        rest = sum(a[i][j] * solution[j] for j in range(i + 1, n))
+        solution[i] = (b[i] - rest) / a[i][i]
+    return solution

@@ -1,0 +1,125 @@
+"""What keeps the planner steady: growth at once, loans after moments, shrinking after long."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.planner.actions import Wish
+from cluster.planner.state import (
+    NOT_NEEDED,
+    ROLES,
+    Action,
+    Add,
+    Counts,
+    Policy,
+    Remove,
+    Role,
+)
+
+LEND_STEPS = 6
+"""A pool lends to another what it did not need over so many decisions."""
+MAX_DAMPING = 8.0
+"""`down_after` grows to so many times itself at most."""
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What one moment needed, kept for the hysteresis.
+
+    Attributes:
+        measured: it is a need, and not what merely was there at first.
+    """
+
+    at: float
+    counts: Counts
+    measured: bool = True
+
+
+class Hysteresis:
+    """Remembers what was needed, and how it went when less was kept."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._needs: deque[_Needs] = deque()
+        self._shrunk_at = -math.inf
+        self._damping = 1.0
+
+    def forget(self) -> None:
+        """What was needed says nothing any more: of other targets, another mode, another clock."""
+        self._needs.clear()
+
+    def wish(
+        self,
+        now: float,
+        needed: Counts,
+        have: Counts,
+        manual: Mapping[Role, int],
+        may_add: bool,
+        reasons: list[str],
+    ) -> Wish:
+        """Growth at once, loans after moments, shrinking after `down_after`.
+
+        Two pools that were large one after the other are not both kept at their largest if the
+        budget has no room for that: then what is needed now decides.
+        """
+        policy = self.policy
+        if not self._needs:
+            self._needs.append(_Needs(now, _converted(have, needed), measured=False))
+        self._needs.append(_Needs(now, needed))
+        # What was started is waited for before it is judged.
+        late = self._damping * max(policy.down_after, 1.5 * policy.cold_start)
+        while self._needs[0].at < now - late:
+            self._needs.popleft()
+        keep, lend = needed, needed
+        for each in self._needs:
+            keep = _largest(keep, each.counts)
+            if each.measured and each.at > now - LEND_STEPS * policy.interval:
+                lend = _largest(lend, each.counts)
+        if keep.total > policy.max_workers:
+            keep = lend if lend.total <= policy.max_workers else needed
+        # Until every worker has a role of this mode, all of them are wanted in it.
+        other = have.prefill or have.decode if _mode(needed) else have.both
+        want = _largest(needed, _converted(have, needed)) if other else needed
+        keep = _largest(keep, want) if other else keep
+        for role, workers in manual.items():
+            reasons.append(f"{role} is held at {workers} by hand until it is released")
+            want, keep = replace(want, **{role: workers}), replace(keep, **{role: workers})
+        if keep != want:
+            reasons.append(f"not below {keep}, which was needed within {late:g} s")
+        return Wish(want, lend, keep, frozenset(manual), may_add)
+
+    def acted(self, now: float, actions: Sequence[Action]) -> None:
+        """Growth soon after shrinking: the shrinking was wrong, and the next one waits longer."""
+        calm = 4 * self.policy.down_after * self._damping
+        if any(isinstance(action, Add) for action in actions):
+            if now - self._shrunk_at < calm:
+                self._damping = min(MAX_DAMPING, 2 * self._damping)
+                self._shrunk_at = -math.inf
+        elif any(isinstance(a, Remove) and a.reason == NOT_NEEDED for a in actions):
+            if now - self._shrunk_at > calm:
+                self._damping = max(1.0, self._damping / 2)
+            self._shrunk_at = now
+
+
+def _converted(have: Counts, needed: Counts) -> Counts:
+    """All the workers that are there, in this mode: at first nothing says that they are too
+    many, and a change of mode is no reason to end any."""
+    if _mode(needed):
+        return Counts(both=max(have.total, needed.both))
+    if not have.both:
+        return have
+    spare = max(0, have.total - needed.total)
+    prefill = needed.prefill + round(spare * needed.prefill / max(1, needed.total))
+    return Counts(prefill=prefill, decode=max(needed.decode, have.total - prefill))
+
+
+def _largest(one: Counts, other: Counts) -> Counts:
+    return Counts(*(max(one.of(role), other.of(role)) for role in ROLES))
+
+
+def _mode(counts: Counts) -> bool:
+    """Whether these are aggregated workers only."""
+    return counts.both > 0 and not (counts.prefill or counts.decode)

@@ -1,0 +1,137 @@
+"""What one worker takes: seconds of a prefill, of a decode step, of a mixed step, of a handoff.
+
+All four are linear in what they process, piecewise where the hardware's limit changes. The same
+form holds a roofline, a fitted profile, and the tables published for DistServe; and a run of decode
+steps has a closed form, which is what makes the simulator fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class PrefillCost:
+    """Seconds of a prefill step: max(floor, base + per_token·Σnew + per_pair·Σ(total² − cached²)).
+
+    Attributes:
+        floor: no step is shorter: the weights are read once.
+    """
+
+    base: float
+    per_token: float
+    per_pair: float = 0.0
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """Seconds of a decode step: base + per_context·Σcontext + per_sequence·batch."""
+
+    base: float
+    per_context: float
+    per_sequence: float = 0.0
+
+
+@dataclass(frozen=True)
+class HandoffCost:
+    """Seconds of a KV handoff: latency + bytes/bandwidth, most of it hidden behind the prefill.
+
+    Attributes:
+        layers: the last layer's blocks can only leave once the prefill is done.
+    """
+
+    latency: float
+    bandwidth: float
+    layers: int = 1
+
+
+@dataclass(frozen=True)
+class Performance:
+    """One worker: a model on its hardware, in its parallel layout.
+
+    Attributes:
+        decode: costs below `large_batch` sequences, and from there on.
+        kv_bytes_per_token: of all its layers.
+        kv_capacity: tokens its cache holds.
+        gpus: that one worker takes.
+        label: what it describes, for reports.
+    """
+
+    prefill: PrefillCost
+    decode: DecodeCost
+    decode_large: DecodeCost
+    large_batch: int
+    handoff: HandoffCost
+    kv_bytes_per_token: float
+    kv_capacity: int
+    gpus: int = 1
+    label: str = ""
+
+    def prefill_seconds(self, new: int, cached: int = 0) -> float:
+        """One prompt alone in a step: `new` tokens after `cached` ones."""
+        return self.prefill_batch_seconds(((new, cached),))
+
+    def prefill_batch_seconds(self, prompts: Iterable[tuple[int, int]]) -> float:
+        """Several prompts, or chunks of them, in one step: (new, cached or computed before)."""
+        cost, tokens, pairs = self.prefill, 0, 0
+        for new, cached in prompts:
+            tokens += new
+            pairs += new * (new + 2 * cached)
+        return max(cost.floor, cost.base + cost.per_token * tokens + cost.per_pair * pairs)
+
+    def decode_cost(self, batch: int) -> DecodeCost:
+        """The costs that hold at this batch size."""
+        return self.decode if batch < self.large_batch else self.decode_large
+
+    def decode_seconds(self, batch: int, context: float) -> float:
+        """One step for `batch` sequences that hold `context` tokens together."""
+        if batch == 0:
+            return 0.0
+        cost = self.decode_cost(batch)
+        return cost.base + cost.per_context * context + cost.per_sequence * batch
+
+    def mixed_seconds(
+        self, prompts: Iterable[tuple[int, int]], batch: int, context: float
+    ) -> float:
+        """A chunked-prefill step: prompts' chunks and a decode batch share the linear layers.
+
+        The weights are read once for all; attention over the decodes' context comes on top.
+        """
+        chunks = tuple(prompts)
+        if not chunks:
+            return self.decode_seconds(batch, context)
+        if batch == 0:
+            return self.prefill_batch_seconds(chunks)
+        cost = self.decode_cost(batch)
+        linear = self.prefill_batch_seconds(chunks) + self.prefill.per_token * batch
+        weights = cost.base + cost.per_sequence * batch
+        return max(linear, weights) + cost.per_context * context
+
+    def handoff_seconds(self, tokens: int) -> float:
+        """The whole of a handoff of `tokens` tokens' KV."""
+        return self.handoff.latency + tokens * self.kv_bytes_per_token / self.handoff.bandwidth
+
+    def exposed_handoff_seconds(self, tokens: int, hidden_behind: float) -> float:
+        """What is left of it when a prefill of `hidden_behind` seconds ends."""
+        copy = tokens * self.kv_bytes_per_token / self.handoff.bandwidth
+        return self.handoff.latency + max(copy - hidden_behind, copy / self.handoff.layers)
+
+    def scaled(self, prefill: float = 1.0, decode: float = 1.0) -> Performance:
+        """The same worker with its measured speed: factors on the seconds."""
+        return replace(
+            self,
+            prefill=PrefillCost(
+                self.prefill.base * prefill,
+                self.prefill.per_token * prefill,
+                self.prefill.per_pair * prefill,
+                self.prefill.floor * prefill,
+            ),
+            decode=_scaled(self.decode, decode),
+            decode_large=_scaled(self.decode_large, decode),
+        )
+
+
+def _scaled(cost: DecodeCost, by: float) -> DecodeCost:
+    return DecodeCost(cost.base * by, cost.per_context * by, cost.per_sequence * by)

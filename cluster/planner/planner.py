@@ -1,0 +1,296 @@
+"""The planner: from what is seen to what is to be done, and why. Pure: `step(now, observed)`.
+
+    forecast ─► demand at the horizon ─► sizing (split, aggregated) ─► hysteresis ─► actions
+
+It plans for the highest rate until a worker started now would serve, plus the forecast's own error,
+plus the backlog, for as long as either mode needs; it prefers the fewer workers, and not to
+disaggregate where that serves the targets as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from cluster.planner.actions import Wish, after, counted, plan_actions, serving
+from cluster.planner.capacity import Load
+from cluster.planner.demand import Demand, Lengths, RecentLengths
+from cluster.planner.forecast import Forecast, Holt
+from cluster.planner.hysteresis import Hysteresis
+from cluster.planner.performance import Performance
+from cluster.planner.reasons import inputs_of, spoken_load, spoken_shortfall
+from cluster.planner.sizing import Sizing, shortfalls, size_split, size_whole
+from cluster.planner.state import (
+    ClassTargets,
+    Counts,
+    Decision,
+    Observed,
+    Policy,
+    Remove,
+    Role,
+    WorkerSeen,
+)
+
+SAMPLE = 96
+"""Requests of a class that its lengths are planned with."""
+JUMP_INTERVALS = 20.0
+"""A clock that moved on by more intervals than this between two steps has jumped."""
+MODE_STEPS = 12
+"""Over so many decisions another mode must be better before it is taken."""
+
+
+@dataclass
+class _Class:
+    forecast: Forecast
+    lengths: RecentLengths
+    burstiness: float = 1.0
+
+
+class Planner:
+    """One model's planner.
+
+    Args:
+        performance: of one worker; see `use` for a newer one.
+        targets: by class; traffic of a class without targets takes those of "".
+        forecast: makes a class's forecast.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        performance: Performance,
+        targets: Mapping[str, ClassTargets],
+        forecast: Callable[[], Forecast] = Holt,
+        chunk: int = 2048,
+    ) -> None:
+        self._steady = Hysteresis(policy)
+        self._performance = performance
+        self._targets = dict(targets)
+        self._new_forecast = forecast
+        self._chunk = chunk
+        self._classes: dict[str, _Class] = {}
+        self._last: float | None = None
+        self._whole: bool | None = None
+        self._modes: deque[tuple[Sizing, Sizing]] = deque(maxlen=MODE_STEPS)
+        self._manual: dict[Role, int] = {}
+        self._no_new_until = -math.inf
+
+    @property
+    def policy(self) -> Policy:
+        return self._steady.policy
+
+    def set_policy(self, policy: Policy) -> None:
+        """Another budget or rhythm from now on."""
+        self._steady.policy = policy
+
+    def use(self, performance: Performance) -> None:
+        """The workers' speed as it was measured of late."""
+        self._performance = performance
+
+    def set_targets(self, targets: Mapping[str, ClassTargets]) -> None:
+        """Other targets from now on; what was needed for the old ones is forgotten."""
+        self._targets = dict(targets)
+        self._steady.forget()
+
+    def hold(self, role: Role, workers: int) -> None:
+        """A person has set this pool: it stays so until `release`."""
+        self._manual[role] = workers
+
+    def release(self, role: Role) -> None:
+        """The planner decides about this pool again."""
+        self._manual.pop(role, None)
+
+    def step(self, now: float, observed: Observed) -> Decision:
+        """One decision. Call it every `policy.interval`; any other rhythm is survived."""
+        have = counted(serving(observed.workers))
+        if held := self._unusable(now, observed):
+            return self._held(now, observed, have, held)
+        self._learn(observed)
+        load = self._load(observed)
+        reasons = [spoken_load(load)]
+        stuck = self._stuck(now, observed.workers)
+        most = self.policy.max_workers
+        if stuck:
+            self._no_new_until = now + 5 * self.policy.cold_start
+        if now < self._no_new_until:
+            # Nodes do not come: what is there is all there is.
+            most = min(most, max(1, len(serving(observed.workers)) - len(stuck)))
+            reasons.append(
+                f"{len(stuck)} workers have been starting for over "
+                f"{2 * self.policy.cold_start:g} s: planning with the {most} that are there"
+            )
+        ready = sum(w.phase == "ready" for w in observed.workers)
+        sizing = self._sized(load, most, have, ready, reasons)
+        if not sizing.enough:
+            sizing = self._as_it_is(load, sizing, have)
+        missed = shortfalls(load, sizing) if not sizing.enough else ()
+        reasons += [spoken_shortfall(each) for each in missed]
+        may_add = now >= self._no_new_until
+        wish = self._steady.wish(now, sizing.counts, have, self._manual, may_add, reasons)
+        workers = [w for w in observed.workers if w not in stuck]
+        removed = tuple(Remove(w.worker_id, "stuck while starting") for w in stuck)
+        actions = (*removed, *plan_actions(self.policy, workers, wish))
+        self._steady.acted(now, actions)
+        if not actions:
+            reasons.append("nothing to change")
+        return Decision(
+            now,
+            after(observed.workers, actions),
+            sizing.counts,
+            tuple(actions),
+            "",
+            tuple(reasons),
+            missed,
+            inputs_of(load, observed),
+        )
+
+    # --- seeing ---------------------------------------------------------------------------------
+
+    def _unusable(self, now: float, observed: Observed) -> str:
+        """Why this observation decides nothing; empty if it does."""
+        last, self._last = self._last, now
+        if last is not None and not 0 <= now - last <= JUMP_INTERVALS * self.policy.interval:
+            self._steady.forget()
+            return f"the clock jumped by {now - last:+.1f} s"
+        age = now - observed.measured_at
+        if not 0 <= age <= self.policy.stale_after:
+            return f"the metrics are {age:.0f} s old"
+        if not observed.traffic:
+            return "there are no metrics"
+        bad = [
+            k for k, t in observed.traffic.items() if not (math.isfinite(t.rate) and t.rate >= 0)
+        ]
+        if bad:
+            return f"the arrival rate of {', '.join(repr(k) for k in sorted(bad))} is not a number"
+        if not math.isfinite(observed.queued_prompt_tokens):
+            return "the backlog is not a number"
+        unknown = [
+            k for k in observed.traffic if k not in self._targets and "" not in self._targets
+        ]
+        return f"class {unknown[0]!r} has no targets" if unknown else ""
+
+    def _held(self, now: float, observed: Observed, have: Counts, why: str) -> Decision:
+        """Nothing is decided, except that no pool in use is left below its minimum."""
+        least = self._at_least_minimum(have)
+        wish = Wish(least, have, have)
+        actions = tuple(plan_actions(self.policy, observed.workers, wish)) if least != have else ()
+        reasons = (f"held: {why}",)
+        target = after(observed.workers, actions)
+        return Decision(now, target, least, actions, why, reasons)
+
+    def _at_least_minimum(self, counts: Counts) -> Counts:
+        least = self.policy.minimum
+        if counts.both or self.policy.max_workers < 2 * least:
+            return replace(counts, both=max(least, counts.both))
+        return replace(counts, prefill=max(least, counts.prefill), decode=max(least, counts.decode))
+
+    def _learn(self, observed: Observed) -> None:
+        for kind, traffic in observed.traffic.items():
+            each = self._classes.get(kind)
+            if each is None:
+                each = self._classes[kind] = _Class(self._new_forecast(), RecentLengths())
+            each.forecast.observe(traffic.rate)
+            for lengths in traffic.lengths:
+                each.lengths.observe(lengths)
+            if math.isfinite(traffic.burstiness) and traffic.burstiness > 0:
+                each.burstiness += 0.2 * (min(20.0, traffic.burstiness) - each.burstiness)
+
+    def _stuck(self, now: float, workers: tuple[WorkerSeen, ...]) -> list[WorkerSeen]:
+        patience = 2 * self.policy.cold_start
+        return [w for w in workers if w.phase == "starting" and now - w.since > patience]
+
+    # --- sizing ---------------------------------------------------------------------------------
+
+    def _load(self, observed: Observed) -> Load:
+        """What is expected when a worker that is started now would serve."""
+        intervals = self.policy.cold_start / self.policy.interval
+        rates, samples = {}, {}
+        for kind, each in self._classes.items():
+            rate = each.forecast.highest(intervals) + self.policy.headroom * each.forecast.spread
+            if sample := each.lengths.sample(SAMPLE):
+                rates[kind], samples[kind] = rate, sample
+        backlog = self._backlog_rate(observed, samples)
+        total = sum(rates.values())
+        demands = {}
+        for kind, rate in rates.items():
+            share = rate / total if total else 1 / len(rates)
+            demands[kind] = Demand(
+                rate + backlog * share, samples[kind], self._classes[kind].burstiness
+            )
+        targets = {k: self._targets.get(k) or self._targets[""] for k in demands}
+        return Load(self._performance, demands, targets, self._chunk)
+
+    def _backlog_rate(
+        self, observed: Observed, samples: Mapping[str, tuple[Lengths, ...]]
+    ) -> float:
+        """Requests/s that work the backlog off in time. Prompts in service are no backlog: what the
+        workers compute within the tightest TTFT is taken off."""
+        new = [each.new for sample in samples.values() for each in sample]
+        if not new or observed.queued_prompt_tokens <= 0:
+            return 0.0
+        mean = sum(new) / len(new)
+        tightest = min(t.ttft for t in self._targets.values())
+        ready = sum(w.phase == "ready" and w.role != "decode" for w in observed.workers)
+        per_worker = min(tightest, 1.0) / self._performance.prefill_seconds(round(mean))
+        waiting = observed.queued_prompt_tokens / mean - ready * max(1.0, per_worker)
+        return max(0.0, waiting) / self.policy.recover_within
+
+    def _sized(self, load: Load, most: int, have: Counts, ready: int, reasons: list[str]) -> Sizing:
+        """Split or not: the mode that needs fewer workers, or serves the worst class better.
+
+        A mode is only left once the other was better over `MODE_STEPS` decisions, and for one that
+        the workers which are ready can serve.
+        """
+        least = self.policy.minimum
+        whole, split = size_whole(load, most, least), size_split(load, most, least)
+        if split is None:
+            self._whole = True
+            reasons.append(f"{most} worker(s) cannot be split into two pools")
+            return whole
+        if self._whole is None:
+            self._whole = bool(have.both) and not (have.prefill or have.decode)
+            if not have.total:
+                self._whole = _better(whole, split, 0.0)
+        if self._manual:
+            self._whole = "both" in self._manual
+        now, other = (whole, split) if self._whole else (split, whole)
+        self._modes.append((now, other))
+        steady = (
+            len(self._modes) == MODE_STEPS
+            and load.rate > 0
+            and not self._manual
+            and all(_better(o, n, self.policy.mode_gain) for n, o in self._modes)
+        )
+        if steady and max(o.counts.total for _, o in self._modes) <= ready:
+            self._whole = not self._whole
+            self._modes.clear()
+            self._steady.forget()
+            now, other = other, now
+            reasons.append(f"from now on {'aggregated' if self._whole else 'split'}")
+        name = "split" if self._whole else "aggregated"
+        reasons.append(
+            f"needed: {now.counts}, with which {now.worst:.1%} of the worst class meet their "
+            f"targets; {name} it would be {other.counts}, with {other.worst:.1%}"
+        )
+        return now
+
+    def _as_it_is(self, load: Load, best: Sizing, have: Counts) -> Sizing:
+        """Where nothing is enough, the split that is there, unless another is better by far: in an
+        overload the best one moves with every sample."""
+        if self._whole or have.total != best.counts.total or not (have.prefill and have.decode):
+            return best
+        present = Sizing(have, load.split(have.prefill, have.decode), False)
+        moved = abs(best.counts.prefill - have.prefill)
+        far = best.worst > present.worst + 0.05 or moved > max(1, have.total // 5)
+        return best if far else present
+
+
+def _better(one: Sizing, than: Sizing, gain: float) -> bool:
+    """Fewer workers by more than `gain`, if both are enough; else what serves the worst better."""
+    if one.enough and than.enough:
+        return one.counts.total < than.counts.total * (1 - gain)
+    if one.enough != than.enough:
+        return one.enough
+    return one.worst > than.worst + max(gain, 0.02)

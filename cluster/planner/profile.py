@@ -1,0 +1,89 @@
+"""A profile: what a short run measured of one worker, and what it was measured on. JSON on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class PrefillSample:
+    """One prefill of `new` tokens after `cached` ones, alone on its worker."""
+
+    new: int
+    cached: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DecodeSample:
+    """One decode step for `batch` sequences that hold `context` tokens together."""
+
+    batch: int
+    context: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class HandoffSample:
+    """One handoff of `bytes` of KV, nothing of it hidden."""
+
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Samples, and the worker they belong to; a profile says nothing about any other."""
+
+    model: str
+    hardware: str
+    tensor_parallel: int
+    prefill: tuple[PrefillSample, ...]
+    decode: tuple[DecodeSample, ...]
+    handoff: tuple[HandoffSample, ...] = ()
+
+    def check(self, model: str, hardware: str, tensor_parallel: int) -> None:
+        """Raises InvalidRequest unless it was measured on exactly this."""
+        mine = (self.model, self.hardware.upper(), self.tensor_parallel)
+        if mine != (model, hardware.upper(), tensor_parallel):
+            raise InvalidRequest(
+                "profile",
+                f"was measured with {self.model} on {self.tensor_parallel} × {self.hardware}, not "
+                f"with {model} on {tensor_parallel} × {hardware}; measure again with `pdserve "
+                "profile`",
+            )
+
+    def to_json(self) -> str:
+        return json.dumps({"version": 1, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, raw: str) -> Profile:
+        """Raises InvalidRequest that says what is wrong with it."""
+        try:
+            values = json.loads(raw)
+            if values.pop("version") != 1:
+                raise ValueError("its version is not 1")
+            profile = cls(
+                model=values["model"],
+                hardware=values["hardware"],
+                tensor_parallel=values["tensor_parallel"],
+                prefill=tuple(PrefillSample(**sample) for sample in values["prefill"]),
+                decode=tuple(DecodeSample(**sample) for sample in values["decode"]),
+                handoff=tuple(HandoffSample(**sample) for sample in values.get("handoff", ())),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidRequest("profile", f"is not a profile: {error!r}") from error
+        for sample in (*profile.prefill, *profile.decode, *profile.handoff):
+            _check_sample(sample)
+        return profile
+
+
+def _check_sample(sample: Any) -> None:
+    seconds = sample.seconds
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds) or seconds <= 0:
+        raise InvalidRequest("profile", f"holds a sample of {seconds} s: {sample}")

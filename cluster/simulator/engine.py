@@ -1,0 +1,279 @@
+"""A virtual engine: continuous batching with chunked prefill, one step after another.
+
+It schedules as vLLM does: decodes first, then prompts in order of arrival, up to a token budget and
+as long as there is KV room. Its one liberty: a sequence's KV is reserved as a whole when it starts,
+so nothing is ever preempted. While only decodes run, all steps until the next end of one are a
+single event: their times are an arithmetic series. An arrival cuts the run at the next step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from cluster.planner.performance import Performance
+from cluster.simulator.job import Job
+from cluster.simulator.prefix_cache import PrefixCache
+from router.output import Stage
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How an engine forms its steps.
+
+    Attributes:
+        max_tokens: per step: the prefill chunk.
+        max_sequences: per step.
+        mixes: a step may hold prompts and decodes (chunked prefill); if not, prompts go first and
+            whole, and decodes wait for them, as in vLLM before 0.6 and in DistServe.
+        cache_share: of the KV capacity, kept for prefixes while sequences leave room.
+        repeats_first_token: decode's first step samples the handed-off token again.
+    """
+
+    max_tokens: int = 8192
+    max_sequences: int = 256
+    mixes: bool = True
+    cache_share: float = 0.5
+    repeats_first_token: bool = True
+
+
+@dataclass
+class Finished:
+    """What a run of steps brought about, in the order in which it is told."""
+
+    first_tokens: list[Job]
+    ended: list[Job]
+
+
+class Engine:
+    """One worker's engine. `next_event` is when `advance` wants to be called."""
+
+    def __init__(self, performance: Performance, limits: EngineLimits, block_tokens: int) -> None:
+        self.performance = performance
+        self.limits = limits
+        self.cache = PrefixCache(int(performance.kv_capacity * limits.cache_share / block_tokens))
+        self._block_tokens = block_tokens
+        self.next_event = math.inf
+        self.busy_seconds = 0.0
+        self.free_tokens = performance.kv_capacity
+        self.waiting: deque[Job] = deque()
+        self.reserving: deque[Job] = deque()
+        self._decoding: list[tuple[int, int, Job]] = []
+        self._context = 0
+        self._step = 0
+        self._started_at = 0.0
+        self._run_steps = 0
+        self._chunks: list[tuple[Job, int]] = []
+        self._landed: list[Job] = []
+        self._order = 0
+
+    @property
+    def batch(self) -> int:
+        """Sequences that decode."""
+        return len(self._decoding)
+
+    @property
+    def idle(self) -> bool:
+        return self._run_steps == 0 and not self.waiting and not self.reserving
+
+    def prefill(self, now: float, job: Job) -> None:
+        """Queues a prompt; the job's stage says whether its decode follows here."""
+        self.waiting.append(job)
+        self._poke(now)
+
+    def reserve(self, now: float, job: Job) -> bool:
+        """Takes a decode's KV room; False: it waits for its turn in `reserving`."""
+        if not self.reserving and self._take(job):
+            job.grant_at = now
+            return True
+        self.reserving.append(job)
+        return False
+
+    def granted(self, now: float) -> list[Job]:
+        """Those that waited and have their room now."""
+        jobs: list[Job] = []
+        while self.reserving and self._take(self.reserving[0]):
+            job = self.reserving.popleft()
+            job.grant_at = now
+            jobs.append(job)
+        return jobs
+
+    def decode(self, now: float, job: Job) -> None:
+        """A reserved job's KV has landed: it joins at the next step."""
+        self._landed.append(job)
+        self._poke(now)
+
+    def release(self, job: Job) -> None:
+        """Gives a job's KV back."""
+        self.free_tokens += job.reserved
+        job.reserved = 0
+
+    def wake(self, now: float) -> None:
+        """KV was given back from outside: an idle engine tries again."""
+        if self._run_steps == 0 and self.waiting:
+            self._begin(now)
+
+    def drop(self, now: float, job: Job) -> None:
+        """A cancelled job leaves; one that is in the present step leaves with its end."""
+        job.cancelled = True
+        for queue in (self.waiting, self.reserving):
+            if job in queue:
+                queue.remove(job)
+        if job in self._landed:
+            self._landed.remove(job)
+        if not any(job is chunk for chunk, _ in self._chunks):
+            self.release(job)
+            kept = [entry for entry in self._decoding if entry[2] is not job]
+            if len(kept) != len(self._decoding):
+                self._cut(now)
+                done = max(0, job.output - (job.last_step - self._step))
+                self._context -= job.prompt + done
+                self._decoding = kept
+                self._decoding.sort()
+
+    def tokens_done(self, now: float, job: Job) -> int:
+        """Tokens of a decoding job that have been sampled by now."""
+        done = self._step + (self._steps_by(now) if not self._chunks else 0)
+        return max(1, min(job.output, job.output - (job.last_step - done)))
+
+    def jobs(self) -> list[Job]:
+        """Everything on it."""
+        chunks = [job for job, _ in self._chunks if job not in self.waiting]
+        decoding = [entry[2] for entry in self._decoding]
+        return [*self.waiting, *self.reserving, *self._landed, *chunks, *decoding]
+
+    def advance(self, now: float) -> Finished:
+        """The end of the present run: what it finished; the next run begins."""
+        finished = Finished([], [])
+        steps, self._run_steps = self._run_steps, 0
+        self.busy_seconds += now - self._started_at
+        self._step += steps if self.limits.mixes or not self._chunks else 0
+        if self.limits.mixes or not self._chunks:
+            self._context += steps * len(self._decoding)
+        self._end_decodes(finished)
+        if self._chunks:
+            self._end_chunks(now, finished)
+        self._begin(now)
+        return finished
+
+    def _end_decodes(self, finished: Finished) -> None:
+        while self._decoding and self._decoding[0][0] <= self._step:
+            _, _, job = heappop(self._decoding)
+            self._context -= job.prompt + job.output
+            self.release(job)
+            finished.ended.append(job)
+
+    def _end_chunks(self, now: float, finished: Finished) -> None:
+        chunks, self._chunks = self._chunks, []
+        for job, new in chunks:
+            job.computed += new
+            job.remaining -= new
+            if job.remaining or job.cancelled:
+                if job.cancelled:
+                    self.release(job)
+                continue
+            job.prefill_seconds = now - self._started_at
+            self.cache.put(job.blocks)
+            finished.first_tokens.append(job)
+            if job.stage is Stage.WHOLE:
+                if job.output == 1:
+                    self.release(job)
+                    finished.ended.append(job)
+                else:
+                    self._join(job, job.output - 1)
+
+    def _join(self, job: Job, steps: int) -> None:
+        job.last_step = self._step + steps
+        self._order += 1
+        self._context += job.prompt + job.output - steps
+        heappush(self._decoding, (job.last_step, self._order, job))
+
+    def _poke(self, now: float) -> None:
+        """Something new is there: an idle engine starts, a run of decodes is cut."""
+        if self._run_steps == 0:
+            self._begin(now)
+        else:
+            self._cut(now)
+
+    def _cut(self, now: float) -> None:
+        if self._chunks or self._run_steps <= 1:
+            return
+        done = self._steps_by(now) + 1
+        if done < self._run_steps:
+            self._run_steps = done
+            self.next_event = max(now, self._started_at + self._decode_run(done))
+
+    def _begin(self, now: float) -> None:
+        self._started_at = now
+        for job in self._landed:
+            self._join(job, job.output - (0 if self.limits.repeats_first_token else 1))
+        self._landed.clear()
+        self._chunks = self._schedule(now)
+        if self._chunks:
+            self._run_steps = 1
+            batch = len(self._decoding) if self.limits.mixes else 0
+            prompts = [(new, job.computed) for job, new in self._chunks]
+            context = self._context if batch else 0
+            self.next_event = now + self.performance.mixed_seconds(prompts, batch, context)
+        elif self._decoding:
+            self._run_steps = max(1, self._decoding[0][0] - self._step)
+            self.next_event = now + self._decode_run(self._run_steps)
+        else:
+            self.next_event = math.inf
+
+    def _schedule(self, now: float) -> list[tuple[Job, int]]:
+        chunks: list[tuple[Job, int]] = []
+        limits = self.limits
+        budget = limits.max_tokens - (len(self._decoding) if limits.mixes else 0)
+        room = limits.max_sequences - len(self._decoding)
+        while self.waiting and budget > 0 and room > 0:
+            job = self.waiting[0]
+            if not job.reserved:
+                if not self._take(job):
+                    break
+                self._look_up(now, job)
+            if not limits.mixes and chunks and job.remaining > budget:
+                break
+            new = min(job.remaining, budget) if limits.mixes else job.remaining
+            chunks.append((job, new))
+            budget -= new
+            room -= 1
+            if new == job.remaining:
+                self.waiting.popleft()
+        return chunks
+
+    def _look_up(self, now: float, job: Job) -> None:
+        job.scheduled_at = now
+        held = self.cache.held(job.blocks) * self._block_tokens if job.blocks else 0
+        job.cached = job.computed = min(held, job.prompt - 1)
+        job.remaining = job.prompt - job.cached
+
+    def _take(self, job: Job) -> bool:
+        if job.kv_tokens > self.free_tokens:
+            return False
+        job.reserved = job.kv_tokens
+        self.free_tokens -= job.reserved
+        return True
+
+    def _decode_run(self, steps: int) -> float:
+        """Seconds of so many decode steps from the present batch: Σ a + b·(C + i·B)."""
+        batch = len(self._decoding)
+        cost = self.performance.decode_cost(batch)
+        first = cost.base + cost.per_sequence * batch + cost.per_context * self._context
+        return steps * first + cost.per_context * batch * steps * (steps - 1) / 2
+
+    def _steps_by(self, now: float) -> int:
+        """Whole steps of the present decode run that have ended by `now`."""
+        batch = len(self._decoding)
+        cost = self.performance.decode_cost(batch)
+        first = cost.base + cost.per_sequence * batch + cost.per_context * self._context
+        growth = cost.per_context * batch
+        elapsed = now - self._started_at
+        if growth <= first * 1e-9:
+            steps = elapsed / first if first > 0 else self._run_steps
+        else:
+            b = first - growth / 2
+            steps = (math.sqrt(b * b + 2 * growth * elapsed) - b) / growth
+        return min(self._run_steps, int(steps + 1e-9))

@@ -1,0 +1,162 @@
+"""I8: the planner never exceeds its budget, never goes below the minimum, does not oscillate under
+constant load, and drains before it removes; whatever it sees."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.planner.actions import after, counted, plan_actions, serving
+from cluster.planner.demand import Lengths
+from cluster.planner.hardware import hardware
+from cluster.planner.planner import Planner
+from cluster.planner.roofline import roofline
+from cluster.planner.shape import load_shape
+from cluster.planner.state import (
+    Add,
+    ClassTargets,
+    Flip,
+    Observed,
+    Policy,
+    Remove,
+    Traffic,
+    WorkerSeen,
+)
+
+WORKER = roofline(load_shape("llama-3.1-8b"), hardware("L40S"))
+TARGETS = {"": ClassTargets(1.0, 0.05)}
+LENGTHS = tuple(Lengths(200 + 37 * i, 20 + 9 * i) for i in range(40))
+
+workers = st.lists(
+    st.builds(
+        WorkerSeen,
+        worker_id=st.uuids().map(str),
+        role=st.sampled_from(["prefill", "decode", "both"]),
+        phase=st.sampled_from(["starting", "ready", "ready", "draining"]),
+        since=st.floats(-300, 0),
+    ),
+    max_size=12,
+).map(tuple)
+rates = st.sampled_from([0.0, 0.3, 3.0, 20.0, 500.0, math.nan, math.inf, -1.0])
+
+
+def fits(policy: Policy, seen: tuple[WorkerSeen, ...], decision: object) -> None:
+    """Draining workers keep their GPUs; flips need none; what is added has room."""
+    added = sum(isinstance(a, Add) for a in decision.actions)  # type: ignore[attr-defined]
+    if added:
+        assert len(seen) + added <= policy.max_workers
+
+
+@settings(max_examples=60, deadline=None)
+@given(workers, st.lists(rates, min_size=1, max_size=25), st.integers(1, 12), st.integers(1, 3))
+def test_whatever_is_seen_the_bounds_hold(
+    seen: tuple[WorkerSeen, ...], history: list[float], budget: int, minimum: int
+) -> None:
+    policy = Policy({"default": budget}, minimum=min(minimum, budget), max_step=3)
+    planner = Planner(policy, WORKER, TARGETS)
+    for i, rate in enumerate(history):
+        now = policy.interval * i
+        decision = planner.step(now, Observed(seen, {"": Traffic(rate, LENGTHS)}, now))
+        fits(policy, seen, decision)
+        for kind in (Add, Flip, Remove):
+            acts = [a for a in decision.actions if isinstance(a, kind)]
+            stuck = [a for a in acts if getattr(a, "reason", "").startswith("stuck")]
+            assert len(acts) - len(stuck) <= policy.max_step
+        known = {w.worker_id: w for w in seen}
+        for action in decision.actions:
+            if isinstance(action, Flip | Remove):  # never a worker twice, never one that ends
+                assert known.pop(action.worker_id).phase != "draining"
+        assert decision.target == after(seen, decision.actions)
+        if decision.held:
+            ends = [a for a in decision.actions if isinstance(a, Remove)]
+            assert all(a.reason == "over the budget" for a in ends)
+        before, target = counted(serving(seen)), decision.target
+        for role in ("prefill", "decode", "both"):
+            removed = sum(
+                isinstance(a, Remove) and w.role == role and not a.reason.startswith("stuck")
+                for a in decision.actions
+                for w in seen
+                if w.worker_id == getattr(a, "worker_id", "")
+            )
+            if removed and target.of(role):
+                assert target.of(role) >= min(policy.minimum, before.of(role))
+        seen = _obeyed(seen, decision.actions, now)
+
+
+def _obeyed(seen: tuple[WorkerSeen, ...], actions: object, now: float) -> tuple[WorkerSeen, ...]:
+    """A fleet that does at once what it is told."""
+    there = {w.worker_id: w for w in seen if w.phase != "draining"}
+    for i, action in enumerate(actions):  # type: ignore[var-annotated,arg-type]
+        match action:
+            case Flip(worker_id, role):
+                there[worker_id] = WorkerSeen(worker_id, role, "ready", now)
+            case Add(role, node_type):
+                there[f"n{now}.{i}"] = WorkerSeen(f"n{now}.{i}", role, "ready", now, node_type)
+            case Remove(worker_id):
+                del there[worker_id]
+    return tuple(there.values())
+
+
+@pytest.mark.parametrize("rate", [0.5, 6.0, 11.0])
+def test_constant_load_settles_and_stays(rate: float) -> None:
+    """Poisson noise in every interval: after the first minutes the fleet hardly turns."""
+    rng = random.Random(1)
+    policy = Policy({"default": 12}, cold_start=30.0)
+    planner = Planner(policy, WORKER, TARGETS)
+    seen: tuple[WorkerSeen, ...] = tuple(
+        WorkerSeen(f"w{i}", "prefill" if i % 2 else "decode", "ready") for i in range(4)
+    )
+    totals = []
+    for i in range(150):
+        now = policy.interval * i
+        mean = rate * policy.interval
+        arrived = max(0, round(rng.gauss(mean, math.sqrt(mean))))
+        traffic = {"": Traffic(arrived / policy.interval, LENGTHS)}
+        seen = _obeyed(seen, planner.step(now, Observed(seen, traffic, now)).actions, now)
+        if i > 20:
+            totals.append(len(seen))
+    steps = [b - a for a, b in pairwise(totals) if a != b]
+    turns = sum((a > 0) != (b > 0) for a, b in pairwise(steps))
+    assert turns <= 2, totals
+
+
+def test_a_decision_about_a_thousand_workers_takes_every_node_type() -> None:
+    policy = Policy({"a": 600, "b": 400}, max_step=1000)
+    planner = Planner(policy, WORKER, TARGETS)
+    seen = tuple(WorkerSeen(f"w{i}", "prefill", "ready", node_type="a") for i in range(500))
+    decision = planner.step(0.0, Observed(seen, {"": Traffic(9000.0, LENGTHS)}, 0.0))
+    assert decision.target.total == 1000
+    assert sum(isinstance(a, Flip) for a in decision.actions) <= 250  # half of them go on serving
+    assert {a.node_type for a in decision.actions if isinstance(a, Add)} == {"a", "b"}
+
+
+def test_flips_come_before_new_workers() -> None:
+    from cluster.planner.actions import Wish
+    from cluster.planner.state import Counts
+
+    seen = tuple(WorkerSeen(f"d{i}", "decode", "ready") for i in range(4))
+    want = Counts(prefill=3, decode=2)
+    actions = plan_actions(Policy({"default": 9}), seen, Wish(want, want, want))
+    assert [type(a) for a in actions] == [Flip, Flip, Add]
+
+
+def test_a_decision_says_why() -> None:
+    planner = Planner(Policy({"default": 4}), WORKER, TARGETS)
+    seen = (WorkerSeen("p", "prefill", "ready"), WorkerSeen("d", "decode", "ready"))
+    decision = planner.step(0.0, Observed(seen, {"": Traffic(60.0, LENGTHS)}, 0.0))
+    said = " ".join(decision.reasons)
+    assert "60.00 requests/s" in said
+    assert "out of reach" in said
+    assert decision.shortfalls[0].kind == ""
+    assert decision.inputs["rate_seen/all"] == 60.0
+
+
+def test_unknown_classes_without_targets_are_held_and_named() -> None:
+    planner = Planner(Policy({"default": 4}), WORKER, {"chat": ClassTargets(1, 1)})
+    decision = planner.step(0.0, Observed((), {"code": Traffic(1.0, LENGTHS)}, 0.0))
+    assert decision.held == "class 'code' has no targets"

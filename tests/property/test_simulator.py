@@ -1,0 +1,191 @@
+"""The simulator keeps its laws: nothing is lost, work is conserved, runs of steps are exact."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.planner.performance import DecodeCost, HandoffCost, Performance, PrefillCost
+from cluster.simulator.engine import Engine, EngineLimits
+from cluster.simulator.fleet import Deployment
+from cluster.simulator.job import Attempt, Job
+from cluster.simulator.outcome import Outcome
+from cluster.simulator.workload import Arrival, poisson
+from cluster.simulator.world import World
+from router.output import Stage
+
+WORKER = Performance(
+    prefill=PrefillCost(0.002, 2e-5, 1e-10, 0.004),
+    decode=DecodeCost(0.004, 3e-8, 1e-5),
+    decode_large=DecodeCost(0.001, 3e-8, 3e-5),
+    large_batch=150,
+    handoff=HandoffCost(0.001, 1e11, 32),
+    kv_bytes_per_token=131072,
+    kv_capacity=30_000,
+)
+
+workloads = st.builds(
+    lambda seed, rate, longest: poisson(
+        rate, 4.0, lambda r: (r.randint(1, longest), r.randint(1, 200)), seed
+    ),
+    st.integers(0, 999),
+    st.sampled_from([2.0, 20.0, 80.0]),
+    st.sampled_from([50, 3000, 12_000]),
+)
+deployments = st.builds(
+    lambda split, mixes, queued: Deployment(
+        WORKER,
+        prefill=split[0],
+        decode=split[1],
+        both=split[2],
+        limits=EngineLimits(max_tokens=2048, mixes=mixes),
+        max_running=40,
+        max_queued=queued,
+        timeout=30.0,
+    ),
+    st.sampled_from([(1, 1, 0), (2, 3, 0), (0, 0, 3), (1, 1, 1), (3, 1, 0)]),
+    st.booleans(),
+    st.sampled_from([0, 10_000]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(workloads, deployments, st.data())
+def test_every_request_ends_once_and_everything_is_given_back(
+    arrivals: list[Arrival], deployment: Deployment, data: st.DataObject
+) -> None:
+    world = World(deployment, seed=1)
+    workers = list(world.fleet.workers.values())
+    for _ in range(data.draw(st.integers(0, 3))):
+        worker = data.draw(st.sampled_from(workers))
+        act = data.draw(st.sampled_from(["fail", "die", "flip", "remove"]))
+        at = data.draw(st.floats(0, 4))
+        calls = {
+            "fail": lambda w=worker: world.fleet.fail(w, restart_after=0.5),
+            "die": lambda w=worker: world.fleet.fail(w, restart_after=None),
+            "flip": lambda w=worker: world.fleet.flip(w, "both"),
+            "remove": lambda w=worker: world.fleet.remove(w),
+        }
+        world.agenda.at(at, calls[act])
+    ends: list[Outcome] = []
+    world.on_end = ends.append
+    outcomes = world.run(arrivals)
+
+    assert len(ends) == len(arrivals) == len(outcomes)
+    for outcome in outcomes:
+        assert (outcome.error == "") == math.isfinite(outcome.ttft)
+        assert outcome.ended_at <= outcome.at + deployment.timeout + 1e-6
+    assert world.running == 0
+    while world.agenda.next_at < math.inf:  # what is on its way comes home
+        world.agenda.step()
+    for worker in world.fleet.workers.values():
+        engine = worker.engine
+        assert engine.free_tokens == WORKER.kv_capacity
+        assert engine.batch == 0 and engine.idle
+        assert (worker.queued_prompt_tokens, worker.running_sequences) == (0, 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(workloads, deployments)
+def test_littles_law(arrivals: list[Arrival], deployment: Deployment) -> None:
+    """The requests in the system, over time, are those that arrive times how long each stays."""
+    world = World(deployment)
+    present = area = last = 0.0
+
+    def passes() -> None:
+        nonlocal area, last
+        area += present * (world.agenda.now - last)
+        last = world.agenda.now
+
+    def arrives(_: Arrival) -> None:
+        nonlocal present
+        passes()
+        present += 1
+
+    def ends(_: Outcome) -> None:
+        nonlocal present
+        passes()
+        present -= 1
+
+    world.on_arrival, world.on_end = arrives, ends
+    outcomes = world.run(arrivals)
+    assert present == 0
+    assert area == pytest.approx(sum(o.ended_at - o.at for o in outcomes), abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(workloads, st.integers(1, 4))
+def test_work_is_conserved(arrivals: list[Arrival], workers: int) -> None:
+    """Where batching saves nothing, the workers are busy for exactly the work that came."""
+    linear = Performance(
+        PrefillCost(0.0, 2e-5),
+        DecodeCost(0.001, 0.0),
+        DecodeCost(0.001, 0.0),
+        10**9,
+        HandoffCost(0.0, 1e12),
+        1.0,
+        10**9,
+    )
+    ones = [Arrival(a.at, a.prompt, 1) for a in arrivals]
+    world = World(Deployment(linear, prefill=workers, decode=1))
+    outcomes = world.run(ones)
+    busy = sum(w.engine.busy_seconds for w in world.fleet.workers.values())
+    assert busy == pytest.approx(sum(2e-5 * a.prompt for a in ones))
+    if workers == 1 and ones:  # one server idles only when nothing waits: Lindley's recursion
+        free = 0.0
+        for arrival in ones:
+            free = max(free, arrival.at) + 2e-5 * arrival.prompt
+        assert max(o.ended_at for o in outcomes) == pytest.approx(free)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 12))
+def test_a_run_of_decode_steps_is_what_single_steps_are(seed: int, count: int) -> None:
+    rng = random.Random(seed)
+    joins = sorted(
+        (rng.uniform(0, 0.3), rng.randint(1, 900), rng.randint(2, 60)) for _ in range(count)
+    )
+    limits = EngineLimits(repeats_first_token=False)
+
+    engine, ends = Engine(WORKER, limits, 512), {}
+    pending = list(enumerate(joins))
+    while pending or engine.batch or engine.next_event < math.inf:
+        if pending and pending[0][1][0] <= engine.next_event:
+            name, (at, prompt, output) = pending.pop(0)
+            job = Job(Attempt(name, str(name)), Stage.DECODE, prompt, output)
+            assert engine.reserve(at, job)
+            engine.decode(at, job)
+        else:
+            now = engine.next_event
+            ends |= {job.attempt.index: now for job in engine.advance(now).ended}
+    assert ends == pytest.approx(stepped(joins))
+
+
+def stepped(joins: list[tuple[float, int, int]]) -> dict[int, float]:
+    """When each decode ends, one step after another."""
+    now, ends, running = 0.0, {}, {}
+    waiting = dict(enumerate(joins))
+    while waiting or running:
+        if not running:
+            now = max(now, min(at for at, _, _ in waiting.values()))
+        for name in [n for n, (at, _, _) in waiting.items() if at <= now]:
+            _, prompt, output = waiting.pop(name)
+            running[name] = (prompt + 1, prompt + output)
+        now += WORKER.decode_seconds(len(running), sum(context for context, _ in running.values()))
+        for name, (context, last) in list(running.items()):
+            if context + 1 == last:
+                ends[name] = now
+                del running[name]
+            else:
+                running[name] = (context + 1, last)
+    return ends
+
+
+def test_the_same_seed_gives_the_same_outcomes() -> None:
+    arrivals = poisson(50, 10, lambda r: (r.randint(1, 4000), r.randint(1, 300)), 3)
+    deployment = Deployment(WORKER, prefill=2, decode=3)
+    assert World(deployment, seed=5).run(arrivals) == World(deployment, seed=5).run(arrivals)

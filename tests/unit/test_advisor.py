@@ -1,0 +1,193 @@
+"""The advisor: which option wins where, what it refuses, what it draws."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.advisor import evaluate
+from cluster.advisor.advice import Task, advise
+from cluster.advisor.evaluate import Point, goodput_on
+from cluster.advisor.plots import plots
+from cluster.advisor.question import Option, Question, check_reachable, parse_slo, window
+from cluster.advisor.report import report
+from cluster.advisor.svg import Axis, Series, chart
+from cluster.cli.main import app
+from cluster.errors import InvalidRequest
+from cluster.planner.hardware import hardware
+from cluster.planner.roofline import roofline
+from cluster.planner.shape import load_shape
+from cluster.simulator.engine import EngineLimits
+from cluster.simulator.goodput import Goal, goodput, holds
+from cluster.simulator.outcome import Targets
+from cluster.simulator.workload import Arrival, poisson
+
+SHAPE, GPU = load_shape("llama-3.1-8b"), hardware("H200")
+LONG_PROMPTS = poisson(8, 30, lambda r: (r.randint(6000, 10_000), r.randint(40, 160)), 1)
+SHORT_PROMPTS = poisson(8, 30, lambda r: (r.randint(20, 200), r.randint(200, 600)), 2)
+
+
+def question(arrivals: Sequence[Arrival], slo: str, gpus: int = 4) -> Question:
+    return Question(
+        SHAPE,
+        GPU,
+        roofline(SHAPE, GPU),
+        gpus,
+        Goal(parse_slo(slo)),
+        tuple(arrivals),
+        3.5,
+        EngineLimits(max_tokens=2048),
+    )
+
+
+def here(tasks: Sequence[Task]) -> Iterator[object]:
+    return (call(*arguments) for call, arguments in tasks)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "MIN_REQUESTS", 80)
+    monkeypatch.setattr(evaluate, "MAX_REQUESTS", 120)
+
+
+def test_tight_tpot_and_long_prompts_want_a_split() -> None:
+    advice = advise(question(LONG_PROMPTS, "ttft=2,tpot=0.012"), here)
+    assert not advice.best.option.both
+    assert advice.best.option.prefill > advice.best.option.decode
+    whole = next(v for v in advice.verdicts if v.option.both)
+    assert whole.goodput < 0.7 * advice.best.goodput
+    assert 0 < advice.second_loses < 1
+    assert [v.goodput for v in advice.verdicts] == sorted(
+        (v.goodput for v in advice.verdicts), reverse=True
+    )
+
+
+@pytest.mark.slow
+def test_short_prompts_and_loose_targets_want_none() -> None:
+    advice = advise(question(SHORT_PROMPTS, "ttft=2,tpot=0.05", gpus=2), here)
+    assert advice.best.option == Option(both=2)
+
+
+def test_every_option_is_answered_and_drawn() -> None:
+    advice = advise(question(LONG_PROMPTS, "ttft=2,tpot=0.012", gpus=3), here)
+    assert {str(v.option) for v in advice.verdicts} == {"3 aggregated", "1P:2D", "2P:1D"}
+    for verdict, cost in zip(advice.verdicts, advice.costs, strict=True):
+        assert cost.total == pytest.approx(3.5 * 3 / 3600 / verdict.goodput)
+        assert verdict.goodput99 <= verdict.goodput
+    values = json.loads(json.dumps(report(advice), allow_nan=False))
+    assert values["best"] == str(advice.best.option)
+    assert len(values["options"]) == 3
+    drawn = plots(advice)
+    assert sorted(drawn) == ["frontier.svg", "goodput.svg", "roofline.svg", "ttft-by-prompt.svg"]
+    for svg in drawn.values():
+        assert ET.fromstring(svg).tag.endswith("svg")
+        assert "nan" not in svg
+
+
+def test_goodput_is_where_the_goal_stops_to_hold() -> None:
+    asked = question(LONG_PROMPTS, "ttft=2,tpot=0.012")
+    deployment = asked.deployment(Option(2, 2))
+    best = goodput(deployment, LONG_PROMPTS, asked.goal, precision=0.02)
+    from cluster.simulator.workload import at_rate
+
+    assert holds(deployment, at_rate(LONG_PROMPTS, best * 0.95), asked.goal)
+    assert not holds(deployment, at_rate(LONG_PROMPTS, best * 1.1), asked.goal)
+
+
+def test_goodput_between_two_points() -> None:
+    def point(rate: float, met: int) -> Point:
+        return Point(rate, tuple((0.0 if i < met else math.inf, 0.0, 1) for i in range(10)))
+
+    goal = Goal(Targets(1, 1), 0.85)
+    assert goodput_on([point(1, 10), point(2, 9), point(3, 8)], goal) == pytest.approx(2.5)
+    assert goodput_on([point(1, 8), point(2, 8)], goal) == 0.0
+    assert goodput_on([point(1, 10), point(2, 10)], goal) == 2.0
+
+
+def test_targets_below_what_an_idle_worker_takes_are_refused_with_the_floor() -> None:
+    with pytest.raises(InvalidRequest, match=r"the floor for 90% is ttft=0\.2"):
+        check_reachable(roofline(SHAPE, GPU), LONG_PROMPTS, Goal(parse_slo("ttft=0.05")))
+    with pytest.raises(InvalidRequest, match=r"tpot=0\.005"):
+        check_reachable(roofline(SHAPE, GPU), LONG_PROMPTS, Goal(parse_slo("tpot=0.001")))
+
+
+@pytest.mark.parametrize("gpus", [0, -1, 3])
+def test_gpus_that_make_no_whole_workers_are_refused(gpus: int) -> None:
+    asked = question(LONG_PROMPTS, "ttft=2", gpus)
+    asked = replace(asked, performance=roofline(SHAPE, GPU, 2))
+    with pytest.raises(InvalidRequest, match="gpus"):
+        asked.options()
+
+
+@pytest.mark.parametrize("slo", ["", "ttft", "ttft=0", "ttft=-1", "tpot=nan", "itl=1", "ttft=inf"])
+def test_targets_that_are_none_are_refused(slo: str) -> None:
+    with pytest.raises(InvalidRequest, match="slo"):
+        parse_slo(slo)
+
+
+def test_a_window_has_the_traces_rate() -> None:
+    calm = [Arrival(float(i), 10, 10) for i in range(100)]
+    burst = [Arrival(100 + i / 100, 10, 10) for i in range(100)]
+    picked = window([*calm, *burst], 50)
+    assert len(picked) == 50
+    assert picked[0].at != 0.0
+
+
+def test_a_chart_of_nothing_is_a_chart() -> None:
+    svg = chart("a < b", Axis("x", log=True), Axis("y"), [Series("s", [(math.nan, 1), (0, 2)])])
+    assert ET.fromstring(svg) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--model": "nothing"}, "model"),
+        ({"--gpu": "Z1"}, "hardware table"),
+        ({"--gpus": "0"}, "gpus"),
+        ({"--slo": "ttft=0.001"}, "floor"),
+        ({"--trace": "/nowhere.csv"}, "cannot be read"),
+        ({"--share": "1.5"}, "share"),
+        ({"--profile": "/nowhere.json"}, "profile"),
+    ],
+)
+def test_the_command_names_the_option_that_is_wrong(
+    tmp_path: Path, change: dict[str, str], said: str
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    line = '{"at": %d, "prompt": 100, "output": 9}\n'
+    trace.write_text(line % 0 + line % 1)
+    options = {
+        "--trace": str(trace),
+        "--model": "llama-3.1-8b",
+        "--gpu": "H200",
+        "--gpus": "2",
+        "--slo": "ttft=1",
+        **change,
+    }
+    result = CliRunner().invoke(app, ["plan", *(x for pair in options.items() for x in pair)])
+    assert isinstance(result.exception, InvalidRequest)
+    assert said in str(result.exception)
+
+
+def test_simulate_prints_one_deployment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cluster.cli import simulate
+    from cluster.cli.plan import Asked
+    from cluster.cli.terminal import Terminal
+
+    trace = tmp_path / "trace.jsonl"
+    lines = [json.dumps({"at": i / 4, "prompt": 300, "output": 20}) for i in range(40)]
+    trace.write_text("\n".join(lines))
+    asked = Asked(trace, "llama-3.1-8b", "H200", 2, "ttft=1", 0.9, 1, 2048, None, None, 0)
+    assert simulate.run(Terminal(), asked, (1, 1, 0), None, as_json=True) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["requests"] == 40
+    assert values["attainment"] == 1.0
+    with pytest.raises(InvalidRequest, match="workers"):
+        simulate.run(Terminal(), asked, (1, 0, 0), None, as_json=True)

@@ -1,0 +1,98 @@
+"""Sizing: what the formulas say is enough, is enough in the simulator; not wasteful."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cluster.planner.capacity import Load
+from cluster.planner.demand import Demand, Lengths
+from cluster.planner.hardware import hardware
+from cluster.planner.roofline import roofline
+from cluster.planner.shape import load_shape
+from cluster.planner.sizing import shortfalls, size_split, size_whole
+from cluster.planner.state import ClassTargets, Counts
+from cluster.simulator.engine import EngineLimits
+from cluster.simulator.fleet import Deployment
+from cluster.simulator.goodput import Goal, holds
+from cluster.simulator.outcome import Targets
+from cluster.simulator.workload import Arrival, lognormal, poisson
+
+WORKER = roofline(load_shape("llama-3.1-8b"), hardware("L40S"))
+PROMPT, OUTPUT = lognormal(1155, 1020, 1, 8000), lognormal(211, 129, 1, 1000)
+TARGETS = ClassTargets(1.0, 0.045)
+
+
+def traffic(rate: float) -> list[Arrival]:
+    return poisson(rate, 120.0, lambda r: (PROMPT(r), OUTPUT(r)), 4)
+
+
+def load(rate: float, targets: ClassTargets = TARGETS) -> Load:
+    lengths = tuple(Lengths(a.prompt, a.output) for a in traffic(4.0)[:96])
+    return Load(WORKER, {"": Demand(rate, lengths)}, {"": targets}, chunk=1024)
+
+
+@pytest.mark.parametrize("rate", [3.0, 8.0])
+def test_a_split_that_is_called_enough_is_enough(rate: float) -> None:
+    sizing = size_split(load(rate), 20)
+    assert sizing is not None
+    assert sizing.enough
+    deployment = Deployment(
+        WORKER, sizing.counts.prefill, sizing.counts.decode, limits=EngineLimits(max_tokens=1024)
+    )
+    assert holds(deployment, traffic(rate), Goal(Targets(1.0, 0.045)))
+
+
+def test_it_is_not_wasteful() -> None:
+    """The work alone would take this many; queues and tails may add a few, not double it."""
+    demand = load(8.0)
+    sizing = size_split(demand, 20)
+    assert sizing is not None
+    assert math.ceil(demand.prefill_work) <= sizing.counts.prefill <= demand.prefill_work + 2
+
+
+def test_more_load_never_needs_less() -> None:
+    totals = [size_split(load(rate), 200).counts for rate in (1, 4, 16, 64)]  # type: ignore[union-attr]
+    assert [c.prefill for c in totals] == sorted(c.prefill for c in totals)
+    assert [c.decode for c in totals] == sorted(c.decode for c in totals)
+    whole = [size_whole(load(rate), 400).counts.both for rate in (1, 4, 16)]
+    assert whole == sorted(whole)
+
+
+def test_bursts_and_tails_cost_more_than_averages() -> None:
+    calm = load(8.0)
+    bursty = Load(
+        WORKER, {"": Demand(8.0, calm.demands[""].lengths, burstiness=8.0)}, calm.targets, 1024
+    )
+    assert size_split(bursty, 40).counts.prefill > size_split(calm, 40).counts.prefill  # type: ignore[union-attr]
+
+
+def test_loose_tpot_wants_no_split_and_tight_tpot_does() -> None:
+    loose, tight = ClassTargets(2.0, 0.2), ClassTargets(2.0, 0.03)
+    assert (
+        size_whole(load(4.0, loose), 20).counts.total
+        <= size_split(load(4.0, loose), 20).counts.total
+    )  # type: ignore[union-attr]
+    split = size_split(load(8.0, tight), 20)
+    assert split is not None
+    assert not size_whole(load(8.0, tight), 20).enough or (
+        split.counts.total < size_whole(load(8.0, tight), 20).counts.total
+    )
+
+
+def test_nothing_to_do_takes_the_minimum() -> None:
+    idle = Load(WORKER, {}, {"": TARGETS})
+    assert size_split(idle, 9, minimum=2).counts == Counts(2, 2)  # type: ignore[union-attr]
+    assert size_whole(idle, 9).counts == Counts(both=1)
+    assert size_split(idle, 1) is None
+
+
+def test_out_of_reach_is_said_with_how_much() -> None:
+    slow = load(4.0, ClassTargets(1.0, 0.02))  # one step takes longer than that
+    sizing = size_split(slow, 16)
+    assert sizing is not None
+    (missed,) = shortfalls(slow, sizing)
+    assert missed.metric == "tpot"
+    assert 0.001 < missed.excess < 0.05
+    assert sizing.counts.total == 16
