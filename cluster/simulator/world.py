@@ -20,7 +20,6 @@ from cluster.simulator.placing import Placing, RouterPlacing
 from cluster.simulator.serving import Serving
 from cluster.simulator.worker import MODEL, VirtualWorker
 from cluster.simulator.workload import Arrival
-from router.states import State
 from router.events import (
     Abort,
     Admitted,
@@ -39,6 +38,7 @@ from router.events import (
 from router.generation import Generation, Sampling
 from router.placement import Unplaced
 from router.request import Request
+from router.states import State
 
 PLACEMENT_WAIT_SECONDS = 10.0
 """As the router's: how long an admitted request waits for workers that can take it."""
