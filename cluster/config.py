@@ -97,7 +97,10 @@ class RayConfig(Section):
 class HandoffConfig(Section):
     """The KV transfer between workers."""
 
-    transport: Annotated[Literal["auto", "grpc"], Field(description="How KV moves.")] = "auto"
+    transport: Annotated[
+        Literal["auto", "grpc", "nccl"],
+        Field(description="How KV moves; auto: nccl between GPUs that it can join, else grpc."),
+    ] = "auto"
     host: Annotated[
         str | None, Field(description="Interface of the transfer port; unset: the worker's own.")
     ] = None
@@ -107,8 +110,22 @@ class HandoffConfig(Section):
     ] = 60.0
     max_message_bytes: Annotated[
         int, Field(ge=64 << 10, le=64 * MIB, description="Largest frame; holds a block at least.")
-    ] = 4 * MIB
+    ] = 2 * MIB
     max_streams: Annotated[int, Field(ge=1, description="Handoffs received at once.")] = 256
+    max_ahead_bytes: Annotated[
+        int,
+        Field(ge=0, description="KV that prefill may pin, per rank, before decode has room."),
+    ] = 1 << 30
+    link_checksums: Annotated[
+        int, Field(ge=0, description="Every how many payloads over nccl are checked; 0: none.")
+    ] = 16
+    link_seconds: Annotated[
+        float,
+        Field(gt=0, le=600, description="A link over nccl that stands still for so long is dead."),
+    ] = 10.0
+    staging_bytes: Annotated[
+        int, Field(ge=32 * MIB, description="GPU memory for payloads under way over nccl.")
+    ] = 256 * MIB
 
 
 class TargetsConfig(Section):

@@ -38,7 +38,8 @@ class Ticket:
         prompt_digest: `prompt_digest()` of the prompt's token ids.
         num_tokens: prompt length in tokens.
         tenant_salt: the cache salt of the tenant; prefixes are shared only within it.
-        layout: fingerprint of the KV layout, equal on both sides.
+        layout: fingerprint of what both sides' KV has in common.
+        prefill_geometry, decode_geometry: how each side cuts its KV cache into ranks and blocks.
         issued_at, expires_at: seconds since 1970.
     """
 
@@ -53,6 +54,8 @@ class Ticket:
     num_tokens: int
     tenant_salt: str
     layout: str
+    prefill_geometry: str
+    decode_geometry: str
     issued_at: float
     expires_at: float
 
@@ -112,6 +115,14 @@ class TicketSigner:
     def call_token(self) -> str:
         """What routers, workers and the controller show each other on internal calls."""
         return hmac.new(self._secret, b"pdserve internal call", hashlib.sha256).hexdigest()
+
+    def proof(self, statement: bytes) -> bytes:
+        """What one process of the cluster states to another, signed."""
+        return self._mac(b"pdserve statement\n" + statement)
+
+    def proves(self, statement: bytes, proof: bytes) -> bool:
+        """Compares in constant time."""
+        return hmac.compare_digest(proof, self.proof(statement))
 
     def accepts_call_token(self, token: str) -> bool:
         """Compares in constant time."""

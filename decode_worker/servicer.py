@@ -33,7 +33,7 @@ class DecodeFace:
         )
 
         async def report() -> SequenceReport:
-            return stamps.report(await self._result(handoff), self._me.transport)
+            return stamps.report(await self._result(handoff))
 
         self._engine.expect_handoff(handoff.handoff_id)
         try:

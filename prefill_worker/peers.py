@@ -26,8 +26,8 @@ class Peers:
         self._known: dict[str, WorkerRecord] = {}
         self._task = asyncio.create_task(self._follow())
 
-    async def transfer_addresses(self, worker_id: str, incarnation: str) -> tuple[str, ...]:
-        """Of each engine rank.
+    async def find(self, worker_id: str, incarnation: str) -> WorkerRecord:
+        """One life of a decode worker.
 
         Raises:
             HandoffRefused: the registry knows no such life of the worker.
@@ -39,7 +39,7 @@ class Peers:
             if record is None or record.incarnation != incarnation:
                 raise HandoffRefused(f"decode worker {worker_id} has gone or was restarted")
             self._known[worker_id] = record
-        return record.transfer_addresses
+        return record
 
     async def _follow(self) -> None:
         while True:

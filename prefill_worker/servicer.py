@@ -64,16 +64,17 @@ class PrefillFace:
 
     async def _handoff(self, start: SequenceStart) -> HandoffParams:
         ticket = check_ticket(self._signer, self._me, "prefill", start)
-        addresses = await self._peers.transfer_addresses(
-            ticket.decode_worker, ticket.decode_incarnation
-        )
+        peer = await self._peers.find(ticket.decode_worker, ticket.decode_incarnation)
         return HandoffParams(
             side="prefill",
             handoff_id=ticket.handoff_id,
             ticket=start.ticket.decode(),
             num_tokens=ticket.num_tokens,
             expires_in=ticket.expires_at - time.time(),
-            peers=addresses,
+            peers=peer.transfer_addresses,
+            peer_worker=ticket.decode_worker,
+            peer_incarnation=ticket.decode_incarnation,
+            peer_geometry=ticket.decode_geometry,
         )
 
     async def _first_token(self, request: EngineRequest) -> EngineOutput:

@@ -36,10 +36,10 @@ from router.link import WorkerLink
 from router.observe import Observer
 from router.output import Completed
 from router.pace import Pace
-from router.placement import Target, Unplaced
+from router.placement import Plan, Target, Unplaced
 from router.placer import Placer
 from router.running import Running, request_key
-from router.tickets import TicketMint
+from router.tickets import Cuts, TicketMint
 from router.tokens import SentTokens
 from router.worker_wire import SequenceStart
 
@@ -206,12 +206,10 @@ class Dispatch:
             return
         plan = decision.plan
         self._no_longer_waits(running.key, place.index)
-        decode = self._workers.link(plan.decode) if plan.decode is not None else None
-        layout = decode.record.layout if decode is not None else ""
         digest = running.prompt_digest
         if place.prefix:
             digest = prompt_digest(generation.prompt_token_ids)
-        ticket = self._mint.mint(generation, digest, plan, layout)
+        ticket = self._mint.mint(generation, digest, plan, self._cuts(plan))
         self._sequences += 1
         nonce = f"{self._nonce}{self._sequences}"
         name = sequence_id(generation.request_id, place.index, place.attempt, nonce)
@@ -219,6 +217,13 @@ class Dispatch:
         placed = Placed(plan, name, ticket, len(place.prefix), place.attempt)
         running.step(placed, place.index)
         running.step(Started(), place.index)
+
+    def _cuts(self, plan: Plan) -> Cuts:
+        prefill = self._workers.link(plan.prefill) if plan.prefill is not None else None
+        decode = self._workers.link(plan.decode) if plan.decode is not None else None
+        if prefill is None or decode is None:
+            return Cuts()
+        return Cuts(decode.record.layout, prefill.record.geometry, decode.record.geometry)
 
     def _wait_for_workers(self, running: Running, place: Place, missing: str) -> None:
         key = (running.key, place.index)

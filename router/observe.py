@@ -11,12 +11,14 @@ from typing import Protocol
 from cluster.clock import Clock
 from cluster.errors import PdserveError, Unavailable, status_of
 from cluster.obs.metrics import RouterMetrics
+from cluster.obs.tracing import NoTracer, Tracer
 from cluster.store.records import JournalEntry
 from router.admission.offers import SloClass
 from router.attainment import ATTAINED, missed
 from router.generation import Slo
-from router.output import Completed, CompletionReport
+from router.output import Completed, CompletionReport, Handoff
 from router.running import Running
+from router.spans import overlap, request_spans
 
 JOURNAL_QUEUE = 1024
 JOURNAL_TIMEOUT_SECONDS = 2.0
@@ -33,8 +35,15 @@ class Journal(Protocol):
 class Observer:
     """Takes note of requests without ever holding one up."""
 
-    def __init__(self, metrics: RouterMetrics, router_id: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        metrics: RouterMetrics,
+        router_id: str,
+        clock: Clock,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.metrics = metrics
+        self._tracer = tracer or NoTracer()
         self._router_id = router_id
         self._clock = clock
         self._entries: asyncio.Queue[JournalEntry] = asyncio.Queue(JOURNAL_QUEUE)
@@ -101,6 +110,22 @@ class Observer:
             fields["error"] = str(end)
         self._journal(entry)
         log.info("request ended", extra={"fields": fields})
+        self._trace(running, end, fields, seconds)
+
+    def _trace(
+        self,
+        running: Running,
+        end: Completed | PdserveError,
+        fields: dict[str, object],
+        seconds: float,
+    ) -> None:
+        now = self._clock.wall()
+        attributes = {
+            f"pdserve.{k}": v for k, v in fields.items() if isinstance(v, str | int | float)
+        }
+        completed = end if isinstance(end, Completed) else None
+        spans = request_spans(now - seconds, now, attributes, completed)
+        self._tracer.record(spans, failed=completed is None)
 
     async def write_journal(self, journal: Journal) -> None:
         """Writes entries until cancelled; drops and counts those that the store does not take."""
@@ -150,9 +175,17 @@ class Observer:
         for phase, seconds in asdict(report.phases).items():
             self.metrics.phase.labels(phase).observe(seconds)
         if report.handoff is not None:
-            self.metrics.handoff_bytes.labels(report.handoff.transport).inc(report.handoff.bytes)
-            self.metrics.handoff.observe(report.handoff.transfer_seconds)
-            self.metrics.handoff_wait.observe(report.phases.handoff_wait)
+            self._handoff(report, report.handoff)
+
+    def _handoff(self, report: CompletionReport, moved: Handoff) -> None:
+        self.metrics.handoff_bytes.labels(moved.transport).inc(moved.bytes)
+        self.metrics.handoff.observe(moved.transfer_seconds)
+        self.metrics.handoff_wait.observe(report.phases.handoff_wait)
+        self.metrics.handoff_overlap.observe(overlap(report))
+        self.metrics.handoff_size.observe(moved.bytes)
+        if moved.transfer_seconds > 0:
+            rate = moved.bytes / moved.transfer_seconds
+            self.metrics.handoff_rate.labels(moved.transport).observe(rate)
 
     def _entry(self, running: Running) -> JournalEntry:
         generation = running.generation

@@ -18,6 +18,7 @@ from cluster.clock import Clock, SystemClock
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.obs.metrics import RouterMetrics
+from cluster.obs.tracing import tracer_from_environment
 from cluster.store.records import RouterRecord
 from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
@@ -128,7 +129,9 @@ class RouterServer:
         self._catalog = Catalog(config.models, lambda: self._workers.records, self._tokenizers)
         self._stack.callback(self._catalog.close)
         await self._catalog.load()
-        self._observer = Observer(self.metrics, self._router_id, clock)
+        self._observer = Observer(
+            self.metrics, self._router_id, clock, tracer_from_environment("pdserve-router")
+        )
         tenants = Tenants(config, self._secret, self._signer.call_token())
         placement = JointPlacement(fleet, mode, random.Random())
         self._placer = Placer(fleet, placement, config.targets, self.metrics, clock)

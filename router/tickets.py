@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cluster.clock import Clock
 from cluster.ticket import Ticket, TicketSigner, new_handoff_id
 from router.generation import Generation
 from router.placement import Plan
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What both workers' KV has in common, and how each cuts it into ranks and blocks."""
+
+    layout: str = ""
+    prefill_geometry: str = ""
+    decode_geometry: str = ""
 
 
 class TicketMint:
@@ -25,12 +36,12 @@ class TicketMint:
         generation: Generation,
         prompt_digest: str,
         plan: Plan,
-        layout: str,
+        cuts: Cuts,
     ) -> bytes:
         """The signed ticket for `plan`; empty if it hands nothing off.
 
         Args:
-            layout: of the KV, on both workers.
+            cuts: of the KV on both workers.
         """
         if plan.prefill is None or plan.decode is None:
             return b""
@@ -46,7 +57,9 @@ class TicketMint:
             prompt_digest=prompt_digest,
             num_tokens=len(generation.prompt_token_ids),
             tenant_salt=generation.cache_salt,
-            layout=layout,
+            layout=cuts.layout,
+            prefill_geometry=cuts.prefill_geometry,
+            decode_geometry=cuts.decode_geometry,
             issued_at=issued_at,
             expires_at=issued_at + self._seconds,
         )

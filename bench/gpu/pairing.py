@@ -32,10 +32,12 @@ def pair(
         num_tokens=len(prompt),
         tenant_salt="",
         layout=decode[1].layout,
+        prefill_geometry=prefill[1].geometry,
+        decode_geometry=decode[1].geometry,
         issued_at=now,
         expires_at=now + LEASE_SECONDS,
     )
     wire = TicketSigner(secret).sign(ticket).decode()
     common = (ticket.handoff_id, wire, len(prompt), LEASE_SECONDS)
-    peers = decode[1].transfer_addresses
-    return HandoffParams("prefill", *common, peers), HandoffParams("decode", *common)
+    peer = (decode[1].transfer_addresses, decode[0], f"{decode[0]}-1", decode[1].geometry)
+    return HandoffParams("prefill", *common, *peer), HandoffParams("decode", *common)

@@ -108,7 +108,9 @@ class EngineInfo:
 
     Attributes:
         transfer_addresses: host:port of each rank's transfer port.
-        layout: fingerprint of its KV layout.
+        transport: how it can take KV: the best way that `handoff.transport` allows.
+        layout: fingerprint of its KV; blocks move between engines with equal ones.
+        geometry: how it cuts its KV cache into ranks and blocks.
         simulated: its tokens are made up.
     """
 
@@ -119,6 +121,7 @@ class EngineInfo:
     num_blocks: int
     max_model_len: int
     vocab_size: int
+    geometry: str = ""
     simulated: bool = False
 
 
@@ -140,12 +143,18 @@ class Holdings:
     Attributes:
         blocks_used: blocks of the pool that some request holds.
         resident_bytes: by process name.
+        leaked_blocks: blocks that had to be reclaimed from handoffs since the start.
+        ahead_bytes: KV of prompts computed ahead of decode's grant.
+        waiting_for_credit: prompts that may not be computed before they are granted.
     """
 
     ledger: tuple[PinnedKv, ...]
     blocks_used: int
     blocks_total: int
     resident_bytes: dict[str, int]
+    leaked_blocks: int = 0
+    ahead_bytes: int = 0
+    waiting_for_credit: int = 0
 
 
 class Engine(Protocol):

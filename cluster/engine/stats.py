@@ -16,12 +16,16 @@ class FrontEndStats:
 
     Attributes:
         kv_usage: share of the KV pool that requests hold, 0 to 1.
+        ahead_bytes: KV of prompts admitted ahead of decode's grant.
+        waiting_for_credit: prompts that wait for it.
     """
 
     def __init__(self, results: HandoffResults) -> None:
         self.kv_usage = 0.0
         self.running = 0
         self.waiting = 0
+        self.ahead_bytes = 0
+        self.waiting_for_credit = 0
         self._results = results
 
     def logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
@@ -32,8 +36,11 @@ class FrontEndStats:
         self.kv_usage = stats.kv_cache_usage
         self.running = stats.num_running_reqs
         self.waiting = stats.num_waiting_reqs
-        for part in (stats.kv_connector_stats or {}).get("results", ()):
+        connector = stats.kv_connector_stats or {}
+        for part in connector.get("results", ()):
             self._results.add(HandoffResult(**part))
+        self.ahead_bytes = connector.get("ahead_bytes", self.ahead_bytes)
+        self.waiting_for_credit = connector.get("waiting", self.waiting_for_credit)
 
 
 class _Tap(StatLoggerBase):

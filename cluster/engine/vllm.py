@@ -102,6 +102,7 @@ class VllmEngine:
             transfer_addresses=tuple(rank["address"] for rank in ranks),
             transport=ranks[0]["transport"],
             layout=ranks[0]["layout"],
+            geometry=ranks[0]["geometry"],
             block_size=ranks[0]["block_size"],
             num_blocks=self._num_blocks,
             max_model_len=config.model_config.max_model_len,
@@ -149,9 +150,16 @@ class VllmEngine:
                     "worker_id": self._worker_id,
                     "incarnation": self._incarnation,
                     "model_digest": digest,
-                    "host": self._handoff.host or self._host,
-                    "max_message_bytes": self._handoff.max_message_bytes,
-                    "max_streams": self._handoff.max_streams,
+                    "max_ahead_bytes": self._handoff.max_ahead_bytes,
+                    "transport": {
+                        "transport": self._handoff.transport,
+                        "host": self._handoff.host or self._host,
+                        "max_message_bytes": self._handoff.max_message_bytes,
+                        "max_streams": self._handoff.max_streams,
+                        "link_checksums": self._handoff.link_checksums,
+                        "link_seconds": self._handoff.link_seconds,
+                        "staging_bytes": self._handoff.staging_bytes,
+                    },
                 },
             ),
         }
@@ -197,7 +205,15 @@ class VllmEngine:
             for e in held["ledger"]
         )
         used = round(self._stats.kv_usage * max(self._num_blocks - 1, 0))
-        return Holdings(entries, used, self._num_blocks, resident)
+        return Holdings(
+            entries,
+            used,
+            self._num_blocks,
+            resident,
+            leaked_blocks=sum(held["leaked_blocks"] for held in ranks),
+            ahead_bytes=self._stats.ahead_bytes,
+            waiting_for_credit=self._stats.waiting_for_credit,
+        )
 
     async def dead(self) -> str:
         while not self._running.errored:  # noqa: ASYNC110 - vLLM has no event for it

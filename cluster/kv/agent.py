@@ -1,38 +1,59 @@
 """The handoff agent: one thread with an event loop inside each engine worker process.
 
 It owns the transfer port, both sides' handoffs and the ledger. The engine's thread talks to it by
-posting calls, and collects what has finished from the mailbox once a step; nothing else is shared.
+posting calls, and collects what has finished from the mailbox once a step; beside the mailbox only
+the blocks' generations are shared.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
+import torch
+
+from cluster.kv.doorkeeper import Doorkeeper, Terms
 from cluster.kv.first_token import FIRST_TOKENS
+from cluster.kv.generations import Generations
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
 from cluster.kv.paged import PagedCache
-from cluster.kv.receiver import Receiver, Terms
+from cluster.kv.receiver import Receiver
 from cluster.kv.sender import Sender
-from cluster.kv.transport.grpc import GrpcTransport
-from cluster.kv.transport.seam import Transport
+from cluster.kv.transport.choose import TransportOptions, make_transport
 from cluster.ticket import TicketSigner
 
+log = logging.getLogger(__name__)
+
 START_TIMEOUT_SECONDS = 30.0
+SWEEP_SECONDS = 5.0
+GRACE_SECONDS = 30.0
+"""An entry whose lease ended so long ago is nobody's any more, whatever its handoff says."""
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What a rank pins now, and what it ever had to reclaim."""
+
+    entries: list[LedgerEntry]
+    leaked_blocks: int
 
 
 class HandoffAgent:
     """Runs a `Sender` and a `Receiver` over one transport.
 
     Args:
-        host: interface of the transfer port.
-        layout: fingerprint of this rank's KV layout.
+        terms: what this rank is.
+        vocab_size: first tokens are below it.
 
     Attributes:
         mailbox: what finished; emptied by the engine.
+        generations: renewed by the engine.
         address: host:port of the transfer port, once started.
     """
 
@@ -40,36 +61,40 @@ class HandoffAgent:
         self,
         cache: PagedCache,
         signer: TicketSigner,
-        worker_id: str,
-        incarnation: str,
-        layout: str,
-        rank: int,
-        host: str,
-        max_message_bytes: int,
-        max_streams: int,
+        terms: Terms,
         vocab_size: int,
+        options: TransportOptions,
     ) -> None:
         self.mailbox = Mailbox()
+        self.generations = Generations(cache.num_blocks)
         self.address = ""
         self._ledger = Ledger()
-        message_bytes = max(max_message_bytes, cache.block_bytes)
-        self._transport: Transport = GrpcTransport(host, message_bytes, max_streams)
+        self._transport = make_transport(options, cache, signer, terms)
         self.receiver = Receiver(
             cache,
+            self.generations,
             self._ledger,
             self.mailbox,
-            signer,
+            Doorkeeper(signer, terms),
             FIRST_TOKENS,
-            Terms(worker_id, incarnation, layout, rank, vocab_size),
+            vocab_size,
         )
         self.sender = Sender(
-            cache, self._ledger, self.mailbox, self._transport, rank, max_message_bytes
+            cache,
+            self.generations,
+            self._ledger,
+            self.mailbox,
+            self._transport,
+            terms.geometry,
+            terms.rank,
         )
+        self._device = cache.device
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="handoff-agent", daemon=True)
 
     @property
     def transport_name(self) -> str:
+        """The best way this rank can take KV."""
         return self._transport.name
 
     def start(self) -> None:
@@ -79,28 +104,45 @@ class HandoffAgent:
             self._transport.start(self.receiver.serve), self._loop
         )
         self.address = starting.result(START_TIMEOUT_SECONDS)
+        self.post(self._sweep)
 
     def post(self, call: Callable[[], None]) -> None:
         """Runs `call` on the agent's loop, in the order posted."""
         self._loop.call_soon_threadsafe(call)
 
-    def ledger(self) -> list[LedgerEntry]:
+    def pins(self) -> Pins:
         """A consistent snapshot, checked against the live handoffs.
 
         Raises:
             LedgerError: an entry has no handoff or a handoff no entry.
         """
-        snapshot: Future[list[LedgerEntry]] = Future()
+        snapshot: Future[Pins] = Future()
 
         def look() -> None:
             try:
                 self._ledger.check_integrity(self.sender.live() | self.receiver.live())
-                snapshot.set_result(self._ledger.entries())
+                snapshot.set_result(Pins(self._ledger.entries(), self._ledger.leaked_blocks))
             except BaseException as error:
                 snapshot.set_exception(error)
 
         self.post(look)
         return snapshot.result(START_TIMEOUT_SECONDS)
+
+    def _sweep(self) -> None:
+        """Takes back what nobody will give back."""
+        live = self.sender.live() | self.receiver.live()
+        for entry in self._ledger.strays(live, time.monotonic(), GRACE_SECONDS):
+            if entry.handoff_id in live:
+                continue  # its engine still computes, or its writes are still under way
+            self._ledger.reclaim(entry.handoff_id)
+            log.error(
+                "reclaimed %d blocks (%s) that handoff %s left: %s",
+                entry.blocks,
+                entry.reason,
+                entry.handoff_id,
+                "; ".join(entry.history),
+            )
+        self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
     def stop(self) -> None:
         """Closes the port and ends every push."""
@@ -113,5 +155,7 @@ class HandoffAgent:
         self._thread.join(START_TIMEOUT_SECONDS)
 
     def _serve(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()

@@ -1,8 +1,8 @@
 """What of a handoff has landed: the decode side's judge of every frame.
 
-Pure. A frame is refused unless it is exactly what was announced: the next in order, of a layer and
-blocks this handoff owes, each once, of the right size and checksum. `complete` only when every
-(layer, block) of the range has been accepted.
+Pure. A frame is refused unless it is exactly what was announced: the next in order, of layers and
+blocks this route owes, each once, of the right size. `complete` only when every (layer, block) of
+the range has been accepted.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ from cluster.errors import HandoffRefused
 
 @dataclass(frozen=True)
 class BlockRun:
-    """The header of a frame of blocks."""
+    """The header of a frame of blocks: the same blocks of `num_layers` layers."""
 
     sequence: int
     layer: int
+    num_layers: int
     first_block: int
     num_blocks: int
-    checksum: int
+    checksum: int = 0
 
 
 class Assembly:
-    """Coverage of one handoff.
+    """Coverage of one route of a handoff.
 
     Args:
         num_layers: layers of the model.
-        first_block: blocks of the prompt that decode already holds; they are not sent.
+        first_block: blocks of the prompt, of prefill's size, that decode already holds whole; they
+            are not sent.
         num_blocks: blocks of the whole prompt.
-        block_bytes: bytes of one block of one layer.
+        block_bytes: bytes of one block of one layer, of this route's heads.
     """
 
     def __init__(
         self, num_layers: int, first_block: int, num_blocks: int, block_bytes: int
     ) -> None:
         self._block_bytes = block_bytes
-        self._first = first_block
         self._last = num_blocks
         self._next = [first_block] * num_layers
         self.frames = 0
@@ -54,29 +55,38 @@ class Assembly:
         """
         if run.sequence != self.frames:
             raise HandoffRefused(f"frame {run.sequence} came where {self.frames} was due")
-        if not 0 <= run.layer < len(self._next):
-            raise HandoffRefused(f"frame {run.sequence}: no layer {run.layer}")
-        due = self._next[run.layer]
-        if run.first_block != due:
+        if run.layer < 0 or run.num_layers < 1 or run.layer + run.num_layers > len(self._next):
             raise HandoffRefused(
-                f"frame {run.sequence}: layer {run.layer} block {run.first_block} came where"
-                f" {due} was due"
+                f"frame {run.sequence}: layers {run.layer}+{run.num_layers} of {len(self._next)}"
             )
+        for layer in range(run.layer, run.layer + run.num_layers):
+            due = self._next[layer]
+            if run.first_block != due:
+                raise HandoffRefused(
+                    f"frame {run.sequence}: layer {layer} block {run.first_block} came where"
+                    f" {due} was due"
+                )
         if run.num_blocks < 1 or run.first_block + run.num_blocks > self._last:
             raise HandoffRefused(
                 f"frame {run.sequence}: blocks {run.first_block}+{run.num_blocks} of {self._last}"
             )
-        if payload_bytes != run.num_blocks * self._block_bytes:
+        if payload_bytes != run.num_layers * run.num_blocks * self._block_bytes:
             raise HandoffRefused(
                 f"frame {run.sequence}: {payload_bytes} bytes for {run.num_blocks} blocks of"
-                f" {self._block_bytes}"
+                f" {self._block_bytes} in {run.num_layers} layers"
             )
 
     def accept(self, run: BlockRun, payload_bytes: int) -> None:
         """The frame passed `check` and its checksum, and its blocks have been written."""
-        self._next[run.layer] += run.num_blocks
+        for layer in range(run.layer, run.layer + run.num_layers):
+            self._next[layer] += run.num_blocks
         self.frames += 1
         self.bytes += payload_bytes
+
+    @property
+    def owed(self) -> int:
+        """Bytes still to come."""
+        return sum(self._last - due for due in self._next) * self._block_bytes
 
     @property
     def complete(self) -> bool:

@@ -19,8 +19,9 @@ class HandoffParams:
 
     Attributes:
         ticket: the signed ticket.
-        peers: on prefill, the decode engine's transfer address per rank.
         expires_in: seconds of the ticket's life left when the request was handed to the engine.
+        peers: on prefill, the decode engine's transfer address per rank.
+        peer_worker, peer_incarnation, peer_geometry: on prefill, the decode worker's.
     """
 
     side: Side
@@ -29,6 +30,9 @@ class HandoffParams:
     num_tokens: int
     expires_in: float
     peers: tuple[str, ...] = ()
+    peer_worker: str = ""
+    peer_incarnation: str = ""
+    peer_geometry: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,7 +54,9 @@ class HandoffResult:
 
     Attributes:
         error: empty if every block arrived and was verified.
+        transport: how the payloads crossed.
         bytes: KV payload that crossed.
+        blocks: on decode, its blocks that were to be filled.
         held_tokens: prompt tokens whose KV decode already held.
         granted_at: decode had reserved its blocks; 0 if it never did.
         first_frame_at, last_frame_at: 0 if nothing crossed.
@@ -59,6 +65,7 @@ class HandoffResult:
     handoff_id: str
     side: Side
     error: str
+    transport: str = ""
     bytes: int = 0
     frames: int = 0
     blocks: int = 0

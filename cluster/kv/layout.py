@@ -1,4 +1,4 @@
-"""How a worker's KV cache lies in memory, and the fingerprint two sides must share."""
+"""The fingerprint of what two sides' KV must have in common."""
 
 from __future__ import annotations
 
@@ -7,47 +7,39 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.kv.geometry import KvGeometry
+
 SAMPLES = 256
 SAMPLE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
 class KvLayout:
-    """One engine rank's KV cache.
-
-    A layer's cache is a view `[blocks, heads, tokens, content]`; `content` is a token's K and V of
-    one head in the attention backend's own packing, so bytes are exchanged only between equal
-    backends and in whole blocks.
+    """An engine's KV, apart from how it is cut into ranks and blocks.
 
     Attributes:
         model_digest: of the model's configuration and weight files, `model_digest()`.
         dtype: of the cache, such as float32.
-        backend: the attention backend's name.
-        ranks: tensor-parallel size.
+        content: items of one token of one head: its K and V, or its latent.
+        geometry: how it is cut.
     """
 
     model_digest: str
     dtype: str
-    item_bytes: int
     num_layers: int
-    heads: int
-    tokens: int
     content: int
-    backend: str
-    ranks: int
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block of one layer."""
-        return self.heads * self.tokens * self.content * self.item_bytes
-
-    def blocks_of(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens`."""
-        return -(-num_tokens // self.tokens)
+    geometry: KvGeometry
 
     def fingerprint(self) -> str:
-        """Equal for two layouts between which blocks may move; 32 hex digits."""
-        canonical = json.dumps(asdict(self), sort_keys=True).encode()
+        """Equal for two layouts between which blocks may move; 32 hex digits.
+
+        Blocks of one geometry can be laid out anew for another, unless the order of their items is
+        not known: then the geometry must be the same, too.
+        """
+        what = {**asdict(self), "geometry": self.geometry.heads}
+        if self.geometry.opaque:
+            what["geometry"] = self.geometry.encode()
+        canonical = json.dumps(what, sort_keys=True).encode()
         return hashlib.blake2b(canonical, digest_size=16).hexdigest()
 
 

@@ -24,6 +24,12 @@ class Mailbox:
         self._lock = threading.Lock()
         self._finished = Finished()
         self._results: list[HandoffResult] = []
+        self._granted: list[str] = []
+
+    def granted(self, handoff_id: str) -> None:
+        """Decode has room for a prefill request."""
+        with self._lock:
+            self._granted.append(handoff_id)
 
     def sent(self, request: str) -> None:
         """The prefill blocks of `request` may be freed."""
@@ -45,6 +51,11 @@ class Mailbox:
         with self._lock:
             finished, self._finished = self._finished, Finished()
             return finished
+
+    def take_granted(self) -> list[str]:
+        with self._lock:
+            granted, self._granted = self._granted, []
+            return granted
 
     def take_results(self) -> list[HandoffResult]:
         with self._lock:

@@ -1,8 +1,9 @@
 """Decode's side of handoffs: reserve, grant, verify, land.
 
 Lives on the handoff agent's event loop and is touched by no other thread. A payload is written into
-a block only while its reservation stands, in the same loop turn as that is checked, so a cancelled
-request's blocks are never written after they have been given back.
+a block only while its reservation stands and the blocks are still of the generation that was
+reserved, and blocks are given back only when no write is under way; so a cancelled request's blocks
+are never written after they have been given back.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import Assembly
+from cluster.kv.doorkeeper import Admitted, Doorkeeper
 from cluster.kv.first_token import FirstTokens
-from cluster.kv.handoff import HandoffResult
+from cluster.kv.generations import Generations, Stamp
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
-from cluster.kv.paged import PagedCache, checksum
+from cluster.kv.paged import PagedCache, Slots
+from cluster.kv.push import reached, seed_of
+from cluster.kv.reservation import LATE, CalledOff, Reservation, Reserve
 from cluster.kv.transport.frames import Abort, Ack, Blocks, Commit, Grant, Open, Refused
 from cluster.kv.transport.seam import Inbound
-from cluster.ticket import Ticket, TicketSigner
 
 log = logging.getLogger(__name__)
 
@@ -30,118 +32,68 @@ OPEN_TIMEOUT_SECONDS = 10.0
 READ_OFF_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class Reserve:
-    """The engine took blocks for a request and waits for its KV.
-
-    Attributes:
-        block_ids: of the whole prompt, in order.
-        held_blocks: the first of them, already filled from the prefix cache.
-        expires_in: seconds until the reservation is given up.
-    """
-
-    request: str
-    handoff_id: str
-    ticket: str
-    num_tokens: int
-    block_ids: tuple[int, ...]
-    held_blocks: int
-    expires_in: float
-
-
-@dataclass
-class _Reservation:
-    reserve: Reserve
-    assembly: Assembly
-    expiry: asyncio.TimerHandle
-    granted_at: float
-    first_frame_at: float = 0.0
-    last_frame_at: float = 0.0
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What this engine rank is; pushes for anything else are refused.
-
-    Attributes:
-        layout: fingerprint of its KV layout.
-    """
-
-    worker_id: str
-    incarnation: str
-    layout: str
-    rank: int
-    vocab_size: int
-
-
-class _CalledOff(HandoffRefused):
-    """Refused because the request has ended meanwhile, as when a client goes away."""
-
-
 class Receiver:
     """Takes handoffs for one engine rank.
 
     Args:
-        terms: what a push must be for.
+        doorkeeper: judges what a push shows first.
+        vocab_size: first tokens are below it.
     """
 
     def __init__(
         self,
         cache: PagedCache,
+        generations: Generations,
         ledger: Ledger,
         mailbox: Mailbox,
-        signer: TicketSigner,
+        doorkeeper: Doorkeeper,
         first_tokens: FirstTokens,
-        terms: Terms,
+        vocab_size: int,
     ) -> None:
         self._cache = cache
+        self._generations = generations
         self._ledger = ledger
         self._mailbox = mailbox
-        self._signer = signer
+        self._doorkeeper = doorkeeper
         self._first_tokens = first_tokens
-        self._terms = terms
-        self._reservations: dict[str, _Reservation] = {}
-        self._arrivals: dict[str, asyncio.Event] = {}
-        self._spent: dict[str, float] = {}
+        self._vocab_size = vocab_size
+        self._reservations: dict[str, Reservation] = {}
+        self._arrivals: dict[str, list[asyncio.Event]] = {}
 
     # ---- the engine's side -------------------------------------------------------------------
 
-    def reserve(self, reserve: Reserve) -> None:
-        """Blocks have been taken: the push may begin."""
-        loop = asyncio.get_running_loop()
-        owed = len(reserve.block_ids) - reserve.held_blocks
+    def reserve(self, reserve: Reserve, stamp: Stamp) -> None:
+        """Blocks, of the generations in `stamp`, have been taken: the pushes may begin."""
+        now = time.monotonic()
+        owed = -(-(reserve.num_tokens - reserve.held_tokens) // self._cache.tokens)
         size = owed * self._cache.block_bytes * self._cache.num_layers
         self._ledger.pin(
-            LedgerEntry(
-                reserve.handoff_id, "reserved", owed, size, time.monotonic() + reserve.expires_in
-            )
+            LedgerEntry(reserve.handoff_id, "reserved", owed, size, now + reserve.expires_in), now
         )
-        self._reservations[reserve.handoff_id] = _Reservation(
+        loop = asyncio.get_running_loop()
+        self._reservations[reserve.handoff_id] = Reservation(
             reserve,
-            Assembly(
-                self._cache.num_layers,
-                reserve.held_blocks,
-                len(reserve.block_ids),
-                self._cache.block_bytes,
-            ),
+            stamp,
             loop.call_later(reserve.expires_in, self._expire, reserve.handoff_id),
-            granted_at=time.monotonic(),
+            granted_at=now,
+            owed_blocks=owed,
         )
-        if arrival := self._arrivals.get(reserve.handoff_id):
-            arrival.set()
+        self._announce(reserve.handoff_id)
 
     def release(self, handoff_id: str) -> None:
         """The request has ended in the engine: nothing may be written for it any more."""
         self._first_tokens.forget(handoff_id)
-        self._spent.setdefault(handoff_id, time.monotonic() + 3600)
-        if arrival := self._arrivals.get(handoff_id):
-            arrival.set()
-        if self._reservations.get(handoff_id):
-            self._end(handoff_id, error="the request was cancelled")
+        self._doorkeeper.close(handoff_id)
+        self._announce(handoff_id)
+        self._fail(handoff_id, "the request was cancelled")
 
     def live(self) -> set[str]:
         """Handoffs that hold a reservation."""
         return set(self._reservations)
+
+    def _announce(self, handoff_id: str) -> None:
+        for arrival in self._arrivals.get(handoff_id, ()):
+            arrival.set()
 
     # ---- the peer's side ---------------------------------------------------------------------
 
@@ -155,14 +107,17 @@ class Receiver:
                 return
             if not isinstance(opening, Open):
                 raise HandoffRefused("a push must begin with a ticket")
-            ticket = self._admit(opening)
-            reservation = await self._reserved(ticket, opening)
-            handoff_id = ticket.handoff_id
-            await inbound.send(Grant(reservation.reserve.held_blocks, self._owed(reservation)))
-            await self._take(inbound, handoff_id)
+            admitted = self._doorkeeper.admit(opening.ticket, opening.rank)
+            inbound.claim(admitted.ticket.handoff_id)
+            reservation = await self._reserved(admitted, opening)
+            handoff_id = admitted.ticket.handoff_id
+            part = self._part(reservation, admitted)
+            await inbound.send(Grant(reservation.reserve.held_tokens, part.owed))
+            async with reservation.push(admitted.ticket.expires_at - time.time()):
+                await self._take(inbound, reservation, admitted, part)
             await inbound.send(Ack())
         except HandoffRefused as refusal:
-            level = logging.INFO if isinstance(refusal, _CalledOff) else logging.WARNING
+            level = logging.INFO if isinstance(refusal, CalledOff) else logging.WARNING
             log.log(level, "handoff %s refused: %s", handoff_id or "(unknown)", refusal)
             self._fail(handoff_id, str(refusal))
             await inbound.send(Refused(str(refusal)))
@@ -173,101 +128,162 @@ class Receiver:
         except BaseException:
             self._fail(handoff_id, "the transfer broke")
             raise
+        finally:
+            inbound.close()
 
-    def _admit(self, opening: Open) -> Ticket:
-        ticket = self._signer.verify(opening.ticket, time.time())
-        me = (self._terms.worker_id, self._terms.incarnation)
-        if (ticket.decode_worker, ticket.decode_incarnation) != me:
-            raise HandoffRefused("the ticket is for another worker or another life of this one")
-        if opening.rank != self._terms.rank:
-            raise HandoffRefused(f"rank {opening.rank} pushes to rank {self._terms.rank}")
-        if ticket.layout != self._terms.layout:
-            raise HandoffRefused("the ticket is for another KV layout")
-        now = time.monotonic()
-        self._spent = {key: until for key, until in self._spent.items() if until > now}
-        if ticket.handoff_id in self._spent:
-            raise HandoffRefused("the ticket has been used")
-        self._spent[ticket.handoff_id] = now + max(ticket.expires_at - time.time(), 0) + 60
-        return ticket
-
-    async def _reserved(self, ticket: Ticket, opening: Open) -> _Reservation:
+    async def _reserved(self, admitted: Admitted, opening: Open) -> Reservation:
         """Waits for the engine to take blocks, no longer than the ticket lives."""
-        handoff_id = ticket.handoff_id
-        if handoff_id not in self._reservations:
-            arrival = self._arrivals[handoff_id] = asyncio.Event()
+        handoff_id = admitted.ticket.handoff_id
+        if handoff_id not in self._reservations and not self._doorkeeper.closed(handoff_id):
+            arrival = asyncio.Event()
+            waiting = self._arrivals.setdefault(handoff_id, [])
+            waiting.append(arrival)
             try:
-                async with asyncio.timeout(ticket.expires_at - time.time()):
+                async with asyncio.timeout(admitted.ticket.expires_at - time.time()):
                     await arrival.wait()
             except TimeoutError:
                 raise HandoffRefused("decode had no room within the ticket's life") from None
             finally:
-                del self._arrivals[handoff_id]
+                waiting.remove(arrival)
+                if not waiting:
+                    self._arrivals.pop(handoff_id, None)
         reservation = self._reservations.get(handoff_id)
-        if reservation is None:
-            raise _CalledOff("the request was cancelled")
+        if reservation is None or reservation.error:
+            raise CalledOff("the request was cancelled")
         if reservation.reserve.ticket.encode() != opening.ticket:
             raise HandoffRefused("the push shows another ticket than the request")
         return reservation
 
-    async def _take(self, inbound: Inbound, handoff_id: str) -> None:
+    def _part(self, reservation: Reservation, admitted: Admitted) -> Assembly:
+        """What this route owes; every route's is made with the first."""
+        reserve, tokens = reservation.reserve, admitted.prefill.tokens
+        if not reservation.parts:
+            for route in admitted.routes:
+                reservation.parts[route.prefill_rank] = Assembly(
+                    self._cache.num_layers,
+                    reserve.held_tokens // tokens,
+                    -(-reserve.num_tokens // tokens),
+                    route.target.count * tokens * self._cache.content * self._cache.item_bytes,
+                )
+        return reservation.parts[admitted.route.prefill_rank]
+
+    async def _take(
+        self, inbound: Inbound, reservation: Reservation, admitted: Admitted, part: Assembly
+    ) -> None:
         while (frame := await inbound.receive()) is not None:
-            reservation = self._reservations.get(handoff_id)
-            if reservation is None:
-                raise _CalledOff("the request has ended")
             match frame:
                 case Blocks():
-                    self._land(reservation, frame)
+                    await self._land(reservation, inbound, admitted, part, frame)
                 case Commit():
-                    return self._commit(reservation, frame)
+                    return self._commit(reservation, inbound, admitted, part, frame)
                 case Abort(reason):
                     raise HandoffRefused(f"prefill gave up: {reason}")
                 case _:
                     raise HandoffRefused("a second ticket on one push")
-        raise _CalledOff("prefill stopped half-way")
+        raise CalledOff("prefill stopped half-way")
 
-    def _land(self, reservation: _Reservation, frame: Blocks) -> None:
-        run, payload = frame.run, frame.payload
-        reservation.assembly.check(run, len(payload))
-        if checksum(payload, reservation.reserve.handoff_id) != run.checksum:
-            raise HandoffRefused(f"frame {run.sequence}: checksum differs")
-        last = run.first_block + run.num_blocks
-        self._cache.scatter(
-            run.layer, reservation.reserve.block_ids[run.first_block : last], payload
-        )
-        reservation.assembly.accept(run, len(payload))
-        reservation.last_frame_at = time.monotonic()
-        reservation.first_frame_at = reservation.first_frame_at or reservation.last_frame_at
+    async def _land(
+        self,
+        reservation: Reservation,
+        inbound: Inbound,
+        admitted: Admitted,
+        part: Assembly,
+        frame: Blocks,
+    ) -> None:
+        run, size = frame.run, frame.payload.numel()
+        try:
+            part.check(run, size)
+            await inbound.verify(frame, seed_of(reservation.reserve.handoff_id))
+            reservation.check(self._generations)
+            self._write(reservation.reserve, admitted, frame)
+        except BaseException:
+            inbound.done(frame)
+            raise
+        await self._settle(reservation, inbound, frame)
+        part.accept(run, size)
+        reservation.saw_frame(time.monotonic())
 
-    def _commit(self, reservation: _Reservation, commit: Commit) -> None:
-        assembly, reserve = reservation.assembly, reservation.reserve
-        if commit.frames != assembly.frames or not assembly.complete:
+    async def _settle(self, reservation: Reservation, inbound: Inbound, frame: Blocks) -> None:
+        """Waits for the device. Until it is done nobody else gets the blocks or the payload's
+        memory, not even when this wait is broken off."""
+        reservation.writing += 1
+
+        def settled(_: object = None) -> None:
+            reservation.writing -= 1
+            inbound.done(frame)
+            if reservation.error:
+                self._give_back(reservation)
+
+        fence = self._cache.written()
+        if fence is None:
+            return settled()
+        writing = asyncio.create_task(reached(fence))
+        writing.add_done_callback(settled)
+        await asyncio.shield(writing)
+
+    def _write(self, reserve: Reserve, admitted: Admitted, frame: Blocks) -> None:
+        run, heads = frame.run, admitted.route.target
+        layers = range(run.layer, run.layer + run.num_layers)
+        for layer, payload in zip(layers, frame.payload.chunk(run.num_layers), strict=True):
+            if admitted.plain:
+                tokens = admitted.prefill.tokens
+                slots = Slots(reserve.block_ids, reserve.held_tokens, reserve.num_tokens)
+                first = run.first_block * tokens
+                self._cache.scatter_tokens(layer, first, tokens, slots, heads, payload)
+            else:
+                last = run.first_block + run.num_blocks
+                ids = reserve.block_ids[run.first_block : last]
+                self._cache.scatter(layer, ids, heads, payload)
+
+    def _commit(
+        self,
+        reservation: Reservation,
+        inbound: Inbound,
+        admitted: Admitted,
+        part: Assembly,
+        commit: Commit,
+    ) -> None:
+        reservation.check(self._generations)
+        reserve = reservation.reserve
+        if commit.frames != part.frames or not part.complete:
             raise HandoffRefused("prefill committed before every block had arrived")
         if commit.num_tokens != reserve.num_tokens:
             raise HandoffRefused(f"committed {commit.num_tokens} of {reserve.num_tokens} tokens")
-        if commit.first_token_id >= self._terms.vocab_size:
+        if commit.first_token_id >= self._vocab_size:
             raise HandoffRefused(f"first token {commit.first_token_id} is not in the vocabulary")
-        self._first_tokens.put(reserve.handoff_id, commit.first_token_id)
-        self._end(reserve.handoff_id, error="")
+        if reservation.first_token not in (None, commit.first_token_id):
+            raise HandoffRefused("prefill's ranks do not agree on the first token")
+        reservation.first_token = commit.first_token_id
+        reservation.transport = inbound.transport
+        reservation.committed.add(admitted.route.prefill_rank)
+        if reservation.whole:
+            self._first_tokens.put(reserve.handoff_id, commit.first_token_id)
+            self._end(reservation, error="")
 
     # ---- ends --------------------------------------------------------------------------------
 
     def _expire(self, handoff_id: str) -> None:
-        self._fail(handoff_id, "the lease ran out before every block had arrived")
+        self._fail(handoff_id, LATE)
 
     def _fail(self, handoff_id: str, reason: str) -> None:
-        if handoff_id in self._reservations:
-            self._end(handoff_id, error=reason)
+        reservation = self._reservations.get(handoff_id)
+        if reservation is not None and not reservation.error:
+            self._end(reservation, error=reason)
 
-    def _end(self, handoff_id: str, error: str) -> None:
-        reservation = self._reservations.pop(handoff_id)
-        reservation.expiry.cancel()
-        self._ledger.unpin(handoff_id)
-        self._mailbox.result(_result(reservation, self._cache.tokens, error))
-        self._mailbox.received(reservation.reserve.request, failed=bool(error))
+    def _end(self, reservation: Reservation, error: str) -> None:
+        reservation.end(error)
+        self._give_back(reservation)
 
-    def _owed(self, reservation: _Reservation) -> int:
-        owed = len(reservation.reserve.block_ids) - reservation.reserve.held_blocks
-        return owed * self._cache.block_bytes * self._cache.num_layers
+    def _give_back(self, reservation: Reservation) -> None:
+        """Once no write is under way, the blocks are the engine's again, verified or discarded."""
+        if reservation.writing:
+            return
+        reserve = reservation.reserve
+        if self._reservations.pop(reserve.handoff_id, None) is None:
+            return
+        self._ledger.unpin(reserve.handoff_id)
+        self._mailbox.result(reservation.result(time.monotonic()))
+        self._mailbox.received(reserve.request, failed=bool(reservation.error))
 
 
 async def _read_off(inbound: Inbound) -> None:
@@ -276,22 +292,8 @@ async def _read_off(inbound: Inbound) -> None:
         async with asyncio.timeout(READ_OFF_SECONDS):
             while True:
                 with contextlib.suppress(HandoffRefused):
-                    if await inbound.receive() is None:
+                    frame = await inbound.receive()
+                    if frame is None:
                         return
-
-
-def _result(reservation: _Reservation, tokens_per_block: int, error: str) -> HandoffResult:
-    reserve, assembly = reservation.reserve, reservation.assembly
-    return HandoffResult(
-        handoff_id=reserve.handoff_id,
-        side="decode",
-        error=error,
-        bytes=assembly.bytes,
-        frames=assembly.frames,
-        blocks=len(reserve.block_ids) - reserve.held_blocks,
-        held_tokens=reserve.held_blocks * tokens_per_block,
-        granted_at=reservation.granted_at,
-        first_frame_at=reservation.first_frame_at,
-        last_frame_at=reservation.last_frame_at,
-        ended_at=time.monotonic(),
-    )
+                    if isinstance(frame, Blocks):
+                        inbound.done(frame)

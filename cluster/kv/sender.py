@@ -1,8 +1,9 @@
-"""Prefill's side of handoffs: pin, wait for the grant, push layer by layer, let go.
+"""Prefill's side of handoffs: ask for the grant, pin, push layer by layer, let go.
 
-Lives on the handoff agent's event loop and is touched by no other thread. Blocks stay pinned until
-two things have happened, in either order: the engine is done with the request, and the push has
-ended – acknowledged, refused, cancelled or out of time.
+Lives on the handoff agent's event loop and is touched by no other thread. A handoff begins when its
+request arrives at the engine, so that the grant is there by the time there is something to send.
+Blocks stay pinned until two things have happened, in either order: the engine is done with the
+request, and every push has ended – acknowledged, refused, cancelled or out of time.
 """
 
 from __future__ import annotations
@@ -10,39 +11,40 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import HandoffRefused
-from cluster.kv.assembly import BlockRun
-from cluster.kv.handoff import HandoffResult
+from cluster.kv.generations import Generations, Stamp
+from cluster.kv.geometry import KvGeometry, routes, same_blocks
+from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
-from cluster.kv.paged import Fence, PagedCache, checksum
-from cluster.kv.transport.frames import Ack, Blocks, Commit, Grant, Open, Refused, Reply
-from cluster.kv.transport.seam import Outbound, Transport
+from cluster.kv.paged import Fence, PagedCache
+from cluster.kv.push import Order, Push, Ready
+from cluster.kv.transport.seam import Peer, Transport
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """A prompt that is to be handed off has come to the engine."""
+
+    request: str
+    params: HandoffParams
+
+
+@dataclass(frozen=True)
 class Offer:
-    """A prefill step completed more blocks of a prompt.
+    """A prefill step completes more blocks of a prompt.
 
     Attributes:
         first_block: index in the prompt of the first of `block_ids`.
-        expires_in: seconds until the handoff is given up.
     """
 
-    request: str
     handoff_id: str
-    ticket: str
-    peers: tuple[str, ...]
-    num_tokens: int
     first_block: int
     block_ids: tuple[int, ...]
-    expires_in: float
 
 
 @dataclass(frozen=True)
@@ -57,218 +59,220 @@ class Release:
     first_token_id: int | None
 
 
-@dataclass(frozen=True)
-class _Ready:
-    layer: int
-    first_block: int
-    block_ids: tuple[int, ...]
-    fence: Fence | None
-
-
 @dataclass
 class _Handoff:
-    offer: Offer
-    task: asyncio.Task[str] | None = None
-    ready: deque[_Ready] = field(default_factory=deque)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    release: Release | None = None
+    arrival: Arrival
+    expires: float
+    pushes: list[Push] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+    pinned: bool = False
+    granted: bool = False
+    released: bool = False
     ended: bool = False
-    frames: int = 0
-    bytes: int = 0
-    granted_at: float = 0.0
-    first_frame_at: float = 0.0
-    last_frame_at: float = 0.0
+
+    @property
+    def id(self) -> str:
+        return self.arrival.params.handoff_id
 
 
 class Sender:
     """Pushes the handoffs of one engine rank.
 
     Args:
-        rank: this rank; pushes go to the same rank of the peer.
-        max_message_bytes: largest frame payload; a frame carries one block at least.
+        geometry, rank: of this engine, and this rank of it.
     """
 
     def __init__(
         self,
         cache: PagedCache,
+        generations: Generations,
         ledger: Ledger,
         mailbox: Mailbox,
         transport: Transport,
+        geometry: KvGeometry,
         rank: int,
-        max_message_bytes: int,
     ) -> None:
         self._cache = cache
+        self._generations = generations
         self._ledger = ledger
         self._mailbox = mailbox
         self._transport = transport
+        self._geometry = geometry
         self._rank = rank
-        self._run_blocks = max(1, max_message_bytes // cache.block_bytes)
         self._handoffs: dict[str, _Handoff] = {}
 
     # ---- the engine's side -------------------------------------------------------------------
 
+    def arrive(self, arrival: Arrival) -> None:
+        """Asks decode for room."""
+        expires = time.monotonic() + arrival.params.expires_in
+        handoff = self._handoffs[arrival.params.handoff_id] = _Handoff(arrival, expires)
+        refusal = None
+        try:
+            handoff.pushes = self._plan(handoff)
+        except HandoffRefused as refused:
+            refusal = refused
+        handoff.task = asyncio.create_task(self._run(handoff, refusal))
+        handoff.task.add_done_callback(lambda task: self._ended(handoff, task))
+
     def offer(self, offer: Offer) -> None:
         """Blocks of `offer` are pinned from now on; their layers follow by `layer_ready`."""
         handoff = self._handoffs.get(offer.handoff_id)
-        size = len(offer.block_ids) * self._cache.block_bytes * self._cache.num_layers
         if handoff is None:
-            expires = time.monotonic() + offer.expires_in
-            self._ledger.pin(
-                LedgerEntry(offer.handoff_id, "sending", len(offer.block_ids), size, expires)
-            )
-            handoff = self._handoffs[offer.handoff_id] = _Handoff(offer)
-            handoff.task = asyncio.create_task(self._run(handoff))
-            handoff.task.add_done_callback(partial(self._ended, handoff))
+            return
+        blocks = len(offer.block_ids)
+        size = blocks * self._cache.block_bytes * self._cache.num_layers
+        now = time.monotonic()
+        if handoff.pinned:
+            self._ledger.grow(handoff.id, blocks, size, now)
         else:
-            self._ledger.grow(offer.handoff_id, len(offer.block_ids), size)
+            handoff.pinned = True
+            entry = LedgerEntry(handoff.id, "sending", blocks, size, handoff.expires)
+            self._ledger.pin(entry, now)
 
     def layer_ready(
-        self, layer: int, offers: tuple[Offer, ...], fence: Fence | None = None
+        self,
+        layer: int,
+        offers: tuple[tuple[Offer, Stamp], ...],
+        fence: Fence | None = None,
     ) -> None:
         """The step's blocks of a layer have been written by the engine once `fence` is reached."""
-        for offer in offers:
+        for offer, stamp in offers:
             handoff = self._handoffs.get(offer.handoff_id)
             if handoff is not None and not handoff.ended:
-                handoff.ready.append(_Ready(layer, offer.first_block, offer.block_ids, fence))
-                handoff.changed.set()
+                ready = Ready(layer, offer.first_block, offer.block_ids, stamp, fence)
+                for push in handoff.pushes:
+                    push.add(ready)
 
     def release(self, release: Release) -> None:
         """The engine is done with the request; without a first token the push is called off."""
         handoff = self._handoffs.get(release.handoff_id)
         if handoff is None:
             return
-        handoff.release = release
-        handoff.changed.set()
-        if release.first_token_id is None and handoff.task is not None:
-            handoff.task.cancel()
+        handoff.released = True
+        if release.first_token_id is None:
+            self._call_off(handoff)
+        else:
+            for push in handoff.pushes:
+                push.finish(release.first_token_id)
         self._let_go(handoff)
 
     def fail(self, handoff_id: str) -> None:
         """The engine took the blocks back (a preemption): nothing more may be read from them."""
-        handoff = self._handoffs.get(handoff_id)
-        if handoff is not None and handoff.task is not None:
-            handoff.ready.clear()
-            handoff.task.cancel()
+        if handoff := self._handoffs.get(handoff_id):
+            self._call_off(handoff)
 
     def live(self) -> set[str]:
         """Handoffs that pin blocks."""
-        return set(self._handoffs)
+        return {handoff.id for handoff in self._handoffs.values() if handoff.pinned}
 
-    # ---- the push ----------------------------------------------------------------------------
+    # ---- the pushes --------------------------------------------------------------------------
 
-    async def _run(self, handoff: _Handoff) -> str:
-        """Pushes; returns why it failed, or nothing."""
+    def _call_off(self, handoff: _Handoff) -> None:
+        for push in handoff.pushes:
+            push.ready.clear()
+        if handoff.task is not None:
+            handoff.task.cancel()
+
+    async def _run(self, handoff: _Handoff, refusal: HandoffRefused | None) -> None:
+        """Raises HandoffRefused with the first failure of any route."""
+        if refusal is not None:
+            raise refusal
         try:
-            async with asyncio.timeout(handoff.offer.expires_in):
-                await self._push(handoff)
+            async with asyncio.timeout(handoff.arrival.params.expires_in):
+                async with asyncio.TaskGroup() as group:
+                    for push in handoff.pushes:
+                        group.create_task(push.run())
         except TimeoutError:
-            return "the lease ran out before decode had taken every block"
-        except HandoffRefused as refusal:
-            return str(refusal)
-        except Exception:
-            log.exception("handoff %s broke", handoff.offer.handoff_id)
-            return "the transfer broke"
-        return ""
+            raise HandoffRefused("the lease ran out before decode had taken every block") from None
+        except ExceptionGroup as failures:
+            refusals = failures.subgroup(HandoffRefused)
+            if refusals is None:
+                log.exception("handoff %s broke", handoff.id)
+                raise HandoffRefused("the transfer broke") from failures
+            raise _first(refusals) from None
 
-    def _ended(self, handoff: _Handoff, task: asyncio.Task[str]) -> None:
+    def _plan(self, handoff: _Handoff) -> list[Push]:
+        params = handoff.arrival.params
+        theirs = KvGeometry.parse(params.peer_geometry)
+        if len(params.peers) != theirs.ranks:
+            raise HandoffRefused(
+                f"the decode worker has {theirs.ranks} ranks and {len(params.peers)} addresses"
+            )
+        pushes = []
+        for route in routes(self._geometry, theirs):
+            if route.prefill_rank != self._rank:
+                continue
+            rank = route.decode_rank
+            peer = Peer(params.peers[rank], params.peer_worker, params.peer_incarnation, rank)
+            order = Order(
+                handoff.id,
+                params.ticket,
+                params.num_tokens,
+                route,
+                peer,
+                plain=not same_blocks(self._geometry, theirs),
+            )
+            pushes.append(
+                Push(
+                    order,
+                    self._cache,
+                    self._generations,
+                    self._transport,
+                    lambda: self._granted(handoff),
+                )
+            )
+        if not pushes:
+            self._granted(handoff)  # nothing of this rank is wanted
+        return pushes
+
+    def _granted(self, handoff: _Handoff) -> None:
+        """Decode holds all of the request's blocks once any of its ranks does."""
+        if not handoff.granted:
+            handoff.granted = True
+            self._mailbox.granted(handoff.id)
+            self._ledger.note(handoff.id, "granted", time.monotonic())
+
+    def _ended(self, handoff: _Handoff, task: asyncio.Task[None]) -> None:
         """Runs however the push ended, also when it was cancelled before its first step."""
-        error = "the request was cancelled" if task.cancelled() else task.result()
+        if task.cancelled():
+            error = "the request was cancelled"
+        else:
+            failure = task.exception()
+            error = str(failure) if failure else ""
         handoff.ended = True
-        handoff.ready.clear()
+        for push in handoff.pushes:
+            push.ready.clear()
+        self._ledger.note(handoff.id, f"push ended: {error or 'acknowledged'}", time.monotonic())
         self._mailbox.result(_result(handoff, error))
         self._let_go(handoff)
 
-    async def _push(self, handoff: _Handoff) -> None:
-        offer = handoff.offer
-        if self._rank >= len(offer.peers):
-            raise HandoffRefused(f"the decode worker has no rank {self._rank}")
-        outbound = await self._transport.open(offer.peers[self._rank])
-        try:
-            await outbound.send(Open(offer.ticket.encode(), self._rank))
-            grant = await outbound.receive()
-            if not isinstance(grant, Grant):
-                raise HandoffRefused(_refusal(grant))
-            handoff.granted_at = time.monotonic()
-            reply = asyncio.create_task(outbound.receive())
-            try:
-                await self._stream(handoff, grant, outbound, reply)
-            except HandoffRefused:
-                if reply.done() and not reply.exception():  # it knows better why
-                    raise HandoffRefused(_refusal(reply.result())) from None
-                raise
-            finally:
-                reply.cancel()
-        finally:
-            outbound.cancel()
-
-    async def _stream(
-        self, handoff: _Handoff, grant: Grant, outbound: Outbound, reply: asyncio.Task[Reply]
-    ) -> None:
-        """Sends what is ready until the engine is done, then commits and awaits the verdict."""
-        while True:
-            while handoff.ready:
-                if reply.done():
-                    raise HandoffRefused(_refusal(reply.result()))
-                await self._send_ready(handoff, grant, outbound, handoff.ready.popleft())
-            release = handoff.release
-            if release is not None and release.first_token_id is not None:
-                break
-            handoff.changed.clear()
-            changed = asyncio.create_task(handoff.changed.wait())
-            try:
-                await asyncio.wait({changed, reply}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                changed.cancel()
-            if reply.done():
-                raise HandoffRefused(_refusal(reply.result()))
-        await outbound.send(
-            Commit(handoff.frames, release.first_token_id, handoff.offer.num_tokens)
-        )
-        verdict = await reply
-        if not isinstance(verdict, Ack):
-            raise HandoffRefused(_refusal(verdict))
-
-    async def _send_ready(
-        self, handoff: _Handoff, grant: Grant, outbound: Outbound, ready: _Ready
-    ) -> None:
-        if ready.fence is not None:
-            await asyncio.to_thread(ready.fence.synchronize)
-        skip = max(0, grant.held_blocks - ready.first_block)
-        for start in range(skip, len(ready.block_ids), self._run_blocks):
-            ids = ready.block_ids[start : start + self._run_blocks]
-            payload = self._cache.gather(ready.layer, ids)
-            if handoff.bytes + len(payload) > grant.credit_bytes:
-                raise HandoffRefused("decode granted less than the prompt needs")
-            digest = checksum(payload, handoff.offer.handoff_id)
-            first = ready.first_block + start
-            run = BlockRun(handoff.frames, ready.layer, first, len(ids), digest)
-            handoff.first_frame_at = handoff.first_frame_at or time.monotonic()
-            await outbound.send(Blocks(run, payload))
-            handoff.frames += 1
-            handoff.bytes += len(payload)
-            handoff.last_frame_at = time.monotonic()
-
     def _let_go(self, handoff: _Handoff) -> None:
         """Unpins once both sides of the engine and the wire are done."""
-        if handoff.ended and handoff.release is not None:
-            del self._handoffs[handoff.offer.handoff_id]
-            self._ledger.unpin(handoff.offer.handoff_id)
-            self._mailbox.sent(handoff.offer.request)
+        if handoff.ended and handoff.released:
+            del self._handoffs[handoff.id]
+            if handoff.pinned:
+                self._ledger.unpin(handoff.id)
+                self._mailbox.sent(handoff.arrival.request)
 
 
-def _refusal(reply: Reply) -> str:
-    return reply.reason if isinstance(reply, Refused) else "the decode worker broke the protocol"
+def _first(group: ExceptionGroup[HandoffRefused]) -> HandoffRefused:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, ExceptionGroup) else inner
 
 
 def _result(handoff: _Handoff, error: str) -> HandoffResult:
-    return HandoffResult(
-        handoff_id=handoff.offer.handoff_id,
-        side="prefill",
-        error=error,
-        bytes=handoff.bytes,
-        frames=handoff.frames,
-        granted_at=handoff.granted_at,
-        first_frame_at=handoff.first_frame_at,
-        last_frame_at=handoff.last_frame_at,
-        ended_at=time.monotonic(),
+    result = HandoffResult(handoff.id, "prefill", error, ended_at=time.monotonic())
+    sent = [push.sent for push in handoff.pushes]
+    if not sent:
+        return result
+    return replace(
+        result,
+        transport=sent[0].transport,
+        bytes=sum(s.bytes for s in sent),
+        frames=sum(s.frames for s in sent),
+        held_tokens=min(s.held_tokens for s in sent),
+        granted_at=max(s.granted_at for s in sent),
+        first_frame_at=min((s.first_frame_at for s in sent if s.frames), default=0.0),
+        last_frame_at=max(s.last_frame_at for s in sent),
     )

@@ -25,7 +25,8 @@ class PdserveWorkerExtension:
             "address": side.agent.address,
             "transport": side.agent.transport_name,
             "layout": side.layout.fingerprint(),
-            "block_size": side.layout.tokens,
+            "geometry": side.layout.geometry.encode(),
+            "block_size": side.layout.geometry.tokens,
         }
 
     def pdserve_holdings(self) -> dict[str, Any]:
@@ -33,12 +34,17 @@ class PdserveWorkerExtension:
         side = _worker_side()
         assert side.agent is not None
         now = time.monotonic()
+        pins = side.agent.pins()
         entries = [
-            {**asdict(entry), "lease_left": entry.lease_expires - now}
-            for entry in side.agent.ledger()
+            {**asdict(entry), "lease_left": entry.lease_expires - now} for entry in pins.entries
         ]
         rss = psutil.Process(os.getpid()).memory_info().rss
-        return {"ledger": entries, "pid": os.getpid(), "resident_bytes": rss}
+        return {
+            "ledger": entries,
+            "leaked_blocks": pins.leaked_blocks,
+            "pid": os.getpid(),
+            "resident_bytes": rss,
+        }
 
 
 def _worker_side() -> WorkerSide:

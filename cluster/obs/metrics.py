@@ -28,6 +28,10 @@ PHASE_BUCKETS = (
 )  # fmt: skip
 
 
+SIZE_BUCKETS = tuple(float(1 << bits) for bits in range(16, 36, 2))
+RATE_BUCKETS = tuple(float(10**power * step) for power in (7, 8, 9, 10, 11) for step in (1, 3))
+
+
 class RouterMetrics:
     """What one router measures.
 
@@ -155,6 +159,25 @@ class RouterMetrics:
             "pdserve_handoff_wait_seconds",
             "The part of a handoff that nothing hid.",
             buckets=PHASE_BUCKETS,
+            registry=registry,
+        )
+        self.handoff_size = Histogram(
+            "pdserve_handoff_size_bytes",
+            "KV bytes of a handoff.",
+            buckets=SIZE_BUCKETS,
+            registry=registry,
+        )
+        self.handoff_rate = Histogram(
+            "pdserve_handoff_rate_bytes_per_second",
+            "KV bytes of a handoff over its first byte to its last.",
+            ("transport",),
+            buckets=RATE_BUCKETS,
+            registry=registry,
+        )
+        self.handoff_overlap = Histogram(
+            "pdserve_handoff_overlap_ratio",
+            "The share of a handoff that compute hid.",
+            buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0),
             registry=registry,
         )
 

@@ -19,7 +19,8 @@ class WorkerRecord:
         address: host:port of its Worker service.
         transfer_addresses: host:port of each engine rank's KvTransfer service.
         transport: how it takes KV, such as grpc.
-        layout: fingerprint of its KV layout.
+        layout: fingerprint of its KV; blocks move between workers with equal ones.
+        geometry: how it cuts its KV cache into ranks and blocks.
         block_size: tokens per KV block.
         num_blocks: blocks of its KV pool.
         metrics_address: host:port of its Prometheus endpoint.
@@ -36,6 +37,7 @@ class WorkerRecord:
     transfer_addresses: tuple[str, ...] = ()
     transport: str = ""
     layout: str = ""
+    geometry: str = ""
     block_size: int = 0
     num_blocks: int = 0
     max_model_len: int = 0

@@ -17,6 +17,15 @@ INTERVAL_SECONDS = 5.0
 
 PINNED = Gauge("pdserve_kv_pinned_bytes", "KV bytes that handoffs pin.", ["role", "reason"])
 FAULTS = Counter("pdserve_kv_ledger_faults_total", "Looks that found the ledger wrong.", ["role"])
+LEAKED = Gauge(
+    "pdserve_kv_blocks_leaked", "KV blocks that had to be reclaimed from handoffs.", ["role"]
+)
+AHEAD = Gauge(
+    "pdserve_kv_ahead_bytes", "KV of prompts computed before decode had room for them.", ["role"]
+)
+WAITING = Gauge(
+    "pdserve_kv_waiting_for_credit", "Prompts that wait for decode to have room.", ["role"]
+)
 BLOCKS_USED = Gauge("pdserve_kv_blocks_used", "KV blocks that requests hold.", ["role"])
 
 
@@ -58,4 +67,7 @@ class HoldingsMetrics:
         for reason, size in by_reason.items():
             PINNED.labels(self._role, reason).set(size)
         BLOCKS_USED.labels(self._role).set(holdings.blocks_used)
+        LEAKED.labels(self._role).set(holdings.leaked_blocks)
+        AHEAD.labels(self._role).set(holdings.ahead_bytes)
+        WAITING.labels(self._role).set(holdings.waiting_for_credit)
         return bool(holdings.ledger or holdings.blocks_used)

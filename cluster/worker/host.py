@@ -123,7 +123,7 @@ class WorkerHost:
         if not info.simulated:
             await self._announce("starting", "warming up")
             await _warm_up(self._engine, info)
-        me = Identity(record.worker_id, record.incarnation, info.layout, info.transport)
+        me = Identity(record.worker_id, record.incarnation, info.layout)
         signer = TicketSigner(self._secret)
         self._servicer = WorkerServicer(
             self._engine,
@@ -143,6 +143,7 @@ class WorkerHost:
             transfer_addresses=info.transfer_addresses,
             transport=info.transport,
             layout=info.layout,
+            geometry=info.geometry,
             block_size=info.block_size,
             num_blocks=info.num_blocks,
             max_model_len=info.max_model_len,

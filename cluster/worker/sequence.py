@@ -46,7 +46,6 @@ class SequenceReport:
     second_token_at: float = 0.0
     cached_tokens: int = 0
     handoff: HandoffResult | None = None
-    transport: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,4 +97,3 @@ class Identity:
     worker_id: str
     incarnation: str
     layout: str
-    transport: str

@@ -35,7 +35,7 @@ class Stamps:
         if not self._second and offset + len(output.token_ids) > 1:
             self._second = now
 
-    def report(self, handoff: HandoffResult | None = None, transport: str = "") -> SequenceReport:
+    def report(self, handoff: HandoffResult | None = None) -> SequenceReport:
         """Taken with the last output."""
         return SequenceReport(
             accepted_at=self._accepted,
@@ -45,7 +45,6 @@ class Stamps:
             second_token_at=self._second,
             cached_tokens=self._cached,
             handoff=handoff,
-            transport=transport if handoff else "",
         )
 
 

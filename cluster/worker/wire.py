@@ -145,13 +145,13 @@ def _report(report: SequenceReport, now: float) -> worker_pb2.SequenceReport:
         cached_prompt_tokens=report.cached_tokens,
     )
     if report.handoff is not None:
-        message.handoff.CopyFrom(_handoff(report.handoff, report.transport))
+        message.handoff.CopyFrom(_handoff(report.handoff))
     return message
 
 
-def _handoff(result: HandoffResult, transport: str) -> common_pb2.HandoffReport:
+def _handoff(result: HandoffResult) -> common_pb2.HandoffReport:
     return common_pb2.HandoffReport(
-        transport=transport,
+        transport=result.transport,
         bytes=result.bytes,
         messages=result.frames,
         held_tokens=result.held_tokens,

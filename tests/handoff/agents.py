@@ -10,11 +10,14 @@ from dataclasses import replace
 import torch
 
 from cluster.kv.agent import HandoffAgent
-from cluster.kv.handoff import HandoffResult
+from cluster.kv.doorkeeper import Terms
+from cluster.kv.geometry import KvGeometry
+from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.kv.mailbox import Finished
 from cluster.kv.paged import PagedCache
-from cluster.kv.receiver import Reserve
-from cluster.kv.sender import Offer, Release
+from cluster.kv.reservation import Reserve
+from cluster.kv.sender import Arrival, Offer, Release
+from cluster.kv.transport.choose import TransportOptions
 from cluster.ticket import Ticket, TicketSigner, new_handoff_id, prompt_digest
 
 SECRET = b"the cluster's secret"
@@ -27,26 +30,31 @@ def random_cache(seed: int) -> PagedCache:
     return PagedCache({f"layer.{i}": torch.rand(shape, generator=generator) for i in range(LAYERS)})
 
 
-def start_agent(name: str, cache: PagedCache, max_message_bytes: int = 4096) -> HandoffAgent:
+GEOMETRY = KvGeometry(1, HEADS, TOKENS)
+
+
+def start_agent(
+    name: str,
+    cache: PagedCache,
+    max_message_bytes: int = 4096,
+    geometry: KvGeometry = GEOMETRY,
+    rank: int = 0,
+    incarnation: str = "",
+) -> HandoffAgent:
     agent = HandoffAgent(
         cache,
         TicketSigner(SECRET),
-        worker_id=name,
-        incarnation=f"{name}-life",
-        layout="layout",
-        rank=0,
-        host="127.0.0.1",
-        max_message_bytes=max_message_bytes,
-        max_streams=64,
+        Terms(name, incarnation or f"{name}-life", "layout", geometry, rank),
         vocab_size=100,
+        options=TransportOptions("grpc", "127.0.0.1", max_message_bytes, max_streams=64),
     )
     agent.start()
     return agent
 
 
-def make_ticket(num_tokens: int, seconds: float = 20.0) -> Ticket:
+def make_ticket(num_tokens: int, seconds: float = 20.0, **changes: str) -> Ticket:
     now = time.time()
-    return Ticket(
+    ticket = Ticket(
         handoff_id=new_handoff_id(),
         request_id="request",
         model="model",
@@ -58,9 +66,12 @@ def make_ticket(num_tokens: int, seconds: float = 20.0) -> Ticket:
         num_tokens=num_tokens,
         tenant_salt="",
         layout="layout",
+        prefill_geometry=GEOMETRY.encode(),
+        decode_geometry=GEOMETRY.encode(),
         issued_at=now,
         expires_at=now + seconds,
     )
+    return replace(ticket, **changes)  # type: ignore[arg-type]
 
 
 class Side:
@@ -98,28 +109,42 @@ class Side:
 
     def pinned(self) -> int:
         """Bytes in the ledger, after its integrity check."""
-        return sum(entry.bytes for entry in self.agent.ledger())
+        return sum(entry.bytes for entry in self.agent.pins().entries)
 
 
 class Prefill(Side):
+    def arrive(self, ticket: Ticket, wire: bytes, *peers: str) -> None:
+        """A request came to the engine."""
+        params = HandoffParams(
+            side="prefill",
+            handoff_id=ticket.handoff_id,
+            ticket=wire.decode(),
+            num_tokens=ticket.num_tokens,
+            expires_in=ticket.expires_at - time.time(),
+            peers=peers,
+            peer_worker=ticket.decode_worker,
+            peer_incarnation=ticket.decode_incarnation,
+            peer_geometry=ticket.decode_geometry,
+        )
+        arrival = Arrival(f"p-{ticket.handoff_id}", params)
+        self.agent.post(lambda: self.agent.sender.arrive(arrival))
+
     def offer(
         self, ticket: Ticket, wire: bytes, peer: str, block_ids: tuple[int, ...], first: int = 0
     ) -> Offer:
-        """The engine completed blocks in every layer."""
-        offer = Offer(
-            request=f"p-{ticket.handoff_id}",
-            handoff_id=ticket.handoff_id,
-            ticket=wire.decode(),
-            peers=(peer,),
-            num_tokens=ticket.num_tokens,
-            first_block=first,
-            block_ids=block_ids,
-            expires_in=ticket.expires_at - time.time(),
-        )
+        """The engine completed blocks in every layer; the first ones of a request bring it."""
+        if first == 0:
+            self.arrive(ticket, wire, peer)
+        return self.compute(ticket, block_ids, first)
+
+    def compute(self, ticket: Ticket, block_ids: tuple[int, ...], first: int = 0) -> Offer:
+        """A step of the engine completed blocks in every layer."""
+        offer = Offer(ticket.handoff_id, first, block_ids)
+        stamp = self.agent.generations.stamp(block_ids)
         sender = self.agent.sender
         self.agent.post(lambda: sender.offer(offer))
         for layer in range(LAYERS):
-            self.agent.post(lambda layer=layer: sender.layer_ready(layer, (offer,)))  # type: ignore[misc]
+            self.agent.post(lambda layer=layer: sender.layer_ready(layer, ((offer, stamp),)))  # type: ignore[misc]
         return offer
 
     def release(self, ticket: Ticket, token: int | None) -> None:
@@ -130,24 +155,31 @@ class Prefill(Side):
 
 class Decode(Side):
     def reserve(
-        self, ticket: Ticket, wire: bytes, block_ids: tuple[int, ...], held: int = 0
+        self,
+        ticket: Ticket,
+        wire: bytes,
+        block_ids: tuple[int, ...],
+        held: int = 0,
+        lease: float | None = None,
     ) -> None:
-        """The engine took blocks."""
+        """The engine took blocks, `held` of them from its prefix cache, for as long as the ticket
+        lives or for `lease` seconds."""
         reserve = Reserve(
             request=f"d-{ticket.handoff_id}",
             handoff_id=ticket.handoff_id,
             ticket=wire.decode(),
             num_tokens=ticket.num_tokens,
             block_ids=block_ids,
-            held_blocks=held,
-            expires_in=ticket.expires_at - time.time(),
+            held_tokens=held * self.cache.tokens,
+            expires_in=ticket.expires_at - time.time() if lease is None else lease,
         )
-        self.agent.post(lambda: self.agent.receiver.reserve(reserve))
+        stamp = self.agent.generations.stamp(block_ids)
+        self.agent.post(lambda: self.agent.receiver.reserve(reserve, stamp))
 
     def frames(self, ticket: Ticket) -> int:
         """Frames landed of a handoff under way."""
         reservation = self.agent.receiver._reservations.get(ticket.handoff_id)
-        return reservation.assembly.frames if reservation else 0
+        return sum(part.frames for part in reservation.parts.values()) if reservation else 0
 
     def release(self, ticket: Ticket) -> None:
         """The request has ended in the engine."""

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from tests.handoff.agents import Decode, Prefill, random_cache, start_agent
+from tests.handoff.raw import RawPeer
 
 
 @pytest.fixture
@@ -21,3 +22,10 @@ def decode() -> Iterator[Decode]:
     side = Decode(start_agent("decode", cache), cache)
     yield side
     side.agent.stop()
+
+
+@pytest.fixture
+async def peer(decode: Decode) -> AsyncIterator[RawPeer]:
+    raw = RawPeer(decode)
+    yield raw
+    await raw.close()

@@ -113,12 +113,14 @@ async def test_releasing_what_is_unknown_is_harmless(prefill: Prefill, decode: D
 def test_the_ledger_knows_what_it_should_not_hold() -> None:
     ledger = Ledger()
     entry = LedgerEntry("a", "sending", blocks=2, bytes=20, lease_expires=5.0)
-    ledger.pin(entry)
+    ledger.pin(entry, now=1.0)
     with pytest.raises(LedgerError, match="pinned twice"):
-        ledger.pin(entry)
-    ledger.grow("a", blocks=1, size=10)
-    assert (ledger.pinned_blocks(), ledger.entries()[0].bytes) == (3, 30)
-    assert [e.handoff_id for e in ledger.expired(now=5.0)] == ["a"]
+        ledger.pin(entry, now=1.0)
+    ledger.grow("a", blocks=1, size=10, now=2.0)
+    assert (ledger.entries()[0].blocks, ledger.entries()[0].bytes) == (3, 30)
+    assert ledger.strays({"a"}, now=7.0, grace=3.0) == []
+    assert [e.handoff_id for e in ledger.strays({"a"}, now=9.0, grace=3.0)] == ["a"]
+    assert [e.handoff_id for e in ledger.strays(set(), now=1.0, grace=3.0)] == ["a"]
     with pytest.raises(LedgerError, match="differ: a"):
         ledger.check_integrity(set())
     assert ledger.unpin("a") and not ledger.unpin("a")

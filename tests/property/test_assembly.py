@@ -25,18 +25,22 @@ def test_only_what_is_due_is_accepted(data: st.DataObject) -> None:
         run = BlockRun(
             sequence=data.draw(st.sampled_from([frames, frames, frames, frames + 1])),
             layer=data.draw(st.integers(-1, layers)),
+            num_layers=data.draw(st.sampled_from([1, 1, 1, 2, layers, 0, 1 << 31])),
             first_block=data.draw(st.integers(0, total)),
             num_blocks=data.draw(st.integers(0, total)),
             checksum=0,
         )
-        size = data.draw(st.sampled_from([run.num_blocks * BLOCK] * 3 + [0, 1]))
+        whole = run.num_layers * run.num_blocks * BLOCK
+        size = data.draw(st.sampled_from([whole] * 3 + [0, 1, run.num_blocks * BLOCK]))
         right = (
             run.sequence == frames
-            and 0 <= run.layer < layers
-            and run.first_block == due[run.layer]
+            and run.layer >= 0
+            and run.num_layers >= 1
+            and run.layer + run.num_layers <= layers
+            and set(due[run.layer : run.layer + run.num_layers]) == {run.first_block}
             and run.num_blocks >= 1
             and run.first_block + run.num_blocks <= total
-            and size == run.num_blocks * BLOCK
+            and size == whole
         )
         try:
             assembly.check(run, size)
@@ -46,7 +50,9 @@ def test_only_what_is_due_is_accepted(data: st.DataObject) -> None:
         assert accepted == right
         if accepted:
             assembly.accept(run, size)
-            due[run.layer] += run.num_blocks
+            for layer in range(run.layer, run.layer + run.num_layers):
+                due[layer] += run.num_blocks
             frames += 1
         assert assembly.complete == all(d == total for d in due)
+        assert assembly.owed == sum(total - d for d in due) * BLOCK
     assert assembly.bytes == sum(d - held for d in due) * BLOCK

@@ -12,6 +12,7 @@ import pytest
 from cluster.engine.protocol import EngineOutput, EngineRequest, Sampling
 from cluster.errors import HandoffRefused, InvalidRequest
 from cluster.kv.handoff import HandoffResult
+from cluster.store.records import WorkerRecord
 from cluster.ticket import Ticket, TicketSigner, new_handoff_id, prompt_digest
 from cluster.worker.sequence import Identity, SequenceStart, SequenceStep
 from cluster.worker.whole import WholeFace
@@ -59,15 +60,17 @@ class ScriptedEngine:
 
 
 class KnownPeers:
-    async def transfer_addresses(self, worker_id: str, incarnation: str) -> tuple[str, ...]:
-        return (f"{worker_id}:1",)
+    async def find(self, worker_id: str, incarnation: str) -> WorkerRecord:
+        return WorkerRecord(
+            worker_id, incarnation, "m", "decode", "ready", transfer_addresses=(f"{worker_id}:1",)
+        )
 
 
 def ticket(**changes: object) -> Ticket:
     now = time.time()
     right = Ticket(
         new_handoff_id(), "r", "m", "p", "p1", "d", "d1", prompt_digest(PROMPT), len(PROMPT),
-        "salt", "layout", now, now + 30,
+        "salt", "layout", "1x1x32xplain", "1x1x32xplain", now, now + 30,
     )  # fmt: skip
     return replace(right, **changes)  # type: ignore[arg-type]
 
@@ -78,12 +81,12 @@ def start(stage: str, signed: bytes, **changes: object) -> SequenceStart:
 
 
 def prefill_face(engine: ScriptedEngine) -> PrefillFace:
-    me = Identity("p", "p1", "layout", "grpc")
+    me = Identity("p", "p1", "layout")
     return PrefillFace(engine, me, SIGNER, KnownPeers())  # type: ignore[arg-type]
 
 
 def decode_face(engine: ScriptedEngine) -> DecodeFace:
-    return DecodeFace(engine, Identity("d", "d1", "layout", "grpc"), SIGNER)  # type: ignore[arg-type]
+    return DecodeFace(engine, Identity("d", "d1", "layout"), SIGNER)  # type: ignore[arg-type]
 
 
 FIRST = EngineOutput([11], "a", finish_reason="length", scheduled_at=1.0)

@@ -11,12 +11,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
 )
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from cluster.kv.connector.scheduler import SchedulerSide
 from cluster.kv.connector.stats import HandoffStats
-from cluster.kv.connector.step import StepMetadata
+from cluster.kv.connector.step import StepMetadata, StepReport
 from cluster.kv.connector.worker import ConnectorConfig, WorkerSide
+from cluster.kv.credit import CreditBook
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 
@@ -47,17 +48,11 @@ class PdserveConnector(KVConnectorBase_V1):
             )
         self._scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
+        config = ConnectorConfig(**self._kv_transfer_config.kv_connector_extra_config)
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(vllm_config.cache_config.block_size)
+            self._scheduler = _scheduler_side(config, vllm_config, kv_cache_config)
         else:
-            config = ConnectorConfig(**self._kv_transfer_config.kv_connector_extra_config)
-            self.worker = WorkerSide(
-                config,
-                get_tensor_model_parallel_rank(),
-                vllm_config.parallel_config.tensor_parallel_size,
-                _backend(vllm_config),
-                vllm_config.model_config.get_vocab_size(),
-            )
+            self.worker = WorkerSide(config, vllm_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -67,7 +62,10 @@ class PdserveConnector(KVConnectorBase_V1):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        return True
+        """False: prefill steps run piecewise by vLLM's default, and announce each layer; decode
+        steps keep their full graphs. What a full graph computes unannounced is offered at the end
+        of the step."""
+        return False
 
     # ---- the worker's half -------------------------------------------------------------------
 
@@ -99,7 +97,12 @@ class PdserveConnector(KVConnectorBase_V1):
         self._worker.layer_written(layer_name)
 
     def wait_for_save(self) -> None:
-        """Nothing: offered blocks stay pinned until they have been read."""
+        """Waits for nothing: offered blocks stay pinned until they have been read."""
+        self._worker.step_written()
+
+    def build_connector_worker_meta(self) -> StepReport | None:
+        granted = self._worker.take_granted()
+        return StepReport(set(granted)) if granted else None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         finished = self._worker.take_finished()
@@ -111,7 +114,7 @@ class PdserveConnector(KVConnectorBase_V1):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self.worker is None:
-            return None
+            return self._sched.stats()
         results = self.worker.take_results()
         return HandoffStats.of(results) if results else None
 
@@ -144,6 +147,11 @@ class PdserveConnector(KVConnectorBase_V1):
     ) -> None:
         self._sched.after_alloc(request, blocks, num_external_tokens)
 
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        report = connector_output.kv_connector_worker_meta
+        granted = report.granted if isinstance(report, StepReport) else set()
+        self._sched.after_step(granted, connector_output.finished_sending or ())
+
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         return self._sched.build(scheduler_output)
 
@@ -163,7 +171,14 @@ class PdserveConnector(KVConnectorBase_V1):
         return self.worker
 
 
-def _backend(vllm_config: VllmConfig) -> str:
-    """Names how the backend packs a block: device kind and backend."""
-    chosen = vllm_config.attention_config.backend
-    return f"{vllm_config.device_config.device_type}:{chosen.name if chosen else 'default'}"
+def _scheduler_side(
+    config: ConnectorConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> SchedulerSide:
+    """Prompts ahead of their grants may take what the pool has beyond one longest prompt: that one
+    always finds room, so that a granted prompt is never kept from running."""
+    block_size = vllm_config.cache_config.block_size
+    group = kv_cache_config.kv_cache_groups[0]
+    block_bytes = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+    longest = -(-vllm_config.model_config.max_model_len // block_size)
+    spare = max(0, kv_cache_config.num_blocks - 1 - longest) * block_bytes
+    return SchedulerSide(block_size, block_bytes, CreditBook(min(config.max_ahead_bytes, spare)))

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
+from cluster.kv.connector.stats import HandoffStats
 from cluster.kv.connector.step import StepMetadata
+from cluster.kv.credit import CreditBook
 from cluster.kv.handoff import HandoffParams
-from cluster.kv.receiver import Reserve
-from cluster.kv.sender import Offer, Release
+from cluster.kv.reservation import Reserve
+from cluster.kv.sender import Arrival, Offer, Release
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -38,16 +42,23 @@ class SchedulerSide:
 
     Args:
         block_size: tokens per KV block.
+        block_bytes: of one block, all layers and heads of a rank.
+        credit: of this engine as a prefill engine.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, block_bytes: int, credit: CreditBook) -> None:
         self._block_size = block_size
+        self._block_bytes = block_bytes
+        self.credit = credit
         self._cache_manager: KVCacheManager | None = None
         self._prefills: dict[str, _Prefill] = {}
         self._decodes: dict[str, _Decode] = {}
+        self._unsent: dict[str, str] = {}
+        self._arrivals: list[Arrival] = []
         self._reserves: list[Reserve] = []
         self._sent: list[Release] = []
         self._received: list[str] = []
+        self._said = {"ahead_bytes": 0, "waiting": 0}
 
     def bind(self, cache_manager: KVCacheManager) -> None:
         self._cache_manager = cache_manager
@@ -58,16 +69,31 @@ class SchedulerSide:
             return
         if params.side == "prefill":
             self._prefills[request.request_id] = _Prefill(request, params)
+            self._arrivals.append(Arrival(request.request_id, params))
+            self.credit.arrive(params.handoff_id)
         else:
             self._decodes[request.request_id] = _Decode(params)
 
-    def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int, bool]:
-        """Prompt tokens that will come over, beyond those in the local prefix cache.
+    def after_step(self, granted: Iterable[str], sent_requests: Iterable[str]) -> None:
+        """Decode has room for these handoffs; these requests' blocks are pinned no more."""
+        for handoff_id in granted:
+            self.credit.grant(handoff_id)
+        for request_id in sent_requests:
+            if handoff_id := self._unsent.pop(request_id, ""):
+                self.credit.end(handoff_id)
 
-        vLLM never counts the whole prompt as cached, so a handoff always brings something, and the
-        request always waits for its first token. Once reserved, nothing comes a second time: a
-        preempted request recomputes here.
+    def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
+        """Prompt tokens that will come over, beyond those in the local prefix cache; None: not now.
+
+        On decode, vLLM never counts the whole prompt as cached, so a handoff always brings
+        something, and the request always waits for its first token. Once reserved, nothing comes a
+        second time: a preempted request recomputes here. On prefill nothing comes over, but a
+        prompt waits until it has credit.
         """
+        if prefill := self._prefills.get(request.request_id):
+            size = self._blocks(prefill.params.num_tokens) * self._block_bytes
+            admitted = self.credit.admit(prefill.params.handoff_id, size)
+            return (0 if admitted else None), False
         decode = self._decodes.get(request.request_id)
         if decode is None or decode.reserved:
             return 0, False
@@ -80,7 +106,8 @@ class SchedulerSide:
             return
         decode.reserved = True
         params = decode.params
-        needed = -(-params.num_tokens // self._block_size)
+        needed = self._blocks(params.num_tokens)
+        held = decode.local_tokens // self._block_size * self._block_size
         self._reserves.append(
             Reserve(
                 request=request.request_id,
@@ -88,7 +115,7 @@ class SchedulerSide:
                 ticket=params.ticket,
                 num_tokens=params.num_tokens,
                 block_ids=tuple(blocks.get_block_ids()[0][:needed]),
-                held_blocks=decode.local_tokens // self._block_size,
+                held_tokens=held,
                 expires_in=params.expires_in,
             )
         )
@@ -108,21 +135,36 @@ class SchedulerSide:
             if (offer := self._offer(prefill, scheduled))
         ]
         step = StepMetadata(
+            allocated=tuple(self._allocated(output)),
+            arrivals=tuple(self._arrivals),
             reserves=tuple(self._reserves),
             offers=tuple(offers),
             preempted=tuple(preempted),
             sent=tuple(self._sent),
             received=tuple(self._received),
         )
-        self._reserves, self._sent, self._received = [], [], []
+        self._arrivals, self._reserves, self._sent, self._received = [], [], [], []
         return step
+
+    def _allocated(self, output: SchedulerOutput) -> Iterable[int]:
+        """Blocks this step hands out: all that are not shared with who computed them before."""
+        for new in output.scheduled_new_reqs:
+            yield from new.block_ids[0][new.num_computed_tokens // self._block_size :]
+        cached = output.scheduled_cached_reqs
+        for i, blocks in enumerate(cached.new_block_ids):
+            if blocks is None:
+                continue
+            shared = 0
+            if cached.req_ids[i] in cached.resumed_req_ids:
+                shared = cached.num_computed_tokens[i] // self._block_size
+            yield from blocks[0][shared:]
 
     def _offer(self, prefill: _Prefill, scheduled: int) -> Offer | None:
         """The blocks this step completes; the prompt's last one also when it is partly filled."""
         request, params = prefill.request, prefill.params
         computed = request.num_computed_tokens + scheduled
         if computed >= params.num_tokens:
-            last = -(-params.num_tokens // self._block_size)
+            last = self._blocks(params.num_tokens)
         else:
             last = computed // self._block_size
         first = prefill.offered_blocks
@@ -131,24 +173,15 @@ class SchedulerSide:
         assert self._cache_manager is not None
         block_ids = self._cache_manager.get_block_ids(request.request_id)[0]
         prefill.offered_blocks = last
-        return Offer(
-            request=request.request_id,
-            handoff_id=params.handoff_id,
-            ticket=params.ticket,
-            peers=params.peers,
-            num_tokens=params.num_tokens,
-            first_block=first,
-            block_ids=tuple(block_ids[first:last]),
-            expires_in=params.expires_in,
-        )
+        return Offer(params.handoff_id, first, tuple(block_ids[first:last]))
 
     def request_finished(self, request: Request) -> bool:
         """True if the blocks must stay until the worker's half reports them sent."""
         decode = self._decodes.pop(request.request_id, None)
-        if decode is not None and decode.reserved:
+        if decode is not None:
             self._received.append(decode.params.handoff_id)
         prefill = self._prefills.pop(request.request_id, None)
-        if prefill is None or not prefill.offered_blocks:
+        if prefill is None:
             return False
         goes_on = (
             request.status == RequestStatus.FINISHED_LENGTH_CAPPED
@@ -157,4 +190,19 @@ class SchedulerSide:
         )
         token = request.output_token_ids[0] if goes_on else None
         self._sent.append(Release(prefill.params.handoff_id, token))
+        if not prefill.offered_blocks:
+            self.credit.end(prefill.params.handoff_id)
+            return False
+        self._unsent[request.request_id] = prefill.params.handoff_id
         return True
+
+    def stats(self) -> HandoffStats | None:
+        """The credit book's view, if it has changed."""
+        view = {"ahead_bytes": self.credit.ahead_bytes, "waiting": self.credit.waiting}
+        if view == self._said:
+            return None
+        self._said = view
+        return HandoffStats(data={"results": [], **view})
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

@@ -13,7 +13,8 @@ from cluster.kv.handoff import HandoffResult
 
 
 class HandoffStats(KVConnectorStats):
-    """`data["results"]` is a list of HandoffResult dicts, one per rank and handoff."""
+    """`data["results"]` is a list of HandoffResult dicts, one per rank and handoff; the scheduler's
+    half adds `ahead_bytes` and `waiting`, its credit book's view, when that has changed."""
 
     data: dict[str, Any]
 
@@ -25,7 +26,8 @@ class HandoffStats(KVConnectorStats):
         self.data = {"results": []}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        self.data.setdefault("results", []).extend(other.data.get("results", ()))
+        results = [*self.data.get("results", ()), *other.data.get("results", ())]
+        self.data = {**self.data, **other.data, "results": results}
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -37,4 +39,4 @@ class HandoffStats(KVConnectorStats):
         }
 
     def is_empty(self) -> bool:
-        return not self.data.get("results")
+        return not self.data.get("results") and "waiting" not in self.data

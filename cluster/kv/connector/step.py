@@ -1,20 +1,25 @@
-"""What the scheduler's half of the connector tells the worker's half for one engine step."""
+"""What the two halves of the connector tell each other, one engine step at a time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 
-from cluster.kv.receiver import Reserve
-from cluster.kv.sender import Offer, Release
+from cluster.kv.reservation import Reserve
+from cluster.kv.sender import Arrival, Offer, Release
 
 
 @dataclass(frozen=True)
 class StepMetadata(KVConnectorMetadata):
-    """One step's handoff work.
+    """One step's handoff work, from the scheduler's half.
 
     Attributes:
+        allocated: blocks that the step hands out.
+        arrivals: prefill requests that have come.
         reserves: decode requests that took blocks.
         offers: prompt blocks this step completes, in prefill requests.
         preempted: prefill handoffs whose blocks this step takes back.
@@ -22,8 +27,25 @@ class StepMetadata(KVConnectorMetadata):
         received: decode requests that have ended, by handoff id.
     """
 
+    allocated: tuple[int, ...] = ()
+    arrivals: tuple[Arrival, ...] = ()
     reserves: tuple[Reserve, ...] = ()
     offers: tuple[Offer, ...] = ()
     preempted: tuple[str, ...] = ()
     sent: tuple[Release, ...] = ()
     received: tuple[str, ...] = ()
+
+
+@dataclass
+class StepReport(KVConnectorWorkerMetadata):
+    """What came of it, from every rank.
+
+    Attributes:
+        granted: handoffs that decode has room for, by any rank's word.
+    """
+
+    granted: set[str]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
+        assert isinstance(other, StepReport)
+        return StepReport(self.granted | other.granted)

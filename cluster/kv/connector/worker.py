@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from cluster.kv.agent import HandoffAgent
+from cluster.kv.connector.describe import describe
 from cluster.kv.connector.step import StepMetadata
+from cluster.kv.doorkeeper import Terms
+from cluster.kv.generations import Stamp
 from cluster.kv.handoff import HandoffResult
 from cluster.kv.layout import KvLayout
 from cluster.kv.mailbox import Finished
-from cluster.kv.paged import PagedCache
+from cluster.kv.transport.choose import TransportOptions
 from cluster.ticket import TicketSigner
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from cluster.kv.sender import Offer
 
 SECRET_ENV = "PDSERVE_KV_SECRET"
@@ -25,99 +31,129 @@ SECRET_ENV = "PDSERVE_KV_SECRET"
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """The connector's part of vLLM's `kv_connector_extra_config`."""
+    """The connector's part of vLLM's `kv_connector_extra_config`.
+
+    Attributes:
+        transport: the fields of `TransportOptions`.
+        max_ahead_bytes: KV that prefill may pin ahead of grants.
+    """
 
     worker_id: str
     incarnation: str
     model_digest: str
-    host: str
-    max_message_bytes: int
-    max_streams: int
+    transport: dict[str, Any]
+    max_ahead_bytes: int
+
+
+@dataclass
+class _Step:
+    """One engine step's work on layers."""
+
+    offers: tuple[tuple[Offer, Stamp], ...] = ()
+    written: set[int] = field(default_factory=set)
 
 
 class WorkerSide:
     """Starts the handoff agent on the registered cache and relays between it and the engine."""
 
-    def __init__(
-        self, config: ConnectorConfig, rank: int, ranks: int, backend: str, vocab_size: int
-    ) -> None:
+    def __init__(self, config: ConnectorConfig, vllm_config: VllmConfig) -> None:
         self._config = config
-        self._rank = rank
-        self._ranks = ranks
-        self._backend = backend
-        self._vocab_size = vocab_size
+        self._vllm_config = vllm_config
         self._layers: dict[str, int] = {}
-        self._offers: tuple[Offer, ...] = ()
-        self._cache: PagedCache | None = None
+        self._step = _Step()
         self.agent: HandoffAgent | None = None
         self.layout: KvLayout | None = None
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The caches are there: open the transfer port."""
-        cache = self._cache = PagedCache(kv_caches)
+        cache, geometry = describe(self._vllm_config, kv_caches)
+        self._cache = cache
         self._layers = {name: i for i, name in enumerate(cache.layer_names)}
         config = self._config
         self.layout = KvLayout(
             model_digest=config.model_digest,
             dtype=str(cache.dtype).removeprefix("torch."),
-            item_bytes=cache.item_bytes,
             num_layers=cache.num_layers,
-            heads=cache.heads,
-            tokens=cache.tokens,
             content=cache.content,
-            backend=self._backend,
-            ranks=self._ranks,
+            geometry=geometry,
         )
         self.agent = HandoffAgent(
             cache,
             TicketSigner(bytes.fromhex(os.environ[SECRET_ENV])),
-            config.worker_id,
-            config.incarnation,
-            self.layout.fingerprint(),
-            self._rank,
-            config.host,
-            config.max_message_bytes,
-            config.max_streams,
-            self._vocab_size,
+            Terms(
+                config.worker_id,
+                config.incarnation,
+                self.layout.fingerprint(),
+                geometry,
+                get_tensor_model_parallel_rank(),
+            ),
+            self._vllm_config.model_config.get_vocab_size(),
+            TransportOptions(**config.transport),
         )
         self.agent.start()
 
     def begin_step(self, step: StepMetadata) -> None:
         """Passes on what the scheduler's half decided, before the step's compute."""
-        self._offers = step.offers
         if self.agent is None or step == StepMetadata():
+            self._step = _Step()
             return
         sender, receiver = self.agent.sender, self.agent.receiver
+        generations = self.agent.generations
+        generations.renew(step.allocated)
+        reserves = []
+        for reserve in step.reserves:
+            generations.renew(reserve.block_ids[reserve.held_tokens // self._cache.tokens :])
+            reserves.append((reserve, generations.stamp(reserve.block_ids)))
+        self._step = _Step(
+            tuple((offer, generations.stamp(offer.block_ids)) for offer in step.offers)
+        )
 
         def apply() -> None:
+            # Beginnings before ends: a request may have come and gone between two steps.
+            for arrival in step.arrivals:
+                sender.arrive(arrival)
             for handoff_id in step.preempted:
                 sender.fail(handoff_id)
-            for release in step.sent:
-                sender.release(release)
-            for handoff_id in step.received:
-                receiver.release(handoff_id)
             for offer in step.offers:
                 sender.offer(offer)
-            for reserve in step.reserves:
-                receiver.reserve(reserve)
+            for release in step.sent:
+                sender.release(release)
+            for reserve, stamp in reserves:
+                receiver.reserve(reserve, stamp)
+            for handoff_id in step.received:
+                receiver.release(handoff_id)
 
         self.agent.post(apply)
 
     def layer_written(self, layer_name: str) -> None:
         """The step's KV of a layer is in the cache, or on its way there on the device."""
-        if self._offers and self.agent is not None:
-            sender, layer, offers = self.agent.sender, self._layers[layer_name], self._offers
-            fence = self._cache.fence() if self._cache else None
-            self.agent.post(lambda: sender.layer_ready(layer, offers, fence))
+        if self._step.offers:
+            self._written(self._layers[layer_name])
+
+    def step_written(self) -> None:
+        """So is that of every layer: of those too that ran inside a CUDA graph, unannounced."""
+        if self._step.offers:
+            for layer in self._layers.values():
+                if layer not in self._step.written:
+                    self._written(layer)
+
+    def _written(self, layer: int) -> None:
+        assert self.agent is not None
+        self._step.written.add(layer)
+        sender, offers, fence = self.agent.sender, self._step.offers, self._cache.fence()
+        self.agent.post(lambda: sender.layer_ready(layer, offers, fence))
 
     def end_step(self) -> None:
-        self._offers = ()
+        self._step = _Step()
 
     def take_finished(self) -> Finished:
         return self.agent.mailbox.take_finished() if self.agent else Finished()
 
     def take_results(self) -> list[HandoffResult]:
         return self.agent.mailbox.take_results() if self.agent else []
+
+    def take_granted(self) -> list[str]:
+        return self.agent.mailbox.take_granted() if self.agent else []
 
     def stop(self) -> None:
         if self.agent is not None:

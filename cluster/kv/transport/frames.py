@@ -1,40 +1,54 @@
 """PushFrame and PushReply on the wire.
 
-A frame of blocks is ordinary protobuf, but written and read in place: the payload is the message's
-last field, so it is appended to the encoded header and looked at through a memoryview, and never
-passes through protobuf's own copies.
+A frame of blocks is ordinary protobuf in one fixed encoding: the payload lies behind 48 bytes of
+header, so it is written where it will be sent from and read where it arrived, and never passes
+through protobuf's own copies.
 """
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from dataclasses import dataclass
 
+import torch
 from google.protobuf.message import DecodeError
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
+from cluster.kv.transport.views import bytes_view
 from pdserve.v1 import kv_transfer_pb2 as pb
 
-_BLOCKS_TAG = 0x12  # field 2, length-delimited
-_PAYLOAD_TAG = b"\x7a"  # field 15, length-delimited
-HEADER_BYTES = 64
-"""More than a frame's header ever takes."""
+_HEADER = struct.Struct("<BB BI BI BI BI BI BQ 6s B5s")
+_BLOCKS_TAG, _PAYLOAD_TAG = 0x12, 0x7A  # fields 2 and 15, length-delimited
+_FIELDS = (0x0D, 0x15, 0x1D, 0x25, 0x2D, 0x31)  # fixed32 1 to 5, fixed64 6
+_BLOCKS_BYTES = 34
+_PAD = bytes((0x72, 4)) + bytes(4)  # field 14
+CONTROL_BYTES = 8192
+"""No frame without blocks is longer; nothing longer is parsed."""
+HEADER_BYTES = _HEADER.size
+"""48: a multiple of 16, and Python keeps the contents of bytes 16-aligned."""
+
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype = ctypes.py_object
+_new_bytes.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 
 
 @dataclass(frozen=True)
 class Open:
-    """First on a push: the signed ticket, and the sender's rank."""
+    """First on a push: the signed ticket, the sender's rank, the link that payloads come over."""
 
     ticket: bytes
     rank: int
+    link: int = 0
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A run of blocks of one layer, and their bytes."""
+    """A run of blocks of some layers, and their bytes: uint8, flat."""
 
     run: BlockRun
-    payload: memoryview
+    payload: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -58,9 +72,9 @@ Frame = Open | Blocks | Commit | Abort
 
 @dataclass(frozen=True)
 class Grant:
-    """Decode has reserved its blocks: which it holds already, and how many bytes it takes."""
+    """Decode has reserved its blocks: how much it holds already, and how many bytes it takes."""
 
-    held_blocks: int
+    held_tokens: int
     credit_bytes: int
 
 
@@ -79,21 +93,39 @@ class Refused:
 Reply = Grant | Ack | Refused
 
 
+class BlocksWire:
+    """A frame of blocks under construction: fill `payload`, then `seal`.
+
+    Attributes:
+        payload: uint8 `[size]`, memory of the frame itself.
+    """
+
+    def __init__(self, size: int) -> None:
+        # Nobody else has seen these bytes yet, so they may still be written.
+        self._wire: bytes = _new_bytes(None, HEADER_BYTES + size)
+        self._size = size
+        self.payload = bytes_view(self._wire)[HEADER_BYTES:]
+
+    def seal(self, run: BlockRun) -> bytes:
+        """The finished frame."""
+        header = _pack_header(run, self._size)
+        ctypes.memmove(id(self._wire) + _BYTES_OFFSET, header, HEADER_BYTES)
+        return self._wire
+
+
+_BYTES_OFFSET = bytes.__basicsize__ - 1
+"""Where the contents of a bytes object begin."""
+
+
 def encode_frame(frame: Frame) -> bytes:
     """A PushFrame."""
     match frame:
         case Blocks(run, payload):
-            header = pb.Blocks(
-                sequence=run.sequence,
-                layer=run.layer,
-                first_block=run.first_block,
-                num_blocks=run.num_blocks,
-                checksum=run.checksum,
-            )
-            head = pb.PushFrame(blocks=header).SerializeToString()
-            return b"".join((head, _PAYLOAD_TAG, _varint(len(payload)), payload))
-        case Open(ticket, rank):
-            message = pb.PushFrame(open=pb.Open(ticket=ticket, rank=rank))
+            wire = BlocksWire(payload.numel())
+            wire.payload.copy_(payload)
+            return wire.seal(run)
+        case Open(ticket, rank, link):
+            message = pb.PushFrame(open=pb.Open(ticket=ticket, rank=rank, link=link))
         case Commit(frames, token, tokens):
             message = pb.PushFrame(
                 commit=pb.Commit(frames=frames, first_token_id=token, num_tokens=tokens)
@@ -106,14 +138,16 @@ def encode_frame(frame: Frame) -> bytes:
 def decode_frame(wire: bytes) -> Frame:
     """Raises HandoffRefused for anything that is not a whole PushFrame."""
     if wire[:1] == bytes((_BLOCKS_TAG,)):
-        return _decode_blocks(memoryview(wire))
+        return _decode_blocks(wire)
+    if len(wire) > CONTROL_BYTES:
+        raise HandoffRefused("a frame is too long")
     try:
         message = pb.PushFrame.FromString(wire)
     except DecodeError as error:
         raise HandoffRefused("a frame is not a PushFrame") from error
     match message.WhichOneof("kind"):
         case "open":
-            return Open(message.open.ticket, message.open.rank)
+            return Open(message.open.ticket, message.open.rank, message.open.link)
         case "commit":
             commit = message.commit
             return Commit(commit.frames, commit.first_token_id, commit.num_tokens)
@@ -122,29 +156,32 @@ def decode_frame(wire: bytes) -> Frame:
     raise HandoffRefused("a frame has no kind")
 
 
-def _decode_blocks(wire: memoryview) -> Blocks:
-    length, start = _read_varint(wire, 1)
-    end = start + length
-    if length > HEADER_BYTES or wire[end : end + 1] != _PAYLOAD_TAG:
-        raise HandoffRefused("a frame of blocks is malformed")
-    size, begin = _read_varint(wire, end + 1)
-    if begin + size != len(wire):
-        raise HandoffRefused("a frame of blocks is truncated or has a tail")
-    try:
-        header = pb.Blocks.FromString(bytes(wire[start:end]))
-    except DecodeError as error:
-        raise HandoffRefused("a frame of blocks is malformed") from error
-    run = BlockRun(
-        header.sequence, header.layer, header.first_block, header.num_blocks, header.checksum
-    )
-    return Blocks(run, wire[begin:])
+def _pack_header(run: BlockRun, size: int) -> bytes:
+    tags = _FIELDS
+    return _HEADER.pack(
+        _BLOCKS_TAG, _BLOCKS_BYTES,
+        tags[0], run.sequence, tags[1], run.layer, tags[2], run.num_layers, tags[3],
+        run.first_block, tags[4], run.num_blocks, tags[5], run.checksum, _PAD, _PAYLOAD_TAG,
+        _long_varint(size),
+    )  # fmt: skip
+
+
+def _decode_blocks(wire: bytes) -> Blocks:
+    if len(wire) < HEADER_BYTES:
+        raise HandoffRefused("a frame of blocks is truncated")
+    values = _HEADER.unpack_from(wire)
+    run = BlockRun(*values[3:14:2])
+    size = len(wire) - HEADER_BYTES
+    if _pack_header(run, size) != wire[:HEADER_BYTES]:
+        raise HandoffRefused("a frame of blocks is malformed, truncated or has a tail")
+    return Blocks(run, bytes_view(wire)[HEADER_BYTES:])
 
 
 def encode_reply(reply: Reply) -> bytes:
     """A PushReply."""
     match reply:
         case Grant(held, credit):
-            message = pb.PushReply(grant=pb.Grant(held_blocks=held, credit_bytes=credit))
+            message = pb.PushReply(grant=pb.Grant(held_tokens=held, credit_bytes=credit))
         case Ack():
             message = pb.PushReply(ack=pb.Ack())
         case Refused(reason):
@@ -160,7 +197,7 @@ def decode_reply(wire: bytes) -> Reply:
         raise HandoffRefused("the peer's reply is malformed") from error
     match message.WhichOneof("kind"):
         case "grant":
-            return Grant(message.grant.held_blocks, message.grant.credit_bytes)
+            return Grant(message.grant.held_tokens, message.grant.credit_bytes)
         case "ack":
             return Ack()
         case "refused":
@@ -168,20 +205,6 @@ def decode_reply(wire: bytes) -> Reply:
     raise HandoffRefused("the peer's reply has no kind")
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_varint(wire: memoryview, start: int) -> tuple[int, int]:
-    """The value and where it ends."""
-    value = 0
-    for at in range(start, min(start + 5, len(wire))):
-        value |= (wire[at] & 0x7F) << 7 * (at - start)
-        if wire[at] < 0x80:
-            return value, at + 1
-    raise HandoffRefused("a frame's length is malformed")
+def _long_varint(value: int) -> bytes:
+    """Five bytes, whatever the value."""
+    return bytes((value >> 7 * i & 0x7F | (0x80 if i < 4 else 0)) for i in range(5))

@@ -3,15 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.kv.transport.frames import Frame, Reply
+import torch
+
+from cluster.kv.assembly import BlockRun
+from cluster.kv.transport.frames import Abort, Blocks, Commit, Frame, Open, Reply
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One rank of one life of a decode worker."""
+
+    address: str
+    worker_id: str
+    incarnation: str
+    rank: int
+
+
+class Buffer(Protocol):
+    """Memory for the payload of one frame, to be filled and sent.
+
+    Attributes:
+        payload: uint8, flat; on the host, or on the cache's device.
+    """
+
+    payload: torch.Tensor
 
 
 class Outbound(Protocol):
-    """Prefill's end of one push."""
+    """Prefill's end of one push.
 
-    async def send(self, frame: Frame) -> None:
+    Attributes:
+        transport: how its payloads cross.
+        link: names the link they cross; 0 if they come with the frames.
+        frame_bytes: the payload size that crosses best.
+    """
+
+    transport: str
+    link: int
+    frame_bytes: int
+
+    async def buffer(self, size: int) -> Buffer:
+        """Waits while too many payloads are under way."""
+        ...
+
+    def discard(self, buffer: Buffer) -> None:
+        """A buffer will not be sent."""
+        ...
+
+    async def send_blocks(self, run: BlockRun, buffer: Buffer, seed: int) -> None:
+        """Sends a filled buffer, with the checksum that `Inbound.verify` looks for."""
+        ...
+
+    async def send(self, frame: Open | Commit | Abort) -> None:
         """Waits while the peer takes no more. Raises HandoffRefused if the peer is gone."""
         ...
 
@@ -25,13 +71,39 @@ class Outbound(Protocol):
 
 
 class Inbound(Protocol):
-    """Decode's end of one push."""
+    """Decode's end of one push.
+
+    Attributes:
+        transport: how its payloads cross, known once the first frame has come.
+    """
+
+    transport: str
 
     async def receive(self) -> Frame | None:
-        """The next frame; None when the peer has ended the push, in whatever way."""
+        """The next frame; None when the peer has ended the push, in whatever way.
+
+        Raises:
+            HandoffRefused: what came is no frame.
+        """
+        ...
+
+    def claim(self, handoff_id: str) -> None:
+        """The push was admitted: payloads of this handoff are its own."""
+        ...
+
+    async def verify(self, blocks: Blocks, seed: int) -> None:
+        """Raises HandoffRefused unless the payload is what was sent."""
+        ...
+
+    def done(self, blocks: Blocks) -> None:
+        """The payload's memory may be used again."""
         ...
 
     async def send(self, reply: Reply) -> None: ...
+
+    def close(self) -> None:
+        """The push is over."""
+        ...
 
 
 Serve = Callable[[Inbound], Awaitable[None]]
@@ -46,6 +118,8 @@ class Transport(Protocol):
         """Listens; returns the host:port that peers reach it at."""
         ...
 
-    async def open(self, address: str) -> Outbound: ...
+    async def open(self, peer: Peer, handoff_id: str) -> Outbound:
+        """Begins a handoff's push. Raises HandoffRefused if the peer cannot be reached this way."""
+        ...
 
     async def stop(self) -> None: ...

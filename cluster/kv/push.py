@@ -1,0 +1,234 @@
+"""One route of a handoff, from prefill's side: wait for the grant, push group by group, commit.
+
+A **ready** item is one layer of the blocks that one engine step completed. Items of the same blocks
+in following layers cross in one frame, up to the size that the transport likes; the last layer of a
+step always goes at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cluster.errors import HandoffRefused
+from cluster.kv.assembly import BlockRun
+from cluster.kv.generations import Generations, Stamp
+from cluster.kv.geometry import Route
+from cluster.kv.paged import Fence, PagedCache
+from cluster.kv.transport.frames import Ack, Commit, Grant, Open, Refused, Reply
+from cluster.kv.transport.seam import Buffer, Outbound, Peer, Transport
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One layer of a run of the prompt's blocks has been computed, once `fence` is reached.
+
+    Attributes:
+        first_block: index in the prompt of the first of `block_ids`.
+        stamp: the blocks' generations.
+    """
+
+    layer: int
+    first_block: int
+    block_ids: tuple[int, ...]
+    stamp: Stamp
+    fence: Fence | None
+
+    def goes_on(self, other: Ready) -> bool:
+        """`other` is the next layer of the same blocks."""
+        return (
+            other.layer == self.layer + 1
+            and other.first_block == self.first_block
+            and other.block_ids == self.block_ids
+        )
+
+
+@dataclass
+class Sent:
+    """What has crossed on this route. Stamps are CLOCK_MONOTONIC seconds."""
+
+    transport: str = ""
+    held_tokens: int = 0
+    frames: int = 0
+    bytes: int = 0
+    granted_at: float = 0.0
+    first_frame_at: float = 0.0
+    last_frame_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a push is to do.
+
+    Attributes:
+        plain: blocks cross in plain order (the sides' blocks differ).
+    """
+
+    handoff_id: str
+    ticket: str
+    num_tokens: int
+    route: Route
+    peer: Peer
+    plain: bool
+
+
+@dataclass
+class Push:
+    """One route under way. Owned by its `Sender`, on the agent's event loop.
+
+    Args:
+        granted: called once when the grant comes.
+    """
+
+    order: Order
+    cache: PagedCache
+    generations: Generations
+    transport: Transport
+    granted: Callable[[], None]
+    sent: Sent = field(default_factory=Sent)
+    ready: deque[Ready] = field(default_factory=deque)
+    first_token: int | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, ready: Ready) -> None:
+        """More to send."""
+        self.ready.append(ready)
+        self._changed.set()
+
+    def finish(self, first_token: int) -> None:
+        """Nothing more will be added; decode goes on after the token."""
+        self.first_token = first_token
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Returns when decode has acknowledged everything.
+
+        Raises:
+            HandoffRefused: it failed, and why.
+        """
+        order = self.order
+        outbound = await self.transport.open(order.peer, order.handoff_id)
+        self.sent.transport = outbound.transport
+        try:
+            rank = order.route.prefill_rank
+            await outbound.send(Open(order.ticket.encode(), rank, outbound.link))
+            grant = await outbound.receive()
+            if not isinstance(grant, Grant):
+                raise HandoffRefused(_refusal(grant))
+            self.sent.granted_at = time.monotonic()
+            self.sent.held_tokens = grant.held_tokens
+            self.granted()
+            reply = asyncio.create_task(outbound.receive())
+            try:
+                await self._stream(grant, outbound, reply)
+            except HandoffRefused:
+                if reply.done() and not reply.exception():  # it knows better why
+                    raise HandoffRefused(_refusal(reply.result())) from None
+                raise
+            finally:
+                reply.cancel()
+        finally:
+            outbound.cancel()
+
+    async def _stream(self, grant: Grant, outbound: Outbound, reply: asyncio.Task[Reply]) -> None:
+        """Sends what is ready until the engine is done, then commits and awaits the verdict."""
+        while True:
+            while group := self._group(outbound.frame_bytes):
+                if reply.done():
+                    raise HandoffRefused(_refusal(reply.result()))
+                await self._send(group, grant, outbound)
+            if self.first_token is not None and not self.ready:
+                break
+            self._changed.clear()
+            changed = asyncio.create_task(self._changed.wait())
+            try:
+                await asyncio.wait({changed, reply}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
+            if reply.done():
+                raise HandoffRefused(_refusal(reply.result()))
+        await outbound.send(Commit(self.sent.frames, self.first_token, self.order.num_tokens))
+        verdict = await reply
+        if not isinstance(verdict, Ack):
+            raise HandoffRefused(_refusal(verdict))
+
+    def _group(self, frame_bytes: int) -> list[Ready]:
+        """Takes the next items that make a frame; none while more layers are to join them."""
+        group: list[Ready] = []
+        for item in self.ready:
+            if group and not group[-1].goes_on(item):
+                break
+            size = len(item.block_ids) * self._head_bytes
+            if group and (len(group) + 1) * size > frame_bytes:
+                break
+            group.append(item)
+        if not group:
+            return group
+        full = (len(group) + 1) * len(group[0].block_ids) * self._head_bytes > frame_bytes
+        last_layer = group[-1].layer == self.cache.num_layers - 1
+        if not (full or last_layer or len(group) < len(self.ready) or self.first_token is not None):
+            return []
+        for _ in group:
+            self.ready.popleft()
+        return group
+
+    @property
+    def _head_bytes(self) -> int:
+        """Bytes of one block of one layer on this route."""
+        return self.order.route.source.count * self.cache.head_block_bytes
+
+    async def _send(self, group: list[Ready], grant: Grant, outbound: Outbound) -> None:
+        """One frame, or several where a single layer is larger than a frame."""
+        await reached(group[-1].fence)
+        head = group[0]
+        skip = max(0, grant.held_tokens // self.cache.tokens - head.first_block)
+        step = max(1, outbound.frame_bytes // (len(group) * self._head_bytes))
+        for start in range(skip, len(head.block_ids), step):
+            ids = head.block_ids[start : start + step]
+            size = len(group) * len(ids) * self._head_bytes
+            if self.sent.bytes + size > grant.credit_bytes:
+                raise HandoffRefused("decode granted less than the prompt needs")
+            buffer = await outbound.buffer(size)
+            try:
+                await self._fill(buffer, group, ids, head.stamp[start : start + step])
+            except BaseException:
+                outbound.discard(buffer)
+                raise
+            run = BlockRun(
+                self.sent.frames, head.layer, len(group), head.first_block + start, len(ids)
+            )
+            self.sent.first_frame_at = self.sent.first_frame_at or time.monotonic()
+            await outbound.send_blocks(run, buffer, seed_of(self.order.handoff_id))
+            self.sent.frames += 1
+            self.sent.bytes += size
+            self.sent.last_frame_at = time.monotonic()
+
+    async def _fill(
+        self, buffer: Buffer, group: list[Ready], ids: tuple[int, ...], stamp: Stamp
+    ) -> None:
+        fence = None
+        for layer, part in zip(group, buffer.payload.chunk(len(group)), strict=True):
+            fence = self.cache.gather(
+                layer.layer, ids, self.order.route.source, part, plain=self.order.plain
+            )
+        await reached(fence)
+        if not self.generations.still(ids, stamp):
+            raise HandoffRefused("blocks were handed out anew while they were read")
+
+
+def seed_of(handoff_id: str) -> int:
+    """Seeds checksums, so that another handoff's frame never matches."""
+    return int(handoff_id[:16], 16)
+
+
+async def reached(fence: Fence | None) -> None:
+    """Waits, beside the event loop, until a device has got there."""
+    if fence is not None:
+        await asyncio.to_thread(fence.synchronize)
+
+
+def _refusal(reply: Reply) -> str:
+    return reply.reason if isinstance(reply, Refused) else "the decode worker broke the protocol"

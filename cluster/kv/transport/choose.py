@@ -1,0 +1,66 @@
+"""Which transport an engine rank uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.errors import ConfigError
+from cluster.kv.doorkeeper import Terms
+from cluster.kv.paged import PagedCache
+from cluster.kv.transport.grpc import GrpcTransport
+from cluster.kv.transport.nccl import NcclTransport, nccl_available
+from cluster.kv.transport.seam import Transport
+from cluster.ticket import TicketSigner
+
+Choice = Literal["auto", "grpc", "nccl"]
+
+
+@dataclass(frozen=True)
+class TransportOptions:
+    """`handoff` in the configuration, as far as it is about transports.
+
+    Attributes:
+        host: interface of the transfer port.
+        max_message_bytes: largest frame over gRPC, unless a block is larger.
+        max_streams: pushes received at once.
+        link_checksums: every how many payloads over NCCL are checked; 0: none.
+        link_seconds: how long a link may stand still before it is taken for dead.
+        staging_bytes: device memory for payloads under way, per link.
+    """
+
+    transport: Choice
+    host: str
+    max_message_bytes: int
+    max_streams: int
+    link_checksums: int = 16
+    link_seconds: float = 10.0
+    staging_bytes: int = 128 << 20
+
+
+def make_transport(
+    options: TransportOptions, cache: PagedCache, signer: TicketSigner, terms: Terms
+) -> Transport:
+    """`auto` takes NCCL where this rank can; a push still goes over gRPC when its peer cannot.
+
+    Raises:
+        ConfigError: NCCL is asked for where there is none.
+    """
+    message_bytes = max(options.max_message_bytes, cache.block_bytes)
+    unavailable = nccl_available(cache)
+    if options.transport == "nccl" and unavailable:
+        raise ConfigError(
+            f"handoff.transport: nccl is not possible here: {unavailable}; use auto or grpc"
+        )
+    if options.transport == "grpc" or unavailable:
+        return GrpcTransport(options.host, message_bytes, options.max_streams)
+    return NcclTransport(
+        GrpcTransport(options.host, message_bytes, options.max_streams),
+        cache,
+        signer,
+        terms,
+        required=options.transport == "nccl",
+        checksums=options.link_checksums,
+        stuck_seconds=options.link_seconds,
+        staging_bytes=options.staging_bytes,
+    )

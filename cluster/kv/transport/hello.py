@@ -1,0 +1,134 @@
+"""LinkFrame and LinkReply on the wire, and the signed hello that opens a link."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from google.protobuf.message import DecodeError
+
+from cluster.errors import HandoffRefused
+from cluster.kv.assembly import BlockRun
+from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES
+from cluster.ticket import CLOCK_TOLERANCE_SECONDS, TicketSigner
+from pdserve.v1 import kv_transfer_pb2 as pb
+
+HELLO_SECONDS = 30.0
+"""A hello is good for so long after it was signed."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Which two ranks a link is to join.
+
+    Attributes:
+        link: drawn at random; names the link on both sides, never 0.
+        unique_id: NCCL's name for the communicator.
+        issued_at: seconds since 1970.
+    """
+
+    link: int
+    prefill_worker: str
+    prefill_incarnation: str
+    prefill_rank: int
+    decode_worker: str
+    decode_incarnation: str
+    decode_rank: int
+    unique_id: bytes
+    issued_at: float
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The next payload on the link."""
+
+    handoff_id: str
+    run: BlockRun
+    size: int
+
+
+def encode_hello(hello: Hello, signer: TicketSigner) -> bytes:
+    """Signed by the cluster's secret."""
+    message = pb.LinkHello(
+        link=hello.link,
+        prefill_worker=hello.prefill_worker,
+        prefill_incarnation=hello.prefill_incarnation,
+        prefill_rank=hello.prefill_rank,
+        decode_worker=hello.decode_worker,
+        decode_incarnation=hello.decode_incarnation,
+        decode_rank=hello.decode_rank,
+        unique_id=hello.unique_id,
+        issued_at=hello.issued_at,
+    )
+    proof = signer.proof(message.SerializeToString(deterministic=True))
+    message.proof = proof
+    return pb.LinkFrame(hello=message).SerializeToString()
+
+
+def decode_hello(wire: bytes, signer: TicketSigner) -> Hello:
+    """Raises HandoffRefused unless a process of this cluster signed it, and lately."""
+    message = _frame(wire).hello
+    proof, message.proof = message.proof, b""
+    if not signer.proves(message.SerializeToString(deterministic=True), proof):
+        raise HandoffRefused("the link's hello is not signed by this cluster")
+    age = time.time() - message.issued_at
+    if not -CLOCK_TOLERANCE_SECONDS <= age <= HELLO_SECONDS:
+        raise HandoffRefused("the link's hello is too old, or the hosts' clocks differ too much")
+    if len(message.unique_id) != UNIQUE_ID_BYTES or not message.link:
+        raise HandoffRefused("the link's hello is malformed")
+    return Hello(
+        message.link,
+        message.prefill_worker,
+        message.prefill_incarnation,
+        message.prefill_rank,
+        message.decode_worker,
+        message.decode_incarnation,
+        message.decode_rank,
+        message.unique_id,
+        message.issued_at,
+    )
+
+
+def encode_payload(payload: Payload) -> bytes:
+    run = payload.run
+    blocks = pb.Blocks(
+        sequence=run.sequence,
+        layer=run.layer,
+        num_layers=run.num_layers,
+        first_block=run.first_block,
+        num_blocks=run.num_blocks,
+        checksum=run.checksum,
+    )
+    message = pb.LinkPayload(handoff_id=payload.handoff_id, blocks=blocks, size=payload.size)
+    return pb.LinkFrame(payload=message).SerializeToString()
+
+
+def decode_payload(wire: bytes) -> Payload:
+    """Raises HandoffRefused for anything else."""
+    frame = _frame(wire)
+    if frame.WhichOneof("kind") != "payload":
+        raise HandoffRefused("a message on a link announces no payload")
+    message, blocks = frame.payload, frame.payload.blocks
+    run = BlockRun(
+        blocks.sequence, blocks.layer, blocks.num_layers, blocks.first_block, blocks.num_blocks
+    )
+    return Payload(message.handoff_id, replace(run, checksum=blocks.checksum), message.size)
+
+
+def _frame(wire: bytes) -> pb.LinkFrame:
+    try:
+        return pb.LinkFrame.FromString(wire)
+    except DecodeError as error:
+        raise HandoffRefused("a message on a link is malformed") from error
+
+
+def encode_link_reply(refused: str) -> bytes:
+    return pb.LinkReply(refused=refused).SerializeToString()
+
+
+def decode_link_reply(wire: bytes) -> str:
+    """Why the link is refused; empty if it is up."""
+    try:
+        return pb.LinkReply.FromString(wire).refused
+    except DecodeError as error:
+        raise HandoffRefused("the peer's reply to a link is malformed") from error

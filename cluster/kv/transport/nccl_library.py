@@ -1,0 +1,126 @@
+"""The few calls of NCCL that a link needs, through ctypes.
+
+Communicators are opened non-blocking, so that one whose peer never comes can be aborted; every call
+may then answer "in progress", and `settled` tells when it has come to an end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+from cluster.errors import HandoffRefused
+
+_SUCCESS, _IN_PROGRESS = 0, 7
+_UINT8 = 1
+_UNDEFINED = -(1 << 31)
+UNIQUE_ID_BYTES = 128
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = (("internal", ctypes.c_byte * UNIQUE_ID_BYTES),)
+
+
+class _Config(ctypes.Structure):
+    """ncclConfig_t as of NCCL 2.18; later libraries take it by its size and version."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int),
+        ("cga_cluster_size", ctypes.c_int),
+        ("min_ctas", ctypes.c_int),
+        ("max_ctas", ctypes.c_int),
+        ("net_name", ctypes.c_char_p),
+        ("split_share", ctypes.c_int),
+    )
+
+
+class NcclError(HandoffRefused):
+    """NCCL refused a call, or its communicator broke."""
+
+
+@cache
+def library() -> Any:
+    """libnccl, as torch brings it. Raises OSError if there is none."""
+    nccl = ctypes.CDLL("libnccl.so.2")
+    nccl.ncclGetErrorString.restype = ctypes.c_char_p
+    return nccl
+
+
+def new_unique_id() -> bytes:
+    """Names a communicator; whoever is to join it must know it. Opens NCCL's bootstrap port."""
+    unique = _UniqueId()
+    _check(library().ncclGetUniqueId(ctypes.byref(unique)))
+    return bytes(unique.internal)
+
+
+class Communicator:
+    """Two ranks of one. Made for the current CUDA device, which must stay it for every call.
+
+    Args:
+        rank: 0 sends, 1 receives.
+        max_ctas: thread blocks that a transfer may occupy; None: NCCL decides.
+    """
+
+    def __init__(self, unique_id: bytes, rank: int, max_ctas: int | None) -> None:
+        self._comm = ctypes.c_void_p()
+        self._peer = 1 - rank
+        config = _Config(
+            size=ctypes.sizeof(_Config),
+            magic=0xCAFEBEEF,
+            version=21800,
+            blocking=0,
+            cga_cluster_size=_UNDEFINED,
+            min_ctas=_UNDEFINED,
+            max_ctas=_UNDEFINED if max_ctas is None else max_ctas,
+            net_name=None,
+            split_share=_UNDEFINED,
+        )
+        unique = _UniqueId.from_buffer_copy(unique_id)
+        _check(
+            library().ncclCommInitRankConfig(
+                ctypes.byref(self._comm), 2, unique, rank, ctypes.byref(config)
+            )
+        )
+
+    def settled(self) -> bool:
+        """The last call has come to an end. Raises NcclError if the communicator broke."""
+        state = ctypes.c_int(_SUCCESS)
+        _check(library().ncclCommGetAsyncError(self._comm, ctypes.byref(state)))
+        _check(state.value)
+        return state.value == _SUCCESS
+
+    def send(self, address: int, size: int, stream: int) -> None:
+        """Queues the sending of `size` bytes of device memory on a CUDA stream."""
+        self._transfer(library().ncclSend, address, size, stream)
+
+    def receive(self, address: int, size: int, stream: int) -> None:
+        """Queues the receiving of `size` bytes into device memory on a CUDA stream."""
+        self._transfer(library().ncclRecv, address, size, stream)
+
+    def _transfer(self, call: Any, address: int, size: int, stream: int) -> None:
+        _check(
+            call(
+                ctypes.c_void_p(address),
+                ctypes.c_size_t(size),
+                ctypes.c_int(_UINT8),
+                ctypes.c_int(self._peer),
+                self._comm,
+                ctypes.c_void_p(stream),
+            )
+        )
+
+    def abort(self) -> None:
+        """Ends what is under way, on the device too. May take a while."""
+        comm, self._comm = self._comm, ctypes.c_void_p()
+        if comm:
+            library().ncclCommAbort(comm)
+
+
+def _check(code: int) -> None:
+    if code not in (_SUCCESS, _IN_PROGRESS):
+        reason = library().ncclGetErrorString(ctypes.c_int(code)).decode(errors="replace")
+        raise NcclError(f"NCCL: {reason}")

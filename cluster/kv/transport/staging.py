@@ -1,0 +1,51 @@
+"""Device memory for payloads under way: a fixed number of equal slots, made once.
+
+Nothing is allocated while a cluster serves: an allocation can wait for the whole device, and the
+device may be waiting for a payload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Slot:
+    """One payload's memory.
+
+    Attributes:
+        payload: uint8, the part of the slot that is used.
+    """
+
+    index: int
+    payload: torch.Tensor
+
+
+class Staging:
+    """Slots of `slot_bytes` each.
+
+    Args:
+        size: bytes in all; at least two slots are made.
+    """
+
+    def __init__(self, device: torch.device, size: int, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        count = max(2, size // slot_bytes)
+        self._memory = torch.empty(count, slot_bytes, dtype=torch.uint8, device=device)
+        self._free: asyncio.Queue[int] = asyncio.Queue()
+        for index in range(count):
+            self._free.put_nowait(index)
+
+    async def take(self, size: int) -> Slot:
+        """Waits for a free slot. Raises ValueError for more bytes than a slot has."""
+        if size > self.slot_bytes:
+            raise ValueError(f"a payload of {size} bytes in slots of {self.slot_bytes}")
+        index = await self._free.get()
+        return Slot(index, self._memory[index, :size])
+
+    def give_back(self, slot: Slot) -> None:
+        """No transfer reads or writes it any more."""
+        self._free.put_nowait(slot.index)

@@ -1,0 +1,102 @@
+"""The connector's half next to the cache: what a step tells the agent, in which order."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.kv.connector.step import StepMetadata
+from cluster.kv.connector.worker import ConnectorConfig, WorkerSide
+from cluster.kv.generations import Generations
+from cluster.kv.handoff import HandoffParams
+from cluster.kv.reservation import Reserve
+from cluster.kv.sender import Arrival, Offer, Release
+
+TOKENS, LAYERS = 4, 3
+
+
+class Agent:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, Any]] = []
+        self.generations = Generations(16)
+        self.sender = SimpleNamespace(
+            arrive=lambda arrival: self.heard.append(("arrive", arrival.request)),
+            offer=lambda offer: self.heard.append(("offer", offer.handoff_id)),
+            release=lambda release: self.heard.append(("sent", release.handoff_id)),
+            fail=lambda handoff_id: self.heard.append(("fail", handoff_id)),
+            layer_ready=lambda layer, offers, fence: self.heard.append(("layer", layer)),
+        )
+        self.receiver = SimpleNamespace(
+            reserve=lambda reserve, stamp: self.heard.append(("reserve", stamp.tolist())),
+            release=lambda handoff_id: self.heard.append(("received", handoff_id)),
+        )
+
+    def post(self, call: Any) -> None:
+        call()
+
+
+@pytest.fixture
+def side() -> WorkerSide:
+    side = WorkerSide(ConnectorConfig("w", "life", "digest", {}, 0), None)  # type: ignore[arg-type]
+    side.agent = Agent()  # type: ignore[assignment]
+    side._cache = SimpleNamespace(tokens=TOKENS, fence=lambda: None)  # type: ignore[assignment]
+    side._layers = {f"layer.{i}": i for i in range(LAYERS)}
+    return side
+
+
+def heard(side: WorkerSide) -> list[tuple[str, Any]]:
+    assert isinstance(side.agent, Agent)
+    return side.agent.heard
+
+
+ARRIVAL = Arrival("p", HandoffParams("prefill", "h", "ticket", 8, 10.0))
+RESERVE = Reserve("d", "h", "ticket", 12, (3, 4, 5), TOKENS, 10.0)
+
+
+def test_what_came_and_went_between_two_steps_begins_before_it_ends(side: WorkerSide) -> None:
+    """Otherwise the end would be for nobody, and the beginning for ever."""
+    side.begin_step(
+        StepMetadata(
+            arrivals=(ARRIVAL,),
+            sent=(Release("h", None),),
+            reserves=(RESERVE,),
+            received=("h",),
+        )
+    )
+    kinds = [kind for kind, _ in heard(side)]
+    assert kinds.index("arrive") < kinds.index("sent")
+    assert kinds.index("reserve") < kinds.index("received")
+
+
+def test_blocks_are_of_a_new_generation_before_anything_refers_to_them(side: WorkerSide) -> None:
+    """Those a step hands out; of a reservation, all that it does not share."""
+    assert side.agent is not None
+    old = side.agent.generations.stamp(range(16))
+    side.begin_step(StepMetadata(allocated=(1, 2), reserves=(RESERVE,)))
+    assert (side.agent.generations.stamp(range(16)) - old).tolist() == [
+        0, 1, 1, 0, 1, 1, *[0] * 10,
+    ]  # fmt: skip
+    assert heard(side) == [("reserve", [0, 1, 1])]
+
+
+def test_each_layer_is_announced_once_and_the_silent_ones_at_the_end(side: WorkerSide) -> None:
+    """Inside a CUDA graph the engine announces nothing."""
+    side.begin_step(StepMetadata(offers=(Offer("h", 0, (1, 2)),)))
+    side.layer_written("layer.1")
+    side.step_written()
+    layers = [layer for kind, layer in heard(side) if kind == "layer"]
+    assert layers == [1, 0, 2]
+    side.end_step()
+    side.step_written()
+    assert [layer for kind, layer in heard(side) if kind == "layer"] == layers
+
+
+def test_a_step_without_handoffs_posts_nothing(side: WorkerSide) -> None:
+    side.begin_step(StepMetadata())
+    side.layer_written("layer.0")
+    side.step_written()
+    assert heard(side) == []
