@@ -133,7 +133,7 @@ def serve_decode(blocks: int, device: str, transport: str) -> None:
         result = wait_for_result(agent.mailbox, told["handoff_id"])
         used = cpu_seconds()
         say(
-            digest=digest(cache, ids),
+            digest=digest(cache, ids) if told["compare"] else 0,
             error=result.error,
             transport=result.transport,
             ended_at=result.ended_at,
