@@ -195,8 +195,8 @@ class RouterServer:
         self._workers.on_change(self._wake)
         self._background = asyncio.create_task(self._run(store), name="router")
         self._background.add_done_callback(self._broke)
-        where = (self.grpc_address, self.http_address)
-        log.info("router %s serves gRPC %s HTTP %s", self._router_id, *where)
+        where = (self._router_id, self.grpc_address, self.http_address)
+        log.info("router %s serves gRPC %s HTTP %s", *where)
 
     def _wake(self) -> None:
         """Ends the waits for a change; who waits next waits for the next one."""
@@ -230,9 +230,8 @@ class RouterServer:
         if self._stopping or self._background is None:
             return
         self._stopping = True
-        if self._batch_work is not None:
-            self._batch_work.cancel()  # Its pages are other routers' now.
-            await asyncio.wait({self._batch_work})
+        if (batch := self._batch_work) is not None and batch.cancel():
+            await asyncio.wait({batch})  # Its pages are other routers' now.
         self._dispatch.refuse(Unavailable(SHUTTING_DOWN))
         self._resumption.abandon()
         await self._health.stop()

@@ -7,6 +7,7 @@ import math
 MIN_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 30.0
 HALF_LIFE_SECONDS = 10.0
+MIN_SAMPLES = 8
 _FORGET = 1.01
 
 
@@ -47,19 +48,26 @@ class StartPace:
 
 
 class BestPrefill:
-    """The fewest seconds a prompt token has taken of late, from start to first token, by model.
+    """The quickest of late from start to first token, by model and size of the prompt.
 
-    A bound from below: a request that cannot make it at this pace cannot make it at all. It rises
-    by a hundredth with each sample, so that a lucky one is forgotten.
+    A bound from below, for prompts between two powers of two: one that cannot make it at this pace
+    cannot make it at all. Prompts that a cache held are among them, so it errs towards admission.
+    It says nothing before `MIN_SAMPLES`, and rises by a hundredth with each, so that a lucky one is
+    forgotten.
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self._best: dict[tuple[str, int], tuple[int, float, float]] = {}
 
     def saw(self, model: str, prompt_tokens: int, seconds: float) -> None:
-        best = self._seconds.get(model, math.inf) * _FORGET
-        self._seconds[model] = min(best, max(0.0, seconds) / max(1, prompt_tokens))
+        size = (model, prompt_tokens.bit_length())
+        count, best, best_each = self._best.get(size, (0, math.inf, math.inf))
+        best = min(best * _FORGET, seconds)
+        best_each = min(best_each * _FORGET, seconds / max(1, prompt_tokens))
+        self._best[size] = (count + 1, best, best_each)
 
     def seconds(self, model: str, prompt_tokens: int) -> float:
-        """For a prompt of that length; 0 as long as nothing is known."""
-        return self._seconds.get(model, 0.0) * prompt_tokens
+        """For a prompt of that length; 0 as long as too little is known."""
+        size = (model, prompt_tokens.bit_length())
+        count, best, best_each = self._best.get(size, (0, 0.0, 0.0))
+        return min(best, best_each * prompt_tokens) if count >= MIN_SAMPLES else 0.0

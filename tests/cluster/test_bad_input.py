@@ -138,7 +138,7 @@ def test_a_deadline_is_required(channel: grpc.Channel) -> None:
 
 def test_a_deadline_that_passes(channel: grpc.Channel) -> None:
     code, _ = refusal(
-        channel, ask(ids=[7] * 1900, sampling={"max_tokens": 140, "ignore_eos": True}), timeout=0.2
+        channel, ask(ids=[7] * 32, sampling={"max_tokens": 1900, "ignore_eos": True}), timeout=0.2
     )
     assert code == grpc.StatusCode.DEADLINE_EXCEEDED
 

@@ -10,7 +10,7 @@ import pytest
 from cluster.errors import Overloaded
 from router.admission.core import Admission
 from router.admission.offers import Admit, Capacity, Effect, Offer, Refuse, SloClass, Yield
-from router.admission.pace import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS
+from router.admission.pace import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, MIN_SAMPLES
 from router.admission.policy import Limits, Policy, TenantPolicy
 
 INTERACTIVE, STANDARD, BATCH = SloClass
@@ -148,12 +148,26 @@ def test_what_did_not_start_in_time_is_refused_while_it_waits() -> None:
 
 
 def test_a_prompt_that_cannot_be_computed_before_the_deadline_is_refused() -> None:
-    desk = Desk(max_running=10)
-    desk.come(offer("a", prompt_tokens=100))
-    desk.core.first_token(1.0, "a")  # 10 ms a token at best
-    desk.come(offer("in time", prompt_tokens=500, deadline=7.0), now=1.0)
+    desk = Desk(max_running=100)
+    for i in range(MIN_SAMPLES):
+        desk.come(offer(f"long{i}", prompt_tokens=1000))
+        desk.core.first_token(5.0, f"long{i}")
+        desk.come(offer(f"short{i}", prompt_tokens=10))
+        desk.core.first_token(1.0, f"short{i}")
     with pytest.raises(Overloaded, match="deadline"):
-        desk.core.offer(1.0, offer("hopeless", prompt_tokens=1000, deadline=7.0))
+        desk.core.offer(5.0, offer("hopeless", prompt_tokens=1000, deadline=9.5))
+    desk.come(offer("in time", prompt_tokens=1000, deadline=10.5), now=5.0)
+    # Short prompts take as long for each token as a step takes: that says nothing of long ones.
+    desk.come(offer("unknown size", prompt_tokens=3000, deadline=9.0), now=5.0)
+
+
+def test_batch_takes_no_room_that_online_work_waits_for() -> None:
+    desk = Desk(Capacity(kv_tokens=100), max_running=100)
+    assert desk.come(offer("s0", prompt_tokens=50)) == ["s0"]
+    assert desk.come(offer("large", prompt_tokens=80)) == []
+    assert desk.come(offer("b", BATCH, prompt_tokens=5, output_tokens=5)) == []
+    assert desk.leave("s0") == ["large"]
+    assert desk.leave("large") == ["b"]
 
 
 def test_batch_yields_to_online_work_at_once_and_waits_again() -> None:
