@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from typing import Any
 
 import psutil
 import ray
-from fastapi import FastAPI
 from ray import serve as ray_serve
 
 from bench.streams.minimal import app_for
@@ -18,11 +18,11 @@ from bench.streams.minimal import app_for
 def start(arguments: dict[str, Any]) -> dict[str, Any]:
     urls = arguments["urls"]
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": 0 or _free_port()})
-    outer = FastAPI()
+    port = _free_port()
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
 
     @ray_serve.deployment(max_ongoing_requests=20_000)
-    @ray_serve.ingress(lambda: _mounted(outer, urls))
+    @ray_serve.ingress(lambda: app_for(urls))
     class Ingress:
         pass
 
@@ -30,24 +30,14 @@ def start(arguments: dict[str, Any]) -> dict[str, Any]:
     wanted = ("ServeReplica", "ProxyActor")
     family = psutil.Process().children(recursive=True)
     pids = [p.pid for p in family if any(name in " ".join(p.cmdline()) for name in wanted)]
-    return {"http": f"http://127.0.0.1:{_port[0]}", "pids": pids}
-
-
-_port: list[int] = []
+    return {"http": f"http://127.0.0.1:{port}", "pids": pids}
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        _port.append(probe.getsockname()[1])
-    return _port[0]
-
-
-def _mounted(outer: FastAPI, urls: dict[str, list[str]]) -> FastAPI:
-    outer.mount("/", app_for(urls))
-    return outer
+        port: int = probe.getsockname()[1]
+        return port
 
 
 if __name__ == "__main__":
