@@ -26,8 +26,8 @@ from cluster.store.client import connect
 from cluster.store.embedded import EmbeddedStore
 from cluster.store.registry import Registry
 
-SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx", "ray-serve")
-STREAMS = (1, 100, 1000, 5000)
+SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx")
+STREAMS = (1, 100)
 TOKENS_PER_SECOND = 2500.0
 """Of a paced load with a hundred streams or more: what clients on one core can take singly."""
 
@@ -45,8 +45,7 @@ def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -
     cores = {0}
     if system.startswith("pdserve"):
         return Process("ours", cores, store_url=store_url, **arguments)
-    module = "minimal" if system == "fastapi-httpx" else "serve_ingress"
-    return Process(module, cores, urls=urls, **arguments)
+    return Process("minimal", cores, urls=urls, **arguments)
 
 
 def client_of(system: str, process: Process) -> Client:

@@ -10,13 +10,16 @@ from cluster.config import Config, ModelConfig
 from cluster.store.records import WorkerRecord
 from router.admission.offers import Capacity, SloClass
 from router.admission.policy import Limits, Policy, TenantPolicy
+from router.placement import Mode
 
 PREFILL_STEPS = 2
 """A prefill worker is given what fills so many of its steps: the one it computes and the next."""
 
 
-def capacity(model: ModelConfig, workers: Iterable[WorkerRecord], routers: int) -> Capacity:
-    """Of `model`, for one of so many routers.
+def capacity(
+    model: ModelConfig, workers: Iterable[WorkerRecord], routers: int, mode: Mode = "always"
+) -> Capacity:
+    """Of `model`, for one of so many routers. In a pool that is empty others stand in, if they may.
 
     Prefill is shared out between the routers. KV is not: an engine that is given more than it holds
     queues and preempts, while a part that is not used is lost.
@@ -24,6 +27,8 @@ def capacity(model: ModelConfig, workers: Iterable[WorkerRecord], routers: int) 
     ready = [w for w in workers if w.model == model.name and w.state == "ready"]
     prefills = [w for w in ready if w.role in ("prefill", "both")]
     decodes = [w for w in ready if w.role in ("decode", "both")]
+    if mode != "always":
+        prefills, decodes = prefills or ready, decodes or ready
     if not prefills or not decodes:
         return Capacity()  # They wait for a worker, and are told which one is missing.
     credit = PREFILL_STEPS * model.max_num_batched_tokens
@@ -48,7 +53,10 @@ class Members(Protocol):
 class Capacities:
     """Capacity by model, worked out once for each change of the registry."""
 
-    def __init__(self, models: Sequence[ModelConfig], members: Members) -> None:
+    def __init__(
+        self, models: Sequence[ModelConfig], members: Members, mode: Mode = "always"
+    ) -> None:
+        self._mode = mode
         self._models = models
         self._members = members
         self._seen: tuple[tuple[WorkerRecord, ...], int] | None = None
@@ -58,7 +66,7 @@ class Capacities:
         records, routers = self._members.records, self._members.routers
         if self._seen is None or self._seen[0] is not records or self._seen[1] != routers:
             self._seen = (records, routers)
-            self._known = {m.name: capacity(m, records, routers) for m in self._models}
+            self._known = {m.name: capacity(m, records, routers, self._mode) for m in self._models}
         return self._known
 
 

@@ -30,7 +30,7 @@ from router.placement import Candidate, Decision, Demand, Mode, Plan, Unplaced, 
 MISS = 2.0
 """Of a missed target, in targets."""
 
-NEAR = 0.003
+NEAR = 0.001
 """Costs this close, plus as large a share of them, are taken for equal: random among those."""
 
 AVOIDED = 1e3

@@ -137,7 +137,7 @@ class RouterServer:
         self._placer = Placer(fleet, placement, config.targets, self.metrics, clock)
         self._dispatch = Dispatch(
             policy(config),
-            Capacities(config.models, self._workers),
+            Capacities(config.models, self._workers, mode),
             self._workers,
             self._placer,
             TicketMint(self._signer, clock, config.handoff.ticket_seconds),

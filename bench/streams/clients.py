@@ -82,7 +82,8 @@ class HttpClient:
             "model": model, "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0,
             "stream": True,
         }  # fmt: skip
-        began, first, tokens, spaces, newlines = time.perf_counter(), 0.0, 0, 0, 0
+        began, first = time.perf_counter(), 0.0
+        tokens = spaces = newlines = events = 0
         async with self._session.post(self._url, json=body) as response:
             assert response.status == 200, await response.text()
             async for chunk in response.content.iter_any():
@@ -96,7 +97,8 @@ class HttpClient:
                     seen.open += 1
                 tokens += came
                 seen.tokens += came
-            seen.messages += newlines // 2
+                seen.messages += newlines // 2 - events
+                events = newlines // 2
         seen.open -= 1
         seen.wrong += tokens != max_tokens
         return first

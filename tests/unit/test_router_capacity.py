@@ -45,6 +45,8 @@ def test_capacity_is_that_of_the_ready_workers() -> None:
 
 def test_without_workers_nothing_is_held_back() -> None:
     assert capacity(MODEL, [worker("prefill")], 1) == Capacity()
+    stands_in = capacity(MODEL, [worker("prefill")], 1, "auto")
+    assert stands_in == capacity(MODEL, [worker("both")], 1)
     assert capacity(MODEL, [worker("both", blocks=0)], 1).kv_tokens == math.inf
 
 

@@ -17,20 +17,18 @@ from cluster.engine.protocol import (
     EngineRequest,
     Holdings,
     PinnedKv,
-    Sampling,
 )
 from cluster.engine.results import HandoffResults
 from cluster.engine.simulated.port import TransferPort
 from cluster.engine.simulated.push import Push
 from cluster.engine.simulated.scheduler import Scheduler, Sequence, Shape
 from cluster.engine.simulated.timing import Timing
-from cluster.engine.simulated.tokens import TokenSource, text_of
-from cluster.errors import ConfigError, EngineFailed, InvalidRequest
+from cluster.engine.simulated.tokens import TokenSource, refuse_unsimulated, text_of
+from cluster.engine.simulated.wire import TRANSPORT
+from cluster.errors import ConfigError, EngineFailed
 from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.prefix import block_hashes
 from cluster.ticket import TicketSigner
-
-TRANSPORT = "simulated"
 
 
 @dataclass
@@ -125,7 +123,7 @@ class SimulatedEngine:
     def _take(self, request: EngineRequest) -> _Running:
         if self._loop is None or self._loop.done():
             raise EngineFailed("the engine is not running")
-        _refuse_unsimulated(request.sampling)
+        refuse_unsimulated(request.sampling)
         names = block_hashes(request.prompt_token_ids, self._shape.block_size, request.cache_salt)
         handoff = request.handoff
         sequence = Sequence(
@@ -296,10 +294,3 @@ class SimulatedEngine:
             self._failed.set_result(f"the simulated engine broke: {task.exception()!r}")
             for running in self._running.values():
                 running.outputs.put_nowait(EngineOutput([], "", finish_reason="error"))
-
-
-def _refuse_unsimulated(sampling: Sampling) -> None:
-    """What depends on a network's logits or on text has no counterpart here."""
-    for name in ("logprobs", "guide", "stop", "logit_bias"):
-        if getattr(sampling, name) not in (None, (), {}):
-            raise InvalidRequest(f"sampling.{name}", "a simulated engine has no such thing")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.engine.simulated.wire import MAX_LINE_BYTES, Line
+from cluster.engine.simulated.wire import MAX_LINE_BYTES, TRANSPORT, Line
 from cluster.errors import HandoffRefused
 from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.ticket import TicketSigner
@@ -122,6 +122,7 @@ class TransferPort:
                     handoff_id,
                     "decode",
                     "",
+                    TRANSPORT,
                     bytes=moved * self._bytes_per_token,
                     frames=1,
                     held_tokens=held,

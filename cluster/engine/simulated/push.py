@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from cluster.engine.simulated.timing import Timing
-from cluster.engine.simulated.wire import connect
+from cluster.engine.simulated.wire import TRANSPORT, connect
 from cluster.errors import HandoffRefused, PdserveError
 from cluster.kv.handoff import HandoffParams, HandoffResult
 
@@ -68,6 +68,7 @@ class Push:
             self.params.handoff_id,
             "prefill",
             error,
+            TRANSPORT,
             bytes=moved * self.timing.bytes_per_token,
             granted_at=granted_at,
             ended_at=time.monotonic(),

@@ -8,6 +8,9 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
+from cluster.engine.protocol import Sampling
+from cluster.errors import InvalidRequest
+
 FIRST_TOKEN = 8
 """Lower ones are taken to be special."""
 
@@ -40,3 +43,10 @@ def continuation(prompt: Sequence[int], count: int, seed: int, vocab_size: int) 
 
 def text_of(token: int) -> str:
     return f" {token:x}"
+
+
+def refuse_unsimulated(sampling: Sampling) -> None:
+    """Raises InvalidRequest for what depends on a network's logits, or on text."""
+    for name in ("logprobs", "guide", "stop", "logit_bias"):
+        if getattr(sampling, name) not in (None, (), {}):
+            raise InvalidRequest(f"sampling.{name}", "a simulated engine has no such thing")

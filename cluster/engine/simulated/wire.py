@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.errors import HandoffRefused
 
+TRANSPORT = "simulated"
 MAX_LINE_BYTES = 16 << 10
 
 
