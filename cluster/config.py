@@ -25,8 +25,9 @@ from cluster.config_clients import (
 )
 from cluster.config_errors import explain
 from cluster.config_files import default_cluster, read_yaml
-from cluster.config_models import MIB, ModelConfig, PoolConfig, Section
+from cluster.config_models import MIB, ModelConfig, PoolConfig, Section, WorkerPoolConfig
 from cluster.errors import ConfigError
+from cluster.ports import ANY, Ports
 
 __all__ = [
     "Config",
@@ -35,6 +36,8 @@ __all__ = [
     "ModelConfig",
     "PoolConfig",
     "RouterConfig",
+    "Section",
+    "WorkerPoolConfig",
 ]
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -44,7 +47,15 @@ Role = Literal["prefill", "decode", "both"]
 class RouterConfig(Section):
     """The routers' servers and limits."""
 
-    host: Annotated[str, Field(description="Interface to listen on.")] = "127.0.0.1"
+    host: Annotated[
+        str | None,
+        Field(
+            description="Interface to listen on: a name, an address, a network such as 10.0.0.0/8,"
+            " or 0.0.0.0; unset: loopback, or on a Ray cluster of several hosts the host's own"
+            " address in it."
+        ),
+    ] = None
+    pool: Annotated[PoolConfig, Field(description="Each router is one process.")] = PoolConfig()
     grpc_port: Annotated[Port, Field(description="0 takes a free one.")] = 50051
     http_port: Annotated[Port, Field(description="0 takes a free one.")] = 8000
     max_request_bytes: Annotated[
@@ -60,6 +71,22 @@ class RouterConfig(Section):
         float, Field(gt=0, description="Deadline of HTTP requests that set none.")
     ] = 600.0
     tls: Annotated[TlsConfig | None, Field(description="Unset: both ports are in clear.")] = None
+
+
+class WorkerConfig(Section):
+    """The workers' own servers: routers' streams and metrics."""
+
+    host: Annotated[
+        str | None,
+        Field(
+            description="Interface to listen on: a name, an address or a network (10.0.0.0/8);"
+            " unset: loopback, or on a Ray cluster of several hosts the host's own address in it."
+        ),
+    ] = None
+    ports: Annotated[
+        Ports, Field(description="Port of a worker's gRPC, a range where hosts carry several.")
+    ] = ANY
+    metrics_ports: Annotated[Ports, Field(description="The same for its metrics over HTTP.")] = ANY
 
 
 class StoreConfig(Section):
@@ -102,8 +129,16 @@ class HandoffConfig(Section):
         Field(description="How KV moves; auto: nccl between GPUs that it can join, else grpc."),
     ] = "auto"
     host: Annotated[
-        str | None, Field(description="Interface of the transfer port; unset: the worker's own.")
+        str | None,
+        Field(
+            description="Interface of the transfer port: a name, an address or a network such as"
+            " 10.0.0.0/8; unset: the worker's own."
+        ),
     ] = None
+    ports: Annotated[
+        Ports,
+        Field(description="Transfer port of an engine rank, a range where hosts carry several."),
+    ] = ANY
     ticket_seconds: Annotated[
         float,
         Field(gt=0, le=3600, description="Life of a ticket and lease of its blocks."),
@@ -170,6 +205,7 @@ class Config(BaseSettings):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")] = "pdserve"
     models: Annotated[list[ModelConfig], Field(min_length=1)]
     router: RouterConfig = RouterConfig()
+    worker: WorkerConfig = WorkerConfig()
     store: StoreConfig = StoreConfig()
     ray: RayConfig = RayConfig()
     handoff: HandoffConfig = HandoffConfig()

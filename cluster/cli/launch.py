@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from cluster.cli.progress import Progress
-from cluster.cli.rundir import RunDir, RunState, tail
+from cluster.cli.rundir import RunDir, RunState
 from cluster.config import Config
+from cluster.control.life_log import tail
 from cluster.control.orphans import kill_descendants
 from cluster.errors import EngineFailed, PdserveError, Unavailable
 from cluster.store.client import address_of, connect
@@ -21,7 +22,7 @@ from cluster.ticket import TicketSigner
 
 if TYPE_CHECKING:
     from cluster.control.runtime import RayRuntime
-    from cluster.control.status import ClusterStatus
+    from cluster.control.status import ClusterStatus, SlotStatus
 
 POLL_SECONDS = 0.25
 CALL_SECONDS = 15.0
@@ -54,7 +55,7 @@ class Cluster:
         self._publish("starting")
         url = await self._start_store()
         runtime = await self._start_ray()
-        from cluster.control.actors import Launch
+        from cluster.control.launch import Launch
 
         secret = self._config.secret
         key = secret.get_secret_value().encode() if secret else secrets.token_bytes(32)
@@ -64,8 +65,8 @@ class Cluster:
             config=self._config,
             secret=key,
             store_url=url,
-            log_dir=self._rundir.logs,
-            bind_host="127.0.0.1" if runtime.embedded else "",
+            log_dir=self._rundir.logs if runtime.embedded else None,
+            embedded=runtime.embedded,
             omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         )
         self._controller = await runtime.start_controller(launch)
@@ -87,7 +88,8 @@ class Cluster:
             ) from error
         for slot in status.slots:
             if slot.state != "empty":
-                self._progress.show(slot.slot_id, slot.state, slot.detail)
+                on = f"on {slot.host}" if slot.host else ""
+                self._progress.show(slot.slot_id, slot.state, slot.detail or on)
             elif status.stopping:
                 self._progress.show(slot.slot_id, "gone")
         return status
@@ -149,7 +151,7 @@ class Cluster:
                         return status
                     # Nobody wants to watch a first start fail three times over.
                     if failed := [slot for slot in status.slots if slot.failures]:
-                        raise self._why(failed[0].slot_id, failed[0].detail)
+                        raise self._why(failed[0])
                     await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
             status = await self.status()
@@ -180,10 +182,12 @@ class Cluster:
             f"see {self._rundir.logs / 'router-0.log'}"
         )
 
-    def _why(self, slot_id: str, reason: str) -> PdserveError:
-        log = self._rundir.logs / f"{slot_id}.log"
-        last = "".join(f"\n  {line}" for line in tail(log))
-        return EngineFailed(f"{slot_id} does not start: {reason}\n{log} ends with:{last}")
+    def _why(self, slot: SlotStatus) -> PdserveError:
+        log = self._rundir.logs / f"{slot.slot_id}.log"
+        last = "".join(f"\n  {line}" for line in slot.log_tail or tail(log))
+        where = f"its log on {slot.host}" if slot.host else str(log)
+        ends = f"\n{where} ends with:{last}" if last else ""
+        return EngineFailed(f"{slot.slot_id} does not start: {slot.detail}{ends}")
 
     async def _drain(self, drain_seconds: float) -> None:
         shutdown = asyncio.ensure_future(self._controller.shutdown.remote(drain_seconds))

@@ -41,12 +41,17 @@ def up(
     host: Annotated[str | None, typer.Option(help="Interface the routers listen on.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
     http_port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="host:port of a Ray cluster that this host is part of. Unset: embedded."),
+    ] = None,
 ) -> None:
     """Start a cluster and serve until Ctrl-C."""
     from cluster.cli import up as command
-    from cluster.cli.settings import with_router
+    from cluster.cli.settings import with_ray, with_router
 
-    command.up(terminal, with_router(file, host=host, grpc_port=grpc_port, http_port=http_port))
+    config = with_router(file, host=host, grpc_port=grpc_port, http_port=http_port)
+    command.up(terminal, with_ray(config, ray_address))
 
 
 @app.command()

@@ -159,16 +159,6 @@ def find(name: str | None) -> RunState:
     raise Unavailable(f"several clusters run here ({names}): choose one with --name")
 
 
-def tail(log: Path, lines: int = 8) -> list[str]:
-    """The last lines of a log that say something."""
-    with suppress(OSError), log.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - 16_384))
-        text = file.read().decode(errors="replace")
-        return [line for line in text.splitlines() if line.strip()][-lines:]
-    return []
-
-
 def wait_gone(state: RunState, seconds: float) -> bool:
     """Waits for the cluster's process to end; True if it did."""
     deadline = time.monotonic() + seconds

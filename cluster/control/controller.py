@@ -12,8 +12,11 @@ from contextlib import suppress
 from dataclasses import replace
 
 from cluster.clock import SystemClock
-from cluster.control.actors import Launch, redirect_output
-from cluster.control.fleet import End, RayLife, drop_former_groups
+from cluster.control.actors import log_path
+from cluster.control.fleet import End, RayLife, any_gpus, drop_former_groups, hosts, need_of
+from cluster.control.hosts import Placed, lacking, preferred
+from cluster.control.launch import Launch
+from cluster.control.life_log import redirect_output
 from cluster.control.reconcile import (
     DropLease,
     GiveUp,
@@ -42,13 +45,14 @@ class Controller:
     """Body of the controller actor."""
 
     def __init__(self, launch: Launch, namespace: str) -> None:
-        redirect_output(launch.log_dir / "controller.log")
+        redirect_output(log_path(launch, "controller"))
         self._launch = launch
         self._namespace = namespace
         self._clock = SystemClock()
         self._desired = desired_slots(launch.config)
         self._slots = {slot.slot_id: SlotState(slot) for slot in self._desired}
         self._lives: dict[str, RayLife] = {}
+        self._tails: dict[str, tuple[str, ...]] = {}
         self._stops: set[asyncio.Task[None]] = set()
         self._members: Members | None = None
         self._registry: Registry | None = None
@@ -68,7 +72,13 @@ class Controller:
             store_reachable=self._members is not None,
             stopping=self._stopping,
             slots=tuple(
-                slot_status(now, state, self._lives.get(slot_id), self._members)
+                slot_status(
+                    now,
+                    state,
+                    self._lives.get(slot_id),
+                    self._members,
+                    self._tails.get(slot_id, ()),
+                )
                 for slot_id, state in sorted(self._slots.items())
             ),
         )
@@ -113,6 +123,7 @@ class Controller:
         for slot_id, life in list(self._lives.items()):
             if life.ended.done() and not self._is_stopping(slot_id):
                 self._bury(slot_id, life.ended.result())
+        await self._note_places()
         with suppress(Unavailable):
             await self._observe()
         actions = reconcile(
@@ -137,6 +148,24 @@ class Controller:
                 case DropLease(lease):
                     with suppress(Unavailable):
                         await self._drop(lease)
+
+    async def _note_places(self) -> None:
+        """Which lives have got their host, and what keeps the others from getting one."""
+        waiting = {slot_id: life for slot_id, life in self._lives.items() if not life.node_id}
+        for slot_id, running in self._lives.items():
+            life = self._slots[slot_id].life
+            if life is not None and life.placed_at is None and running.node_id:
+                placed = replace(life, placed_at=self._clock.now())
+                self._slots[slot_id] = replace(self._slots[slot_id], life=placed)
+        known = hosts() if waiting else []
+        for slot_id, running in waiting.items():
+            lacks = lacking(running.need, known)
+            if lacks != running.lacks:
+                print(f"{slot_id}: {lacks or 'waits for room'}", flush=True)
+            running.lacks = lacks
+            if lacks and self._launch.embedded:  # no other host will ever join
+                await running.kill()
+                self._bury(slot_id, End(lacks, permanent=True))
 
     async def _observe(self) -> None:
         """Reads the registry; a life is ready once its own record says so."""
@@ -171,11 +200,17 @@ class Controller:
         incarnation = new_incarnation()
         life = Life(incarnation, "starting", self._clock.now())
         self._slots[slot.slot_id] = replace(self._slots[slot.slot_id], life=life)
-        self._lives[slot.slot_id] = RayLife(self._launch, slot, incarnation, self._namespace)
+        need = need_of(slot, any_gpus())
+        placed = [Placed(life.node_id or life.aim, life.need) for life in self._lives.values()]
+        aim = preferred(need, hosts(), placed)
+        self._lives[slot.slot_id] = RayLife(
+            self._launch, slot, incarnation, self._namespace, need, aim
+        )
         print(f"{slot.slot_id}: life {incarnation} starts", flush=True)
 
     def _bury(self, slot_id: str, end: End) -> None:
         del self._lives[slot_id]
+        self._tails[slot_id] = end.log_tail
         state = self._slots[slot_id]
         self._slots[slot_id] = ended(state, self._clock.now(), end.reason, end.permanent)
         print(f"{slot_id}: life ended: {end.reason}", flush=True)

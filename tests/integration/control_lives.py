@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cluster.config import Config
-from cluster.control.actors import Launch
+from cluster.control.launch import Launch
 from cluster.control.status import ClusterStatus
 from cluster.store.client import connect
 from cluster.store.embedded import EmbeddedStore
