@@ -113,7 +113,7 @@ def memory(config: Config) -> Iterator[Check]:
     if config.ray.address is not None or _gpus():
         yield Check("memory", "ok", f"{available / GIB:.1f} GiB free")
         return
-    need = sum((m.prefill.replicas + m.decode.replicas) * _engine_bytes(m) for m in config.models)
+    need = sum((m.prefill.replicas + m.decode.replicas) * engine_bytes(m) for m in config.models)
     engines = sum(m.prefill.replicas + m.decode.replicas for m in config.models)
     detail = f"{available / GIB:.1f} GiB free; {engines} engines need about {need / GIB:.1f} GiB"
     if need > available:
@@ -217,7 +217,7 @@ async def _try_store(url: str, timeout: float) -> None:
     await client.aclose()
 
 
-def _engine_bytes(model: ModelConfig) -> int:
+def engine_bytes(model: ModelConfig) -> int:
     path = Path(model.path)
     weights = weight_bytes(path) if path.is_dir() else 0
     scale = 1

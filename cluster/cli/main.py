@@ -130,6 +130,23 @@ def doctor(file: File = None, as_json: Json = False) -> None:
     _exit(command.run(terminal, Config.load(file), as_json))
 
 
+@app.command("drain-host")
+def drain_host(
+    file: File = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Unset: lifecycle.drain_timeout_seconds.")
+    ] = None,
+) -> None:
+    """Drain what runs on this host of a Ray cluster and move it elsewhere: before the host goes."""
+    from cluster.config import Config
+    from cluster.control.leaving import leave
+
+    config = Config.load(file)
+    drain = config.lifecycle.drain_timeout_seconds if seconds is None else seconds
+    left = leave(config, drain)
+    terminal.out.print(f"drained: {', '.join(left) or 'nothing was here'}", markup=False)
+
+
 @config_app.command("show")
 def config_show(file: File = None) -> None:
     """Print the whole configuration, defaults included, secrets masked."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 from cluster.clock import SystemClock
 from cluster.control.actors import log_path
 from cluster.control.fleet import End, RayLife, any_gpus, drop_former_groups, hosts, need_of
-from cluster.control.hosts import Placed, lacking, preferred
+from cluster.control.hosts import Placed, avoiding, lacking, preferred
 from cluster.control.launch import Launch
 from cluster.control.life_log import redirect_output
 from cluster.control.reconcile import (
@@ -54,6 +54,7 @@ class Controller:
         self._lives: dict[str, RayLife] = {}
         self._tails: dict[str, tuple[str, ...]] = {}
         self._stops: set[asyncio.Task[None]] = set()
+        self._leaving: set[str] = set()
         self._members: Members | None = None
         self._registry: Registry | None = None
         self._loop: asyncio.Task[None] | None = None
@@ -82,6 +83,22 @@ class Controller:
                 for slot_id, state in sorted(self._slots.items())
             ),
         )
+
+    async def leave(self, node_id: str, drain_seconds: float) -> list[str]:
+        """Drains and ends what runs on a host that is about to go; nothing starts there again.
+
+        Returns the slots that were on it; each gets its next life on another host.
+        """
+        self._ensure_running()
+        self._leaving.add(node_id)
+        slots = [
+            state.slot
+            for slot_id, state in self._slots.items()
+            if slot_id in self._lives and self._lives[slot_id].node_id == node_id
+        ]
+        print(f"host {node_id[:8]} leaves: {[slot.slot_id for slot in slots]}", flush=True)
+        await asyncio.gather(*(self._end(slot, drain_seconds) for slot in slots))
+        return [slot.slot_id for slot in slots]
 
     async def shutdown(self, drain_seconds: float) -> None:
         """Routers stop taking requests and drain, then the workers end. Returns when all is gone.
@@ -200,9 +217,11 @@ class Controller:
         incarnation = new_incarnation()
         life = Life(incarnation, "starting", self._clock.now())
         self._slots[slot.slot_id] = replace(self._slots[slot.slot_id], life=life)
-        need = need_of(slot, any_gpus())
+        known = hosts()
+        self._leaving &= {host.node_id for host in known}
+        need = avoiding(need_of(slot, any_gpus()), self._leaving)
         placed = [Placed(life.node_id or life.aim, life.need) for life in self._lives.values()]
-        aim = preferred(need, hosts(), placed)
+        aim = preferred(need, known, placed)
         self._lives[slot.slot_id] = RayLife(
             self._launch, slot, incarnation, self._namespace, need, aim
         )

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+NODE_ID = "ray.io/node-id"
+"""A label that Ray gives every node."""
 
 Bundle = Mapping[str, float]
 """Resources by name, as Ray counts them."""
@@ -49,6 +52,12 @@ class Placed:
 
     node_id: str
     need: Need
+
+
+def avoiding(need: Need, node_ids: Iterable[str]) -> Need:
+    """The same need, anywhere but on these nodes."""
+    ids = ",".join(sorted(node_ids))
+    return replace(need, labels={**need.labels, NODE_ID: f"!in({ids})"}) if ids else need
 
 
 def preferred(need: Need, hosts: Iterable[Host], placed: Sequence[Placed]) -> str:

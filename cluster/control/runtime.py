@@ -166,7 +166,7 @@ class RayRuntime:
 
         from cluster.control.controller import Controller
 
-        name = f"pdserve-{launch.config.name}-controller"
+        name = controller_name(launch.config.name)
         namespace = self._config.ray.namespace
         with suppress(ValueError):
             ray.get_actor(name, namespace=namespace)
@@ -187,6 +187,11 @@ class RayRuntime:
             with suppress(Exception):
                 ray.kill(self._controller)
         ray.shutdown()
+
+
+def controller_name(cluster: str) -> str:
+    """Of the controller's actor."""
+    return f"pdserve-{cluster}-controller"
 
 
 def _temp_dir(runtime_dir: Path) -> Path:
@@ -234,6 +239,12 @@ def _not_joined(address: str, error: Exception, version: str) -> ConfigError | U
             f"ray.address: the cluster at {address} does not take this token"
             f" ({_first_line(error)}): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the token"
             " that its hosts were started with"
+        )
+    if "Failed to connect to Ray cluster" in said:
+        return Unavailable(
+            f"something answers at {address}, but not as a Ray cluster that knows this client: if"
+            " its hosts ask for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here as there;"
+            " else mend ray.address"
         )
     if "node" in said.lower() and "raylet" in said.lower():
         return Unavailable(

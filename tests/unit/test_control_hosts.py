@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.control.hosts import Host, Need, Placed, lacking, matches, preferred
+from cluster.control.hosts import NODE_ID, Host, Need, Placed, avoiding, lacking, matches, preferred
 
 GPU = {"ray.io/accelerator-type": "H100"}
 A = Host("a", "10.0.0.1", {"CPU": 8, "GPU": 2}, GPU)
@@ -57,6 +57,14 @@ def test_labels_choose_hosts() -> None:
 )
 def test_what_no_host_has_is_named(need: Need, said: str) -> None:
     assert lacking(need, (A, B, C)) == said
+
+
+def test_a_host_that_leaves_is_avoided() -> None:
+    hosts = [Host(h.node_id, h.address, h.resources, {NODE_ID: h.node_id}) for h in (A, B)]
+    need = avoiding(ONE, {"a"})
+    assert preferred(need, hosts, []) == "b"
+    assert preferred(avoiding(ONE, {"a", "b"}), hosts, []) == ""
+    assert avoiding(ONE, ()) is ONE
 
 
 def test_without_hosts_there_is_nothing_to_compare() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-LAUNCHER = Path(__file__).resolve().parents[2] / "deploy" / "ray" / "cluster.yaml"
+LAUNCHER = Path(__file__).resolve().parents[3] / "deploy" / "ray" / "cluster.yaml"
 
 
 def launcher() -> dict[str, object]:
