@@ -45,7 +45,9 @@ def check_host(config: Config, slot: Slot, own: str, gpus: int) -> None:
     """
     where = f"on host {own}"
     if slot.kind == "worker":
-        check_model(config.model(slot.model), where)
+        model = config.model(slot.model)
+        if model.engine == "vllm":
+            check_model(model, where)
         if gpus:
             check_gpus(where)
     else:

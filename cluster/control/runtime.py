@@ -243,8 +243,8 @@ def _not_joined(address: str, error: Exception, version: str) -> ConfigError | U
     if "Failed to connect to Ray cluster" in said:
         return Unavailable(
             f"something answers at {address}, but not as a Ray cluster that knows this client: if"
-            " its hosts ask for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here as there;"
-            " else mend ray.address"
+            " its hosts ask for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here as"
+            " there; else mend ray.address"
         )
     if "node" in said.lower() and "raylet" in said.lower():
         return Unavailable(

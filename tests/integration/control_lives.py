@@ -90,3 +90,24 @@ async def test_a_killed_worker_comes_back_as_another_life_and_shutdown_leaves_no
     await client.aclose()
     _, alive = psutil.wait_procs(last, timeout=10)
     assert not alive
+
+
+async def test_a_host_that_leaves_is_drained_and_left_empty(
+    controller: tuple[Any, EmbeddedStore],
+) -> None:
+    import ray
+
+    actor, store = controller
+    first = await until_ready(actor)
+    node_id = ray.get_runtime_context().get_node_id()
+    assert sorted(await actor.leave.remote(node_id, 1.0)) == [s.slot_id for s in first.slots]
+    client = await connect(store.url, 2.0)
+    assert await Registry(client, "lives").workers() == []
+    await client.aclose()
+    async with asyncio.timeout(30):
+        while True:
+            status: ClusterStatus = await actor.status.remote()
+            if all(slot.state == "failed" for slot in status.slots):
+                break
+            await asyncio.sleep(0.1)
+    assert all("no host has the labels ray.io/node-id=!in(" in s.detail for s in status.slots)
