@@ -24,7 +24,7 @@ from cluster.config_clients import (
     check_callers,
 )
 from cluster.config_errors import explain
-from cluster.config_files import default_cluster, read_yaml
+from cluster.config_files import default_cluster, read_yaml, with_secret_files
 from cluster.config_models import MIB, ModelConfig, PoolConfig, Section, WorkerPoolConfig
 from cluster.errors import ConfigError
 from cluster.ports import ANY, Ports
@@ -96,7 +96,9 @@ class StoreConfig(Section):
         SecretStr | None,
         Field(description="redis:// or rediss:// URL; unset: an embedded Valkey."),
     ] = None
-    connect_timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+    connect_timeout_seconds: Annotated[
+        float, Field(gt=0, description="For a connection, and for a command's answer.")
+    ] = 5.0
     lease_seconds: Annotated[
         float, Field(ge=1, description="A worker that does not renew for so long is dropped.")
     ] = 10.0
@@ -118,7 +120,7 @@ class RayConfig(Section):
     address: Annotated[
         str | None, Field(description="Of a running Ray cluster; unset: an embedded one.")
     ] = None
-    namespace: str = "pdserve"
+    namespace: Annotated[str, Field(description="Of its actors in the Ray cluster.")] = "pdserve"
 
 
 class HandoffConfig(Section):
@@ -202,8 +204,14 @@ class Config(BaseSettings):
         extra="forbid", frozen=True, env_prefix="PDSERVE_", env_nested_delimiter="__"
     )
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")] = "pdserve"
-    models: Annotated[list[ModelConfig], Field(min_length=1)]
+    name: Annotated[
+        str,
+        Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$", description="Of the cluster; one a host."),
+    ] = "pdserve"
+    models: Annotated[
+        list[ModelConfig],
+        Field(min_length=1, description="Each with its own pools; requests name the one."),
+    ]
     router: RouterConfig = RouterConfig()
     worker: WorkerConfig = WorkerConfig()
     store: StoreConfig = StoreConfig()
@@ -242,6 +250,9 @@ class Config(BaseSettings):
         names = [m.name for m in self.models]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"models: {', '.join(twice)} is named twice")
+        slots = [name.replace("/", "-") for name in names]  # as their workers are called
+        if alike := sorted(name for name in names if slots.count(name.replace("/", "-")) > 1):
+            raise ValueError(f"models: {', '.join(alike)} differ in / and - only: rename one")
         if self.router.grpc_port and self.router.grpc_port == self.router.http_port:
             raise ValueError("router: grpc_port and http_port must differ")
         check_callers(self.tenants, self.operator, self.router.tls)
@@ -256,7 +267,7 @@ class Config(BaseSettings):
         Raises:
             ConfigError: the file cannot be read, or a field is unknown or impossible.
         """
-        raw = read_yaml(path) if path else default_cluster()
+        raw = with_secret_files(read_yaml(path) if path else default_cluster())
         try:
             config = cls(**raw)
         except ValidationError as error:

@@ -156,6 +156,7 @@ class RouterServer:
         reception = Reception(
             config.classes, self._catalog, intake, self._dispatch, self._resumption, self._observer
         )
+        self._reception = reception
         self._server = grpc.aio.server(options=grpc_options(config.router))
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceServicer(
@@ -215,6 +216,11 @@ class RouterServer:
             return "the router is broken and must be restarted"
         reasons = [self._workers.missing(name) for name in self._catalog.names]
         return "; ".join(filter(None, reasons))
+
+    def reload(self, config: Config) -> None:
+        """Takes over the limits, classes and tenants' shares of `config`, and nothing else."""
+        self._dispatch.gate.set_policy(policy(config))
+        self._reception.set_classes(config.classes)
 
     async def wait_ready(self, timeout: float) -> None:
         """Until every model has a connected prefill and decode worker.

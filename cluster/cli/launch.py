@@ -13,6 +13,7 @@ import psutil
 from cluster.cli.progress import Progress
 from cluster.cli.rundir import RunDir, RunState
 from cluster.config import Config
+from cluster.config_changes import flatten
 from cluster.control.life_log import tail
 from cluster.control.orphans import kill_descendants
 from cluster.errors import EngineFailed, PdserveError, Unavailable
@@ -42,6 +43,11 @@ class Cluster:
         self._controller: Any = None
         self._token = ""
 
+    @property
+    def config(self) -> Config:
+        """As last reloaded."""
+        return self._config
+
     def show_on(self, progress: Progress) -> None:
         """Further progress goes to `progress`."""
         self._progress = progress
@@ -53,6 +59,7 @@ class Cluster:
             PdserveError: what kept it from coming up, with the cause from the part's own log.
         """
         self._publish("starting")
+        self._rundir.write_config(flatten(self._config))
         url = await self._start_store()
         runtime = await self._start_ray()
         from cluster.control.launch import Launch
@@ -93,6 +100,16 @@ class Cluster:
             elif status.stopping:
                 self._progress.show(slot.slot_id, "gone")
         return status
+
+    async def reload(self, config: Config) -> None:
+        """Hands another configuration to the controller. Raises Unavailable if it is not there."""
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                await self._controller.reload.remote(config)
+        except Exception as error:
+            raise Unavailable(f"the controller does not answer ({type(error).__name__})") from error
+        self._config = config
+        self._rundir.write_config(flatten(config))
 
     async def stop(self, drain_seconds: float) -> list[str]:
         """Routers drain, workers end, then Ray and the store; returns the processes that had to be

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from cluster.config import Config
 from cluster.control import interfaces
 from cluster.control.arrival import Landing, check_clock, check_host, land
 from cluster.control.launch import Launch
@@ -81,6 +82,11 @@ class _LifeActor:
             traceback.print_exc()
             return _failure(error, self._log)
         return None
+
+    async def reload(self, config: Config) -> None:
+        """Passes on what may change while the body serves."""
+        if self._body is not None:
+            self._body.reload(config)
 
     async def stop(self, drain_seconds: float) -> None:
         """Drains and ends the body and everything it started."""

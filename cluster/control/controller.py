@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from cluster.clock import SystemClock
+from cluster.config import Config
 from cluster.control.actors import log_path
 from cluster.control.fleet import End, RayLife, any_gpus, drop_former_groups, hosts, need_of
 from cluster.control.hosts import Placed, avoiding, lacking, preferred
@@ -83,6 +84,20 @@ class Controller:
                 for slot_id, state in sorted(self._slots.items())
             ),
         )
+
+    async def reload(self, config: Config) -> None:
+        """Takes over pool sizes and timeouts, and tells the routers of the rest.
+
+        `config` differs from the one before in fields of `config_changes.LIVE` only.
+        """
+        self._launch = replace(self._launch, config=config)
+        self._desired = desired_slots(config)
+        for slot in self._desired:
+            self._slots.setdefault(slot.slot_id, SlotState(slot))
+        print("the configuration was reloaded", flush=True)
+        routers = (s.slot.slot_id for s in self._slots.values() if s.slot.kind == "router")
+        lives = [self._lives[slot_id] for slot_id in routers if slot_id in self._lives]
+        await asyncio.gather(*(life.reload(config) for life in lives))
 
     async def leave(self, node_id: str, drain_seconds: float) -> list[str]:
         """Drains and ends what runs on a host that is about to go; nothing starts there again.
@@ -248,7 +263,10 @@ class Controller:
         self._slots[slot.slot_id] = replace(state, life=replace(state.life, phase="stopping"))
         await (running.stop(drain_seconds) if was_ready else running.kill())
         self._lives.pop(slot.slot_id, None)
-        self._slots[slot.slot_id] = SlotState(slot)
+        if slot.slot_id in {wanted.slot_id for wanted in self._desired}:
+            self._slots[slot.slot_id] = SlotState(slot)
+        else:
+            self._slots.pop(slot.slot_id, None)
 
     def _is_stopping(self, slot_id: str) -> bool:
         life = self._slots[slot_id].life

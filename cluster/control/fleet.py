@@ -17,6 +17,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.config import Config
 from cluster.control.actors import Failure, RouterActor, Where, WorkerActor
 from cluster.control.hosts import Host, Need
 from cluster.control.launch import Launch
@@ -129,6 +130,12 @@ class RayLife:
                 async with asyncio.timeout(drain_seconds + STOP_GRACE_SECONDS):
                     await self._actor.stop.remote(drain_seconds)
         await self.kill()
+
+    async def reload(self, config: Config) -> None:
+        """Tells a router of another configuration; one that is not up yet starts with it."""
+        if self._actor is not None:
+            with suppress(RayError):
+                await self._actor.reload.remote(config)
 
     async def kill(self) -> None:
         """Ends it now. Its process group goes with it."""

@@ -45,7 +45,18 @@ def cluster_file(tmp_path: Path, **extra: object) -> str:
 def test_help_lists_every_command_without_importing_the_heavy_parts(pdserve) -> None:  # type: ignore[no-untyped-def]
     done = pdserve("--help")
     assert done.returncode == 0
-    for command in ("up", "down", "status", "generate", "demo", "doctor", "config", "batch"):
+    for command in (
+        "up",
+        "down",
+        "status",
+        "generate",
+        "demo",
+        "doctor",
+        "config",
+        "batch",
+        "reload",
+        "drain-host",
+    ):
         assert f" {command} " in done.stdout
     code = (
         "import sys, cluster.cli.main; print({'ray', 'grpc', 'torch', 'vllm'} & set(sys.modules))"
@@ -96,6 +107,25 @@ def test_config_show_masks_secrets(pdserve, tmp_path: Path) -> None:  # type: ig
     done = pdserve("config", "show", "-f", file)
     assert json.loads(done.stdout)["router"]["grpc_port"] == 50051
     assert "sixteen" not in done.stdout and "hunter2" not in done.stdout
+
+
+def test_config_diff_tells_what_would_reload(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "new").mkdir()
+    old = cluster_file(tmp_path, store={"url": "redis://:hunter2@h:1/0"})
+    new = tmp_path / "new" / "cluster.yaml"
+    changed = {**json.loads(Path(old).read_text()), "targets": {"ttft_seconds": 1}}
+    new.write_text(json.dumps(changed))
+    done = pdserve("config", "diff", "-f", str(new), "--against", old)
+    assert (done.returncode, done.stdout) == (0, "targets.ttft_seconds: 2.0 → 1.0  (live)\n")
+    new.write_text(json.dumps({**changed, "store": {"url": "redis://:hunter3@h:1/0"}}))
+    done = pdserve("config", "diff", "-f", str(new), "--against", old)
+    assert done.returncode == 1 and "store.url: changed  (every process" in done.stdout
+    assert "hunter" not in done.stdout
+
+
+def test_reload_without_a_cluster_names_the_way_to_one(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = pdserve("reload", "-f", cluster_file(tmp_path))
+    assert done.returncode == 1 and "no cluster runs here" in done.stderr
 
 
 def test_doctor_says_what_to_do_about_a_taken_port(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
