@@ -255,6 +255,8 @@ class Config(BaseSettings):
             raise ValueError(f"models: {', '.join(alike)} differ in / and - only: rename one")
         if self.router.grpc_port and self.router.grpc_port == self.router.http_port:
             raise ValueError("router: grpc_port and http_port must differ")
+        if not self.router.pool.replicas:
+            raise ValueError("router.pool.replicas: needs one at least")
         check_callers(self.tenants, self.operator, self.router.tls)
         if self.secret is not None and len(self.secret.get_secret_value()) < 16:
             raise ValueError("secret: needs at least 16 characters")

@@ -151,6 +151,9 @@ def ports(config: Config) -> Iterator[Check]:
     if config.ray.address is not None:
         yield Check("ports", "ok", "each router takes its own on the host it lands on")
         return
+    if router.pool.replicas > 1 and (router.grpc_port or router.http_port):
+        why = f"{router.pool.replicas} routers on one host cannot share fixed ports"
+        yield Check("ports", "fail", why, "set router.grpc_port and http_port to 0, or one replica")
     host = choose("router.host", router.host, "127.0.0.1", here(), wildcard=True)
     for field, port in (("grpc_port", router.grpc_port), ("http_port", router.http_port)):
         if port == 0:
@@ -206,8 +209,23 @@ def store(config: Config) -> Iterator[Check]:
 
 
 def external_ray(config: Config) -> Iterator[Check]:
-    """An external Ray needs a store that its hosts reach."""
-    if config.ray.address is not None and config.store.url is None:
+    """An external Ray: whether it answers, asks for a token, and has a store its hosts reach."""
+    address = config.ray.address
+    if address is None:
+        return
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            yield Check("ray", "ok", f"{address} answers")
+        except OSError as error:
+            why = f"{address}: {error.strerror or error}"
+            yield Check("ray", "fail", why, "start it with `ray start --head`, mend ray.address")
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        why = "RAY_AUTH_MODE is not token: whoever reaches Ray can run code on its hosts"
+        remedy = "start Ray and pdserve with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        yield Check("ray token", "warn", why, remedy)
+    if config.store.url is None:
         why = "ray.address is set and the embedded store listens on this host only"
         yield Check("store.url", "fail", why, "set store.url to a Valkey that all hosts reach")
 

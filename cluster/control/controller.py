@@ -32,6 +32,7 @@ from cluster.control.reconcile import (
     desired_slots,
     ended,
     reconcile,
+    renewed,
 )
 from cluster.control.status import ClusterStatus, slot_status
 from cluster.errors import Unavailable
@@ -88,12 +89,12 @@ class Controller:
     async def reload(self, config: Config) -> None:
         """Takes over pool sizes and timeouts, and tells the routers of the rest.
 
-        `config` differs from the one before in fields of `config_changes.LIVE` only.
+        `config` differs from the one before in fields of `config_changes.LIVE` only. Slots that had
+        been given up get another try.
         """
         self._launch = replace(self._launch, config=config)
         self._desired = desired_slots(config)
-        for slot in self._desired:
-            self._slots.setdefault(slot.slot_id, SlotState(slot))
+        self._slots = renewed(self._slots, self._desired)
         print("the configuration was reloaded", flush=True)
         routers = (s.slot.slot_id for s in self._slots.values() if s.slot.kind == "router")
         lives = [self._lives[slot_id] for slot_id in routers if slot_id in self._lives]

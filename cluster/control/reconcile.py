@@ -7,7 +7,7 @@ trying, none of which Ray's `max_restarts` knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -169,6 +169,14 @@ def desired_slots(config: Config) -> tuple[Slot, ...]:
         for index in range(config.router.pool.replicas)
     )
     return (*slots, *routers)
+
+
+def renewed(states: Mapping[str, SlotState], desired: Iterable[Slot]) -> dict[str, SlotState]:
+    """The slots once others are wanted: every life stays, for `reconcile` to end where it must; an
+    empty slot is forgotten, with all that was held against it."""
+    fresh = {slot.slot_id: SlotState(slot) for slot in desired}
+    living = {slot_id: state for slot_id, state in states.items() if state.life is not None}
+    return fresh | living
 
 
 def backoff(failures: int) -> float:

@@ -148,6 +148,21 @@ def test_ray_serves_nobody_without_the_token(hosts: Hosts) -> None:
     assert done.returncode == 1 and "RAY_AUTH_TOKEN_PATH" in done.stderr, done.stderr
 
 
+def test_a_model_that_its_host_does_not_have_is_named_with_the_host(hosts: Hosts) -> None:
+    folder = hosts.cluster.folder / "elsewhere"
+    folder.mkdir()
+    given = yaml.safe_load(hosts.cluster.file.read_text())
+    given["name"] = "elsewhere"
+    given["models"][0] |= {"path": "/models/not-there", "prefill": {}, "decode": {}}
+    given["router"]["pool"] = {}
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump(given))
+    done = hosts.cluster.pdserve("up", "-f", str(file), timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "/models/not-there does not exist on host 198.18." in done.stderr
+    assert "every host" in done.stderr
+
+
 def test_prompts_cross_hosts(hosts: Hosts, channel: grpc.Channel) -> None:
     answers_rightly(hosts, channel, seed=61, count=8)
 

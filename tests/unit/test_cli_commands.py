@@ -145,6 +145,23 @@ def test_doctor_says_what_to_do_about_a_taken_port(pdserve, tmp_path: Path) -> N
         assert "--grpc-port" in up.stderr and "Traceback" not in up.stderr
 
 
+def test_two_routers_of_one_host_need_free_ports(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = pdserve("up", "-f", cluster_file(tmp_path, router={"pool": {"replicas": 2}}))
+    assert done.returncode == 1 and "cannot share fixed ports" in done.stderr
+
+
+def test_doctor_looks_at_a_ray_of_several_hosts(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        done = pdserve("doctor", "--json", "-f", cluster_file(tmp_path, ray={"address": address}))
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert (done.returncode, checks["ray"]["verdict"]) == (1, "fail")
+    assert address in checks["ray"]["detail"] and "ray start --head" in checks["ray"]["remedy"]
+    assert "RAY_AUTH_MODE=token" in checks["ray token"]["remedy"]
+    assert checks["store.url"]["verdict"] == "fail"
+
+
 def test_up_refuses_a_model_that_is_not_there_before_starting_anything(
     pdserve,  # type: ignore[no-untyped-def]
     tmp_path: Path,

@@ -32,6 +32,7 @@ def load(folder: Path, text: str) -> Config:
         (GOOD + "router: {http_port: 50051}", ["must differ"]),
         (GOOD + "- {name: m, path: q}", ["m is named twice"]),
         (GOOD + "- {name: a/b, path: q}\n- {name: a-b, path: q}", ["a/b", "a-b", "rename one"]),
+        (GOOD + "router: {pool: {replicas: 0}}", ["router.pool.replicas", "one at least"]),
         (GOOD + "worker: {ports: 9-8}", ["worker.ports", "lower port first"]),
         (GOOD + "store: {url: 'http://x'}", ["store", "redis://"]),
         (GOOD + "secret: short", ["16 characters"]),
