@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ def test_kuberay_takes_the_ray_cluster(overlay: Overlay) -> None:
             f"{RAYCLUSTER_SCHEMA} is not there: name KubeRay's schema of RayCluster v1 in"
             " PDSERVE_RAYCLUSTER_SCHEMA"
         )
-    schema = json.loads(RAYCLUSTER_SCHEMA.read_text())
-    jsonschema.validate(overlay.ray_cluster, _closed(schema))
+    _ray_cluster().validate(overlay.ray_cluster)
+
+
+@cache
+def _ray_cluster() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(_closed(json.loads(RAYCLUSTER_SCHEMA.read_text())))
 
 
 def test_the_closed_schema_refuses_what_kubernetes_would_drop() -> None:
