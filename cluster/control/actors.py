@@ -46,7 +46,11 @@ class Where:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a life ended by itself: `permanent` if another try cannot end otherwise."""
+    """Why a life ended by itself: `permanent` if another try cannot end otherwise.
+
+    Attributes:
+        log_tail: the last lines of its log; none where the reason says it all.
+    """
 
     reason: str
     permanent: bool
@@ -79,7 +83,10 @@ class _LifeActor:
         try:
             await self._serve(await self._land())
         except Exception as error:
-            traceback.print_exc()
+            if isinstance(error, PdserveError):
+                print(error, flush=True)
+            else:
+                traceback.print_exc()
             return _failure(error, self._log)
         return None
 
@@ -179,7 +186,7 @@ def _failure(error: Exception, log: Path) -> Failure:
     else:
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0] if len(lines[0]) > 8 else lines[-1]}"
-    return Failure(reason, permanent, tuple(tail(log)))
+    return Failure(reason, permanent, () if isinstance(error, ConfigError) else tuple(tail(log)))
 
 
 def _load(target: str) -> Any:

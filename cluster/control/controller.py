@@ -107,14 +107,13 @@ class Controller:
         """
         self._ensure_running()
         self._leaving.add(node_id)
-        slots = [
-            state.slot
-            for slot_id, state in self._slots.items()
-            if slot_id in self._lives and self._lives[slot_id].node_id == node_id
-        ]
-        print(f"host {node_id[:8]} leaves: {[slot.slot_id for slot in slots]}", flush=True)
-        await asyncio.gather(*(self._end(slot, drain_seconds) for slot in slots))
-        return [slot.slot_id for slot in slots]
+        there = [slot_id for slot_id, life in self._lives.items() if life.node_id == node_id]
+        # Those that still wait for a host would be free to take this one: they ask anew.
+        waiting = [slot_id for slot_id, life in self._lives.items() if not life.node_id]
+        print(f"host {node_id[:8]} leaves: {there}", flush=True)
+        ends = (self._end(self._slots[slot_id].slot, drain_seconds) for slot_id in there + waiting)
+        await asyncio.gather(*ends)
+        return there
 
     async def shutdown(self, drain_seconds: float) -> None:
         """Routers stop taking requests and drain, then the workers end. Returns when all is gone.
