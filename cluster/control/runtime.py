@@ -31,7 +31,7 @@ from cluster.errors import ConfigError, Unavailable
 OBJECT_STORE_BYTES = 80 << 20
 """No token and no KV block passes through it."""
 
-CONNECT_SECONDS = 30.0
+CONNECT_SECONDS = 90.0
 MAX_TEMP_PATH = 40
 """Ray puts Unix sockets some 63 characters below its directory; Linux allows 107 in all."""
 
