@@ -41,6 +41,7 @@ def settings(ray_address: str, store_url: str) -> str:
             "models": [model],
             "router": {"grpc_port": 0, "http_port": 0, "pool": {"resources": {"routers": 1}}},
             "handoff": {"host": "eth1"},
+            "placement": {"disaggregate": "always"},
             "ray": {"address": ray_address},
             "store": {"url": store_url, "lease_seconds": LEASE_SECONDS},
             "lifecycle": {"drain_timeout_seconds": 5},
