@@ -24,9 +24,10 @@ from cluster.config_clients import (
     check_callers,
 )
 from cluster.config_errors import explain
-from cluster.config_files import default_cluster, read_yaml
-from cluster.config_models import MIB, ModelConfig, PoolConfig, Section
+from cluster.config_files import default_cluster, read_yaml, with_secret_files
+from cluster.config_models import MIB, ModelConfig, PoolConfig, Section, WorkerPoolConfig
 from cluster.errors import ConfigError
+from cluster.ports import ANY, Ports
 
 __all__ = [
     "Config",
@@ -35,6 +36,8 @@ __all__ = [
     "ModelConfig",
     "PoolConfig",
     "RouterConfig",
+    "Section",
+    "WorkerPoolConfig",
 ]
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -44,7 +47,15 @@ Role = Literal["prefill", "decode", "both"]
 class RouterConfig(Section):
     """The routers' servers and limits."""
 
-    host: Annotated[str, Field(description="Interface to listen on.")] = "127.0.0.1"
+    host: Annotated[
+        str | None,
+        Field(
+            description="Interface to listen on: a name, an address, a network such as 10.0.0.0/8,"
+            " or 0.0.0.0; unset: loopback, or on a Ray cluster of several hosts the host's own"
+            " address in it."
+        ),
+    ] = None
+    pool: Annotated[PoolConfig, Field(description="Each router is one process.")] = PoolConfig()
     grpc_port: Annotated[Port, Field(description="0 takes a free one.")] = 50051
     http_port: Annotated[Port, Field(description="0 takes a free one.")] = 8000
     max_request_bytes: Annotated[
@@ -62,6 +73,22 @@ class RouterConfig(Section):
     tls: Annotated[TlsConfig | None, Field(description="Unset: both ports are in clear.")] = None
 
 
+class WorkerConfig(Section):
+    """The workers' own servers: routers' streams and metrics."""
+
+    host: Annotated[
+        str | None,
+        Field(
+            description="Interface to listen on: a name, an address or a network (10.0.0.0/8);"
+            " unset: loopback, or on a Ray cluster of several hosts the host's own address in it."
+        ),
+    ] = None
+    ports: Annotated[
+        Ports, Field(description="Port of a worker's gRPC, a range where hosts carry several.")
+    ] = ANY
+    metrics_ports: Annotated[Ports, Field(description="The same for its metrics over HTTP.")] = ANY
+
+
 class StoreConfig(Section):
     """Where the registry and the journal live."""
 
@@ -69,7 +96,9 @@ class StoreConfig(Section):
         SecretStr | None,
         Field(description="redis:// or rediss:// URL; unset: an embedded Valkey."),
     ] = None
-    connect_timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+    connect_timeout_seconds: Annotated[
+        float, Field(gt=0, description="For a connection, and for a command's answer.")
+    ] = 5.0
     lease_seconds: Annotated[
         float, Field(ge=1, description="A worker that does not renew for so long is dropped.")
     ] = 10.0
@@ -91,7 +120,7 @@ class RayConfig(Section):
     address: Annotated[
         str | None, Field(description="Of a running Ray cluster; unset: an embedded one.")
     ] = None
-    namespace: str = "pdserve"
+    namespace: Annotated[str, Field(description="Of its actors in the Ray cluster.")] = "pdserve"
 
 
 class HandoffConfig(Section):
@@ -102,8 +131,16 @@ class HandoffConfig(Section):
         Field(description="How KV moves; auto: nccl between GPUs that it can join, else grpc."),
     ] = "auto"
     host: Annotated[
-        str | None, Field(description="Interface of the transfer port; unset: the worker's own.")
+        str | None,
+        Field(
+            description="Interface of the transfer port: a name, an address or a network such as"
+            " 10.0.0.0/8; unset: the worker's own."
+        ),
     ] = None
+    ports: Annotated[
+        Ports,
+        Field(description="Transfer port of an engine rank, a range where hosts carry several."),
+    ] = ANY
     ticket_seconds: Annotated[
         float,
         Field(gt=0, le=3600, description="Life of a ticket and lease of its blocks."),
@@ -167,9 +204,16 @@ class Config(BaseSettings):
         extra="forbid", frozen=True, env_prefix="PDSERVE_", env_nested_delimiter="__"
     )
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")] = "pdserve"
-    models: Annotated[list[ModelConfig], Field(min_length=1)]
+    name: Annotated[
+        str,
+        Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$", description="Of the cluster; one a host."),
+    ] = "pdserve"
+    models: Annotated[
+        list[ModelConfig],
+        Field(min_length=1, description="Each with its own pools; requests name the one."),
+    ]
     router: RouterConfig = RouterConfig()
+    worker: WorkerConfig = WorkerConfig()
     store: StoreConfig = StoreConfig()
     ray: RayConfig = RayConfig()
     handoff: HandoffConfig = HandoffConfig()
@@ -206,8 +250,13 @@ class Config(BaseSettings):
         names = [m.name for m in self.models]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"models: {', '.join(twice)} is named twice")
+        slots = [name.replace("/", "-") for name in names]  # as their workers are called
+        if alike := sorted(name for name in names if slots.count(name.replace("/", "-")) > 1):
+            raise ValueError(f"models: {', '.join(alike)} differ in / and - only: rename one")
         if self.router.grpc_port and self.router.grpc_port == self.router.http_port:
             raise ValueError("router: grpc_port and http_port must differ")
+        if not self.router.pool.replicas:
+            raise ValueError("router.pool.replicas: needs one at least")
         check_callers(self.tenants, self.operator, self.router.tls)
         if self.secret is not None and len(self.secret.get_secret_value()) < 16:
             raise ValueError("secret: needs at least 16 characters")
@@ -220,7 +269,7 @@ class Config(BaseSettings):
         Raises:
             ConfigError: the file cannot be read, or a field is unknown or impossible.
         """
-        raw = read_yaml(path) if path else default_cluster()
+        raw = with_secret_files(read_yaml(path) if path else default_cluster())
         try:
             config = cls(**raw)
         except ValidationError as error:

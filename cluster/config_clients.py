@@ -99,7 +99,10 @@ class LimitsConfig(Section):
 class TenantConfig(CredentialsConfig):
     """One tenant: its credentials, its share and its limits. No two share a cache."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="In metrics and logs."),
+    ]
     weight: Annotated[
         float, Field(gt=0, le=1000, description="Its share where tenants compete.")
     ] = 1.0

@@ -33,6 +33,38 @@ def default_cluster() -> dict[str, Any]:
     }
 
 
+SECRET_FILES = {
+    "PDSERVE_SECRET_FILE": ("secret",),
+    "PDSERVE_STORE_URL_FILE": ("store", "url"),
+}
+"""Environment variables that name files, and the fields whose values those hold."""
+
+
+def with_secret_files(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with the secrets that the environment says are in files.
+
+    Raises:
+        ConfigError: such a file cannot be read, or holds nothing.
+    """
+    whole = dict(raw)
+    for variable, (*sections, field) in SECRET_FILES.items():
+        if not (path := os.environ.get(variable)):
+            continue
+        try:
+            value = Path(path).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not text"
+            raise ConfigError(f"{variable}: {path} cannot be read: {why}") from None
+        if not value:
+            raise ConfigError(f"{variable}: {path} is empty; it must hold the secret")
+        inner = whole
+        for section in sections:
+            inner[section] = dict(inner.get(section) or {})
+            inner = inner[section]
+        inner[field] = value
+    return whole
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """What `path` says. Raises ConfigError if it cannot be read or is not a mapping."""
     try:

@@ -1,4 +1,4 @@
-"""The `models` part of the configuration: a model, its engine and its two pools."""
+"""The `models` part of the configuration: a model, its engine, its pools and their hosts."""
 
 from __future__ import annotations
 
@@ -47,17 +47,34 @@ class SimulationConfig(Section):
 
 
 class PoolConfig(Section):
+    """Processes of one kind: how many, and on which hosts of the Ray cluster."""
+
+    replicas: Annotated[int, Field(ge=0, le=4096, description="Processes to keep alive.")] = 1
+    num_cpus: Annotated[float, Field(ge=0, description="CPUs Ray reserves for each.")] = 0
+    resources: Annotated[
+        dict[str, float],
+        Field(description="Custom Ray resources each reserves: it runs on hosts that have them."),
+    ] = {}
+    labels: Annotated[
+        dict[str, str],
+        Field(
+            description="Labels of the hosts it may run on, such as ray.io/accelerator-type: H100;"
+            " values as in Ray's label selectors: v, !v, in(v, w), !in(v, w)."
+        ),
+    ] = {}
+    placement: Annotated[
+        Literal["spread", "pack"],
+        Field(description="Over many hosts, or on few; where there is room."),
+    ] = "spread"
+
+
+class WorkerPoolConfig(PoolConfig):
     """The workers of one role, for one model."""
 
-    replicas: Annotated[int, Field(ge=0, le=4096, description="Workers to keep alive.")] = 1
-    num_cpus: Annotated[float, Field(ge=0, description="CPUs Ray reserves per worker.")] = 0
     num_gpus: Annotated[
         int | None,
-        Field(ge=0, description="GPUs per worker; unset: what the engine needs."),
+        Field(ge=0, description="GPUs of each; unset: what the engine needs."),
     ] = None
-    resources: Annotated[
-        dict[str, float], Field(description="Custom Ray resources per worker.")
-    ] = {}
 
 
 class ModelConfig(Section):
@@ -99,8 +116,8 @@ class ModelConfig(Section):
     engine_args: Annotated[
         dict[str, Any], Field(description="Further vLLM engine arguments, passed as they are.")
     ] = {}
-    prefill: PoolConfig = PoolConfig()
-    decode: PoolConfig = PoolConfig()
+    prefill: WorkerPoolConfig = WorkerPoolConfig()
+    decode: WorkerPoolConfig = WorkerPoolConfig()
 
     @model_validator(mode="after")
     def _engine_args_do_not_collide(self) -> ModelConfig:

@@ -54,6 +54,11 @@ class Gate:
     def queued(self, slo_class: SloClass) -> int:
         return self._core.queued_in(slo_class)
 
+    def set_policy(self, policy: Policy) -> None:
+        """As `Admission.set_policy`; what may start under it starts."""
+        self._core.set_policy(self._clock.now(), policy)
+        self.pump()
+
     def set_share(self, share: float) -> None:
         """As `Admission.set_share`."""
         self._core.set_share(self._clock.now(), share)

@@ -18,6 +18,7 @@ from cluster.errors import ConfigError
 from pdserve.v1 import batch_pb2, inference_pb2, operator_pb2
 from router.tls import grpc_credentials, http_context
 
+LOOPBACK = "127.0.0.1"
 MAX_RESPONSE_BYTES = 16 << 20
 HTTP_SHUTDOWN_SECONDS = 1.0
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -43,35 +44,37 @@ def grpc_options(config: RouterConfig) -> Sequence[tuple[str, Any]]:
     )
 
 
-def bind_grpc(server: grpc.aio.Server, config: RouterConfig) -> str:
-    """The address it listens on. Raises ConfigError if the port is taken or TLS cannot work."""
+def bind_grpc(server: grpc.aio.Server, config: RouterConfig) -> int:
+    """The port it listens on. Raises ConfigError if it is taken or TLS cannot work."""
+    host = config.host or LOOPBACK
     try:
-        where = _join(config.host, config.grpc_port)
+        where = join(host, config.grpc_port)
         if config.tls is None:
-            port = server.add_insecure_port(where)
+            port = int(server.add_insecure_port(where))
         else:
-            port = server.add_secure_port(where, grpc_credentials(config.tls))
+            port = int(server.add_secure_port(where, grpc_credentials(config.tls)))
     except RuntimeError:
         port = 0
     if not port:
-        raise _taken(config.host, config.grpc_port, "router.grpc_port")
-    return _join(config.host, port)
+        raise _taken(host, config.grpc_port, "router.grpc_port")
+    return port
 
 
-async def bind_http(app: web.Application, config: RouterConfig) -> tuple[web.AppRunner, str]:
-    """Serves `app`; the caller cleans the runner up. Raises ConfigError as `bind_grpc`."""
+async def bind_http(app: web.Application, config: RouterConfig) -> tuple[web.AppRunner, int]:
+    """Serves `app` on a port; the caller cleans the runner up. Errors as of `bind_grpc`."""
+    host = config.host or LOOPBACK
     context = None if config.tls is None else http_context(config.tls)
     runner = web.AppRunner(
         app, access_log=None, handler_cancellation=True, shutdown_timeout=HTTP_SHUTDOWN_SECONDS
     )
     await runner.setup()
-    site = web.TCPSite(runner, config.host, config.http_port, reuse_port=False, ssl_context=context)
+    site = web.TCPSite(runner, host, config.http_port, reuse_port=False, ssl_context=context)
     try:
         await site.start()
     except OSError as error:
         await runner.cleanup()
-        raise _taken(config.host, config.http_port, "router.http_port") from error
-    return runner, _join(config.host, runner.addresses[0][1])
+        raise _taken(host, config.http_port, "router.http_port") from error
+    return runner, int(runner.addresses[0][1])
 
 
 class Health:
@@ -110,10 +113,11 @@ class Health:
 
 def _taken(host: str, port: int, setting: str) -> ConfigError:
     return ConfigError(
-        f"{setting}: cannot listen on {_join(host, port)}: the port is in use or not permitted; "
+        f"{setting}: cannot listen on {join(host, port)}: the port is in use or not permitted; "
         f"stop what uses it or set {setting} to another one (0 takes a free one)"
     )
 
 
-def _join(host: str, port: int) -> str:
+def join(host: str, port: int) -> str:
+    """host:port, with the brackets that IPv6 needs."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

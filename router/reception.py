@@ -36,6 +36,10 @@ class Reception:
         self._resumption = resumption
         self._observer = observer
 
+    def set_classes(self, classes: ClassesConfig) -> None:
+        """For the requests that come from now on."""
+        self._classes = classes
+
     async def receive(self, tenant: Tenant, ask: Ask) -> Answer:
         """Takes a request in. The caller consumes its deltas and calls `leave` in the end.
 

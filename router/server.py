@@ -33,7 +33,7 @@ from router.inference import InferenceServicer
 from router.intake import Intake
 from router.joint import JointPlacement
 from router.lease import RouterLease
-from router.listen import Health, bind_grpc, bind_http, grpc_options
+from router.listen import LOOPBACK, Health, bind_grpc, bind_http, grpc_options, join
 from router.observe import Observer
 from router.operator import OperatorServicer
 from router.pace import Pace
@@ -60,6 +60,7 @@ class RouterServer:
     Args:
         secret: the cluster's, of at least 16 bytes.
         store_url: redis://…
+        advertised_host: where others reach it, if not at `config.router.host`.
         store: in place of the one at `store_url`.
         tokenizers: by model, in place of the models' own.
     """
@@ -72,6 +73,7 @@ class RouterServer:
         secret: bytes,
         store_url: str,
         *,
+        advertised_host: str = "",
         store: Store | None = None,
         tokenizers: Mapping[str, Tokenizer] | None = None,
         clock: Clock | None = None,
@@ -82,6 +84,7 @@ class RouterServer:
         self._secret = secret
         self._signer = TicketSigner(secret)
         self._store_url = store_url
+        self._host = advertised_host or config.router.host or LOOPBACK
         self._store = store
         self._tokenizers = tokenizers
         self._clock = clock or SystemClock()
@@ -153,6 +156,7 @@ class RouterServer:
         reception = Reception(
             config.classes, self._catalog, intake, self._dispatch, self._resumption, self._observer
         )
+        self._reception = reception
         self._server = grpc.aio.server(options=grpc_options(config.router))
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceServicer(
@@ -172,10 +176,11 @@ class RouterServer:
                 config.batch, store.batch, self._server, reception, tenants, owner, clock
             )
         self._health = Health(self._server)
-        self.grpc_address = bind_grpc(self._server, config.router)
+        self.grpc_address = join(self._host, bind_grpc(self._server, config.router))
         self._stack.push_async_callback(self._server.stop, GRPC_GRACE_SECONDS)
-        runner, self.http_address = await bind_http(self._http(tenants, reception), config.router)
+        runner, port = await bind_http(self._http(tenants, reception), config.router)
         self._stack.push_async_callback(runner.cleanup)
+        self.http_address = join(self._host, port)
         self._lease = RouterLease(store.registry, self._record(), config.store.lease_seconds)
         operator_pb2_grpc.add_OperatorServicer_to_server(
             OperatorServicer(
@@ -211,6 +216,11 @@ class RouterServer:
             return "the router is broken and must be restarted"
         reasons = [self._workers.missing(name) for name in self._catalog.names]
         return "; ".join(filter(None, reasons))
+
+    def reload(self, config: Config) -> None:
+        """Takes over the limits, classes and tenants' shares of `config`, and nothing else."""
+        self._dispatch.gate.set_policy(policy(config))
+        self._reception.set_classes(config.classes)
 
     async def wait_ready(self, timeout: float) -> None:
         """Until every model has a connected prefill and decode worker.

@@ -20,6 +20,8 @@ import psutil
 
 from cluster.cli.rundir import root
 from cluster.config import Config, ModelConfig
+from cluster.control.arrival import check_model, is_hub_name, weight_bytes
+from cluster.control.interfaces import choose, here
 from cluster.errors import ConfigError, PdserveError
 from cluster.store.client import address_of, connect
 from cluster.store.embedded import server_binary
@@ -111,7 +113,7 @@ def memory(config: Config) -> Iterator[Check]:
     if config.ray.address is not None or _gpus():
         yield Check("memory", "ok", f"{available / GIB:.1f} GiB free")
         return
-    need = sum((m.prefill.replicas + m.decode.replicas) * _engine_bytes(m) for m in config.models)
+    need = sum((m.prefill.replicas + m.decode.replicas) * engine_bytes(m) for m in config.models)
     engines = sum(m.prefill.replicas + m.decode.replicas for m in config.models)
     detail = f"{available / GIB:.1f} GiB free; {engines} engines need about {need / GIB:.1f} GiB"
     if need > available:
@@ -123,40 +125,51 @@ def memory(config: Config) -> Iterator[Check]:
 
 
 def models(config: Config) -> Iterator[Check]:
-    """Whether each model's files are there."""
+    """Whether each model's files are there. Elsewhere, each life looks on the host it lands on."""
     for model in config.models:
         name, path = f"model {model.name}", Path(model.path)
-        if not path.exists():
-            if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1:
-                yield Check(name, "fail", f"{path} does not exist", "mend the model's `path`")
+        if is_hub_name(model.path) and not path.exists():
+            yield Check(name, "ok", f"{model.path} (from the hub, not checked)")
+            continue
+        try:
+            check_model(model, "on this host")
+        except ConfigError as error:
+            detail, _, remedy = str(error).partition(": ")[2].partition(": ")
+            if config.ray.address is None:
+                yield Check(name, "fail", detail, remedy)
             else:
-                yield Check(name, "ok", f"{model.path} (from the hub, not checked)")
-        elif not (path / "config.json").is_file():
-            yield Check(name, "fail", f"{path} has no config.json", "point `path` at a model")
-        elif not (weights := _weights(path)):
-            yield Check(name, "fail", f"{path} has no weights", "it needs *.safetensors or *.bin")
+                yield Check(
+                    name, "warn", detail, "the hosts that run it are checked when it starts"
+                )
         else:
-            yield Check(name, "ok", f"{path} ({weights / (1 << 20):.0f} MiB of weights)")
+            yield Check(name, "ok", f"{path} ({weight_bytes(path) / (1 << 20):.0f} MiB of weights)")
 
 
 def ports(config: Config) -> Iterator[Check]:
     """Whether the routers' ports are free."""
     router = config.router
+    if config.ray.address is not None:
+        yield Check("ports", "ok", "each router takes its own on the host it lands on")
+        return
+    if router.pool.replicas > 1 and (router.grpc_port or router.http_port):
+        why = f"{router.pool.replicas} routers on one host cannot share fixed ports"
+        yield Check("ports", "fail", why, "set router.grpc_port and http_port to 0, or one replica")
+    host = choose("router.host", router.host, "127.0.0.1", here(), wildcard=True)
     for field, port in (("grpc_port", router.grpc_port), ("http_port", router.http_port)):
         if port == 0:
             yield Check(field, "ok", "a free one")
             continue
         try:
-            family = socket.AF_INET6 if ":" in router.host else socket.AF_INET
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
             with socket.socket(family) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((router.host, port))
+                probe.bind((host, port))
         except OSError as error:
-            why = f"{router.host}:{port}: {error.strerror or error}"
+            why = f"{host}:{port}: {error.strerror or error}"
             option = "--" + field.replace("_", "-")
             yield Check(field, "fail", why, f"free it, or choose another with {option} (0: any)")
         else:
-            yield Check(field, "ok", f"{router.host}:{port} is free")
+            yield Check(field, "ok", f"{host}:{port} is free")
 
 
 def disk() -> Iterator[Check]:
@@ -196,8 +209,23 @@ def store(config: Config) -> Iterator[Check]:
 
 
 def external_ray(config: Config) -> Iterator[Check]:
-    """An external Ray needs a store that its hosts reach."""
-    if config.ray.address is not None and config.store.url is None:
+    """An external Ray: whether it answers, asks for a token, and has a store its hosts reach."""
+    address = config.ray.address
+    if address is None:
+        return
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            yield Check("ray", "ok", f"{address} answers")
+        except OSError as error:
+            why = f"{address}: {error.strerror or error}"
+            yield Check("ray", "fail", why, "start it with `ray start --head`, mend ray.address")
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        why = "RAY_AUTH_MODE is not token: whoever reaches Ray can run code on its hosts"
+        remedy = "start Ray and pdserve with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        yield Check("ray token", "warn", why, remedy)
+    if config.store.url is None:
         why = "ray.address is set and the embedded store listens on this host only"
         yield Check("store.url", "fail", why, "set store.url to a Valkey that all hosts reach")
 
@@ -207,22 +235,15 @@ async def _try_store(url: str, timeout: float) -> None:
     await client.aclose()
 
 
-def _engine_bytes(model: ModelConfig) -> int:
+def engine_bytes(model: ModelConfig) -> int:
     path = Path(model.path)
-    weights = _weights(path) if path.is_dir() else 0
+    weights = weight_bytes(path) if path.is_dir() else 0
     scale = 1
     if model.dtype == "float32" and weights:
         stored = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
         dtype = stored.get("dtype") or stored.get("torch_dtype")
         scale = 1 if dtype in (None, "float32") else 2
     return ENGINE_BYTES + scale * weights + (model.kv_cache_bytes or GIB)
-
-
-def _weights(path: Path) -> int:
-    for pattern in ("*.safetensors", "*.bin"):
-        if size := sum(file.stat().st_size for file in path.glob(pattern)):
-            return size
-    return 0
 
 
 def _version(name: str) -> str | None:

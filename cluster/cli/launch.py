@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from cluster.cli.progress import Progress
-from cluster.cli.rundir import RunDir, RunState, tail
+from cluster.cli.rundir import RunDir, RunState
 from cluster.config import Config
+from cluster.config_changes import flatten
+from cluster.control.life_log import tail
 from cluster.control.orphans import kill_descendants
 from cluster.errors import EngineFailed, PdserveError, Unavailable
 from cluster.store.client import address_of, connect
@@ -21,7 +23,7 @@ from cluster.ticket import TicketSigner
 
 if TYPE_CHECKING:
     from cluster.control.runtime import RayRuntime
-    from cluster.control.status import ClusterStatus
+    from cluster.control.status import ClusterStatus, SlotStatus
 
 POLL_SECONDS = 0.25
 CALL_SECONDS = 15.0
@@ -41,6 +43,11 @@ class Cluster:
         self._controller: Any = None
         self._token = ""
 
+    @property
+    def config(self) -> Config:
+        """As last reloaded."""
+        return self._config
+
     def show_on(self, progress: Progress) -> None:
         """Further progress goes to `progress`."""
         self._progress = progress
@@ -52,9 +59,10 @@ class Cluster:
             PdserveError: what kept it from coming up, with the cause from the part's own log.
         """
         self._publish("starting")
+        self._rundir.write_config(flatten(self._config))
         url = await self._start_store()
         runtime = await self._start_ray()
-        from cluster.control.actors import Launch
+        from cluster.control.launch import Launch
 
         secret = self._config.secret
         key = secret.get_secret_value().encode() if secret else secrets.token_bytes(32)
@@ -64,8 +72,8 @@ class Cluster:
             config=self._config,
             secret=key,
             store_url=url,
-            log_dir=self._rundir.logs,
-            bind_host="127.0.0.1" if runtime.embedded else "",
+            log_dir=self._rundir.logs if runtime.embedded else None,
+            embedded=runtime.embedded,
             omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         )
         self._controller = await runtime.start_controller(launch)
@@ -87,10 +95,21 @@ class Cluster:
             ) from error
         for slot in status.slots:
             if slot.state != "empty":
-                self._progress.show(slot.slot_id, slot.state, slot.detail)
+                on = f"on {slot.host}" if slot.host else ""
+                self._progress.show(slot.slot_id, slot.state, slot.detail or on)
             elif status.stopping:
                 self._progress.show(slot.slot_id, "gone")
         return status
+
+    async def reload(self, config: Config) -> None:
+        """Hands another configuration to the controller. Raises Unavailable if it is not there."""
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                await self._controller.reload.remote(config)
+        except Exception as error:
+            raise Unavailable(f"the controller does not answer ({type(error).__name__})") from error
+        self._config = config
+        self._rundir.write_config(flatten(config))
 
     async def stop(self, drain_seconds: float) -> list[str]:
         """Routers drain, workers end, then Ray and the store; returns the processes that had to be
@@ -149,7 +168,7 @@ class Cluster:
                         return status
                     # Nobody wants to watch a first start fail three times over.
                     if failed := [slot for slot in status.slots if slot.failures]:
-                        raise self._why(failed[0].slot_id, failed[0].detail)
+                        raise self._why(failed[0])
                     await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
             status = await self.status()
@@ -180,10 +199,12 @@ class Cluster:
             f"see {self._rundir.logs / 'router-0.log'}"
         )
 
-    def _why(self, slot_id: str, reason: str) -> PdserveError:
-        log = self._rundir.logs / f"{slot_id}.log"
-        last = "".join(f"\n  {line}" for line in tail(log))
-        return EngineFailed(f"{slot_id} does not start: {reason}\n{log} ends with:{last}")
+    def _why(self, slot: SlotStatus) -> PdserveError:
+        log = self._rundir.logs / f"{slot.slot_id}.log"
+        last = "".join(f"\n  {line}" for line in slot.log_tail or tail(log))
+        where = f"its log on {slot.host}" if slot.host else str(log)
+        ends = f"\n{where} ends with:{last}" if last else ""
+        return EngineFailed(f"{slot.slot_id} does not start: {slot.detail}{ends}")
 
     async def _drain(self, drain_seconds: float) -> None:
         shutdown = asyncio.ensure_future(self._controller.shutdown.remote(drain_seconds))

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cluster.cli.batch_app import batch_app
+from cluster.cli.config import config_commands
 from cluster.cli.terminal import DEBUG, EXIT_INTERRUPTED, EXIT_OK, Terminal
 from cluster.errors import InvalidRequest, PdserveError
 
@@ -19,9 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=DEBUG,
     help="A disaggregated prefill/decode serving cluster for large language models.",
 )
-config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
-app.add_typer(config_app, name="config")
 terminal = Terminal()
+app.add_typer(config_commands(terminal), name="config")
 
 File = Annotated[
     Path | None,
@@ -41,12 +41,29 @@ def up(
     host: Annotated[str | None, typer.Option(help="Interface the routers listen on.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
     http_port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="host:port of a Ray cluster that this host is part of. Unset: embedded."),
+    ] = None,
 ) -> None:
     """Start a cluster and serve until Ctrl-C."""
     from cluster.cli import up as command
-    from cluster.cli.settings import with_router
+    from cluster.cli.settings import with_ray, with_router
+    from cluster.config import Config
 
-    command.up(terminal, with_router(file, host=host, grpc_port=grpc_port, http_port=http_port))
+    def load(path: Path | None) -> Config:
+        config = with_router(path, host=host, grpc_port=grpc_port, http_port=http_port)
+        return with_ray(config, ray_address)
+
+    command.up(terminal, file, load)
+
+
+@app.command()
+def reload(file: File = None, name: Name = None) -> None:
+    """Have the running cluster take over targets, limits, pool sizes and timeouts of a file."""
+    from cluster.cli import reload as command
+
+    _exit(command.reload(terminal, name, file))
 
 
 @app.command()
@@ -191,25 +208,21 @@ def simulate(
     _exit(command.run(terminal, asked, workers, rate, as_json))
 
 
-@config_app.command("show")
-def config_show(file: File = None) -> None:
-    """Print the whole configuration, defaults included, secrets masked."""
+@app.command("drain-host")
+def drain_host(
+    file: File = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Unset: lifecycle.drain_timeout_seconds.")
+    ] = None,
+) -> None:
+    """Drain what runs on this host of a Ray cluster and move it elsewhere: before the host goes."""
     from cluster.config import Config
-
-    terminal.json(Config.load(file).model_dump(mode="json"))
-
-
-@config_app.command("check")
-def config_check(file: File = None, as_json: Json = False) -> None:
-    """Check a configuration without starting anything."""
-    from cluster.config import Config
+    from cluster.control.leaving import leave
 
     config = Config.load(file)
-    if as_json:
-        terminal.json({"ok": True, "name": config.name})
-    else:
-        names = ", ".join(model.name for model in config.models)
-        terminal.out.print(f"ok: cluster {config.name}, {names}", markup=False)
+    drain = config.lifecycle.drain_timeout_seconds if seconds is None else seconds
+    left = leave(config, drain)
+    terminal.out.print(f"drained: {', '.join(left) or 'nothing was here'}", markup=False)
 
 
 app.add_typer(batch_app(terminal, lambda address, name: _address(address, name)), name="batch")

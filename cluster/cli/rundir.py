@@ -1,6 +1,7 @@
 """The runtime directory: one folder per cluster name, for its owner only.
 
 <root>/<name>/state.json   pid, addresses, state          0600
+              config.json  what it was configured with    0600
               store_url    with the password              0600
               operator     the token of the Operator API  0600
               lock         held as long as a cluster of the name lives
@@ -19,7 +20,11 @@ from pathlib import Path
 
 import psutil
 
+from cluster.config_changes import Flat
 from cluster.errors import ConfigError, Unavailable
+
+MAILBOXES = ("reload.request", "reload.reply")
+"""What `pdserve reload` and `pdserve up` write for each other."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +97,27 @@ class RunDir:
 
     def write(self, state: RunState) -> None:
         """Replaces the state at once."""
-        _write(self.path / "state.json", json.dumps(asdict(state)))
+        write_private(self.path / "state.json", json.dumps(asdict(state)))
+
+    def write_config(self, flat: Flat) -> None:
+        """Keeps the configuration that runs; of secrets only digests."""
+        write_private(self.path / "config.json", json.dumps(flat))
+
+    def read_config(self) -> Flat:
+        """The configuration that runs. Raises Unavailable if none does."""
+        try:
+            flat: Flat = json.loads((self.path / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise Unavailable(f"no cluster called {self.name!r} runs here") from error
+        return flat
 
     def write_store_url(self, url: str) -> None:
         """Keeps the store's URL where only the owner reads it."""
-        _write(self.path / "store_url", url)
+        write_private(self.path / "store_url", url)
 
     def write_operator_token(self, token: str) -> None:
         """Keeps what opens the Operator API where only the owner reads it."""
-        _write(self.path / "operator", token)
+        write_private(self.path / "operator", token)
 
     def operator_token(self) -> str:
         """Empty if there is none."""
@@ -118,7 +135,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Removes what points at a running cluster; the logs stay."""
-        for name in ("state.json", "store_url", "operator", "ray_token"):
+        for name in ("state.json", "config.json", "store_url", "operator", "ray_token", *MAILBOXES):
             (self.path / name).unlink(missing_ok=True)
 
 
@@ -159,16 +176,6 @@ def find(name: str | None) -> RunState:
     raise Unavailable(f"several clusters run here ({names}): choose one with --name")
 
 
-def tail(log: Path, lines: int = 8) -> list[str]:
-    """The last lines of a log that say something."""
-    with suppress(OSError), log.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - 16_384))
-        text = file.read().decode(errors="replace")
-        return [line for line in text.splitlines() if line.strip()][-lines:]
-    return []
-
-
 def wait_gone(state: RunState, seconds: float) -> bool:
     """Waits for the cluster's process to end; True if it did."""
     deadline = time.monotonic() + seconds
@@ -179,7 +186,8 @@ def wait_gone(state: RunState, seconds: float) -> bool:
     return True
 
 
-def _write(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
+    """Replaces the file at once; only its owner reads it."""
     new = path.with_suffix(".new")
     new.unlink(missing_ok=True)
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.config import Config, RouterConfig
+from cluster.config import Config, RayConfig, RouterConfig
 from cluster.errors import ConfigError
 
 
@@ -23,6 +23,14 @@ def with_router(
     if router.grpc_port and router.grpc_port == router.http_port:
         raise ConfigError("--grpc-port and --http-port must differ")
     return config.model_copy(update={"router": router})
+
+
+def with_ray(config: Config, address: str | None) -> Config:
+    """On the Ray cluster at `address`, if one is given."""
+    if address is None:
+        return config
+    ray = RayConfig.model_validate({**config.ray.model_dump(), "address": address})
+    return config.model_copy(update={"ray": ray})
 
 
 def for_demo(file: Path | None) -> Config:

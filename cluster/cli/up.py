@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from cluster.cli.checks import before_start
 from cluster.cli.launch import Cluster
 from cluster.cli.progress import Progress
+from cluster.cli.reload import Reloads
 from cluster.cli.rundir import RunDir, find, wait_gone
 from cluster.cli.supervise import supervise
 from cluster.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Terminal
@@ -20,21 +23,28 @@ from cluster.errors import EngineFailed, Unavailable
 WATCH_SECONDS = 1.0
 
 
-def up(terminal: Terminal, config: Config) -> None:
-    """Serves until interrupted; does not return."""
+def up(terminal: Terminal, file: Path | None, load: Callable[[Path | None], Config]) -> None:
+    """Serves until interrupted; does not return.
+
+    Args:
+        load: reads a configuration, with the command line's overrides.
+    """
+    config = load(file)
     rundir = RunDir(config.name)
 
     async def work() -> int:
         rundir.acquire()
         before_start(config)
         terminal.keep_for_ourselves(rundir.logs / "cli.log")
-        return await _serve(terminal, config, rundir)
+        return await _serve(terminal, config, rundir, load)
 
     supervise(terminal, work)
 
 
-async def _serve(terminal: Terminal, config: Config, rundir: RunDir) -> int:
-    code, drain, error = EXIT_INTERRUPTED, 0.0, None
+async def _serve(
+    terminal: Terminal, config: Config, rundir: RunDir, load: Callable[[Path | None], Config]
+) -> int:
+    code, error = EXIT_INTERRUPTED, None
     with Progress(terminal.err) as progress:
         cluster = Cluster(config, rundir, progress)
         try:
@@ -42,13 +52,13 @@ async def _serve(terminal: Terminal, config: Config, rundir: RunDir) -> int:
             router = next(slot for slot in status.slots if slot.kind == "router")
             terminal.out.print(f"gRPC  {router.grpc_address}\nHTTP  http://{router.http_address}")
             terminal.out.print('try   pdserve generate "…"      stop with Ctrl-C', markup=False)
-            drain = config.lifecycle.drain_timeout_seconds
             code = EXIT_OK
-            await _watch(cluster)
+            await _watch(cluster, Reloads(cluster, rundir, load))
         except asyncio.CancelledError:
             pass  # a way to end: 0 once it served
         except Exception as failure:
             error, code = failure, EXIT_FAILED
+        drain = cluster.config.lifecycle.drain_timeout_seconds if code == EXIT_OK else 0.0
         left = await cluster.stop(drain)
     if error is not None:
         terminal.fail(error)
@@ -57,10 +67,11 @@ async def _serve(terminal: Terminal, config: Config, rundir: RunDir) -> int:
     return code
 
 
-async def _watch(cluster: Cluster) -> None:
-    """Shows what dies and comes back, until cancelled."""
+async def _watch(cluster: Cluster, reloads: Reloads) -> None:
+    """Shows what dies and comes back and takes new configurations over, until cancelled."""
     while True:
         await asyncio.sleep(WATCH_SECONDS)
+        await reloads.answer()
         reap_adopted()
         with suppress(Unavailable):
             status = await cluster.status()

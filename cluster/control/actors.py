@@ -1,8 +1,8 @@
 """The Ray actors around a worker and a router: thin, and free of engine imports until `run`.
 
-An actor is one life. `run()` lasts as long as the life: it returns when the body was stopped and
-raises when it failed; the controller holds its reference and so learns of either, and of the
-process's death, in one place.
+An actor is one life. `run()` lasts as long as the life: it returns None when the body was stopped
+and the Failure when it failed; the controller holds its reference and so learns of either, and of
+the process's death, in one place.
 """
 
 from __future__ import annotations
@@ -10,47 +10,57 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
-import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from cluster.config import Config
+from cluster.control import interfaces
+from cluster.control.arrival import Landing, check_clock, check_host, land
+from cluster.control.launch import Launch
+from cluster.control.life_log import redirect_output, tail
 from cluster.control.orphans import become_subreaper, kill_descendants
 from cluster.control.reconcile import Slot
-from cluster.errors import EngineFailed
+from cluster.errors import ConfigError, EngineFailed, PdserveError
+from cluster.store.client import connect
+from cluster.store.clock import ahead_seconds
 
-WORKER_BODY = "cluster.control.compose:worker_host"
-ROUTER_BODY = "router.server:RouterServer"
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What every life of a cluster is given. Holds secrets: never print or log it.
+class Where:
+    """Where a life is.
 
     Attributes:
-        log_dir: on the actor's host; `<slot>.log` in it takes stdout and stderr.
-        bind_host: interface of workers; empty: the address of the Ray node.
-        omp_num_threads: the user's own setting, which Ray overwrites in actors.
-        worker_body, router_body: `module:factory`, imported in the actor.
+        host: the address of its Ray node; empty in an embedded cluster.
     """
 
-    config: Config
-    secret: bytes
-    store_url: str
-    log_dir: Path
-    bind_host: str = "127.0.0.1"
-    omp_num_threads: str | None = None
-    worker_body: str = WORKER_BODY
-    router_body: str = ROUTER_BODY
+    host: str
+    pid: int
+    log: Path
 
-    def __repr__(self) -> str:
-        return f"Launch({self.config.name})"
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a life ended by itself: `permanent` if another try cannot end otherwise.
+
+    Attributes:
+        log_tail: the last lines of its log; none where the reason says it all.
+    """
+
+    reason: str
+    permanent: bool
+    log_tail: tuple[str, ...]
 
 
 class _LifeActor:
     def __init__(self, launch: Launch, slot: Slot, incarnation: str) -> None:
-        redirect_output(launch.log_dir / f"{slot.slot_id}.log")
+        self._log = log_path(launch, slot.slot_id)
+        redirect_output(self._log)
         become_subreaper()
         if launch.omp_num_threads is None:
             os.environ.pop("OMP_NUM_THREADS", None)
@@ -63,9 +73,27 @@ class _LifeActor:
         self._stopping = False
         self._stopped = asyncio.Event()
 
-    async def pid(self) -> int:
-        """Of this process."""
-        return os.getpid()
+    async def where(self) -> Where:
+        """The host, the process and its log."""
+        return Where("" if self._launch.embedded else _node_address(), os.getpid(), self._log)
+
+    async def run(self) -> Failure | None:
+        """Starts the body and serves until it is stopped (None) or fails."""
+        _setup_logging()
+        try:
+            await self._serve(await self._land())
+        except Exception as error:
+            if isinstance(error, PdserveError):
+                print(error, flush=True)
+            else:
+                traceback.print_exc()
+            return _failure(error, self._log)
+        return None
+
+    async def reload(self, config: Config) -> None:
+        """Passes on what may change while the body serves."""
+        if self._body is not None:
+            self._body.reload(config)
 
     async def stop(self, drain_seconds: float) -> None:
         """Drains and ends the body and everything it started."""
@@ -77,23 +105,37 @@ class _LifeActor:
         finally:
             self._stopped.set()
 
+    async def _serve(self, landing: Landing) -> None:
+        raise NotImplementedError
+
+    async def _land(self) -> Landing:
+        """Checks this host, unless it is the one on which `pdserve up` has done so already."""
+        launch, slot = self._launch, self._slot
+        own = LOOPBACK if launch.embedded else _node_address()
+        if not launch.embedded:
+            check_host(launch.config, slot, own, len(ray.get_gpu_ids()))
+            client = await connect(launch.store_url, launch.config.store.connect_timeout_seconds)
+            try:
+                check_clock(await ahead_seconds(client), f"on host {own}")
+            finally:
+                await client.aclose()
+        return land(launch.config, slot, own, interfaces.here())
+
 
 class WorkerActor(_LifeActor):
     """One life of a worker."""
 
-    async def run(self) -> None:
-        """Starts the worker and serves until it is stopped or fails."""
+    async def _serve(self, landing: Landing) -> None:
         launch, slot = self._launch, self._slot
-        _setup_logging()
         self._body = _load(launch.worker_body)(
-            config=launch.config,
+            config=landing.config,
             model_name=slot.model,
             worker_id=slot.slot_id,
             incarnation=self._incarnation,
             role=slot.role,
             secret=launch.secret,
             store_url=launch.store_url,
-            bind_host=launch.bind_host or _node_address(),
+            bind_host=landing.host,
         )
         await self._body.start()
         await self._body.run_until_stopped()
@@ -104,16 +146,15 @@ class WorkerActor(_LifeActor):
 class RouterActor(_LifeActor):
     """One life of a router."""
 
-    async def run(self) -> None:
-        """Starts the router and serves until it is stopped."""
+    async def _serve(self, landing: Landing) -> None:
         launch = self._launch
-        _setup_logging()
         self._body = _load(launch.router_body)(
-            config=launch.config,
+            config=landing.config,
             router_id=self._slot.slot_id,
             incarnation=self._incarnation,
             secret=launch.secret,
             store_url=launch.store_url,
+            advertised_host=landing.advertised_host,
         )
         await self._body.start()
         waits = {
@@ -129,15 +170,23 @@ class RouterActor(_LifeActor):
             raise EngineFailed("the router broke: its log tells why")
 
 
-def redirect_output(path: Path) -> None:
-    """Sends this process's stdout and stderr, and its future children's, to `path`."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for number in (1, 2):
-        os.dup2(log, number)
-    os.close(log)
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+def log_path(launch: Launch, name: str) -> Path:
+    """The log of the slot or part called `name`, on this host."""
+    if launch.log_dir is not None:
+        return launch.log_dir / f"{name}.log"
+    context = ray.get_runtime_context()
+    folder = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+    return folder / f"pdserve-{launch.config.name}-{name}.log"
+
+
+def _failure(error: Exception, log: Path) -> Failure:
+    permanent = isinstance(error, ConfigError | ImportError)
+    if isinstance(error, PdserveError):
+        reason = str(error)
+    else:
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0] if len(lines[0]) > 8 else lines[-1]}"
+    return Failure(reason, permanent, () if isinstance(error, ConfigError) else tuple(tail(log)))
 
 
 def _load(target: str) -> Any:
@@ -146,8 +195,6 @@ def _load(target: str) -> Any:
 
 
 def _node_address() -> str:
-    import ray
-
     return str(ray.util.get_node_ip_address())
 
 

@@ -12,8 +12,12 @@ from contextlib import suppress
 from dataclasses import replace
 
 from cluster.clock import SystemClock
-from cluster.control.actors import Launch, redirect_output
-from cluster.control.fleet import End, RayLife, drop_former_groups
+from cluster.config import Config
+from cluster.control.actors import log_path
+from cluster.control.fleet import End, RayLife, any_gpus, drop_former_groups, hosts, need_of
+from cluster.control.hosts import Placed, avoiding, lacking, preferred
+from cluster.control.launch import Launch
+from cluster.control.life_log import redirect_output
 from cluster.control.reconcile import (
     DropLease,
     GiveUp,
@@ -28,6 +32,7 @@ from cluster.control.reconcile import (
     desired_slots,
     ended,
     reconcile,
+    renewed,
 )
 from cluster.control.status import ClusterStatus, slot_status
 from cluster.errors import Unavailable
@@ -42,14 +47,16 @@ class Controller:
     """Body of the controller actor."""
 
     def __init__(self, launch: Launch, namespace: str) -> None:
-        redirect_output(launch.log_dir / "controller.log")
+        redirect_output(log_path(launch, "controller"))
         self._launch = launch
         self._namespace = namespace
         self._clock = SystemClock()
         self._desired = desired_slots(launch.config)
         self._slots = {slot.slot_id: SlotState(slot) for slot in self._desired}
         self._lives: dict[str, RayLife] = {}
+        self._tails: dict[str, tuple[str, ...]] = {}
         self._stops: set[asyncio.Task[None]] = set()
+        self._leaving: set[str] = set()
         self._members: Members | None = None
         self._registry: Registry | None = None
         self._loop: asyncio.Task[None] | None = None
@@ -68,10 +75,45 @@ class Controller:
             store_reachable=self._members is not None,
             stopping=self._stopping,
             slots=tuple(
-                slot_status(now, state, self._lives.get(slot_id), self._members)
+                slot_status(
+                    now,
+                    state,
+                    self._lives.get(slot_id),
+                    self._members,
+                    self._tails.get(slot_id, ()),
+                )
                 for slot_id, state in sorted(self._slots.items())
             ),
         )
+
+    async def reload(self, config: Config) -> None:
+        """Takes over pool sizes and timeouts, and tells the routers of the rest.
+
+        `config` differs from the one before in fields of `config_changes.LIVE` only. Slots that had
+        been given up get another try.
+        """
+        self._launch = replace(self._launch, config=config)
+        self._desired = desired_slots(config)
+        self._slots = renewed(self._slots, self._desired)
+        print("the configuration was reloaded", flush=True)
+        routers = (s.slot.slot_id for s in self._slots.values() if s.slot.kind == "router")
+        lives = [self._lives[slot_id] for slot_id in routers if slot_id in self._lives]
+        await asyncio.gather(*(life.reload(config) for life in lives))
+
+    async def leave(self, node_id: str, drain_seconds: float) -> list[str]:
+        """Drains and ends what runs on a host that is about to go; nothing starts there again.
+
+        Returns the slots that were on it; each gets its next life on another host.
+        """
+        self._ensure_running()
+        self._leaving.add(node_id)
+        there = [slot_id for slot_id, life in self._lives.items() if life.node_id == node_id]
+        # Those that still wait for a host would be free to take this one: they ask anew.
+        waiting = [slot_id for slot_id, life in self._lives.items() if not life.node_id]
+        print(f"host {node_id[:8]} leaves: {there}", flush=True)
+        ends = (self._end(self._slots[slot_id].slot, drain_seconds) for slot_id in there + waiting)
+        await asyncio.gather(*ends)
+        return there
 
     async def shutdown(self, drain_seconds: float) -> None:
         """Routers stop taking requests and drain, then the workers end. Returns when all is gone.
@@ -113,6 +155,7 @@ class Controller:
         for slot_id, life in list(self._lives.items()):
             if life.ended.done() and not self._is_stopping(slot_id):
                 self._bury(slot_id, life.ended.result())
+        await self._note_places()
         with suppress(Unavailable):
             await self._observe()
         actions = reconcile(
@@ -137,6 +180,24 @@ class Controller:
                 case DropLease(lease):
                     with suppress(Unavailable):
                         await self._drop(lease)
+
+    async def _note_places(self) -> None:
+        """Which lives have got their host, and what keeps the others from getting one."""
+        waiting = {slot_id: life for slot_id, life in self._lives.items() if not life.node_id}
+        for slot_id, running in self._lives.items():
+            life = self._slots[slot_id].life
+            if life is not None and life.placed_at is None and running.node_id:
+                placed = replace(life, placed_at=self._clock.now())
+                self._slots[slot_id] = replace(self._slots[slot_id], life=placed)
+        known = hosts() if waiting else []
+        for slot_id, running in waiting.items():
+            lacks = lacking(running.need, known)
+            if lacks != running.lacks:
+                print(f"{slot_id}: {lacks or 'waits for room'}", flush=True)
+            running.lacks = lacks
+            if lacks and self._launch.embedded:  # no other host will ever join
+                await running.kill()
+                self._bury(slot_id, End(lacks, permanent=True))
 
     async def _observe(self) -> None:
         """Reads the registry; a life is ready once its own record says so."""
@@ -171,11 +232,19 @@ class Controller:
         incarnation = new_incarnation()
         life = Life(incarnation, "starting", self._clock.now())
         self._slots[slot.slot_id] = replace(self._slots[slot.slot_id], life=life)
-        self._lives[slot.slot_id] = RayLife(self._launch, slot, incarnation, self._namespace)
+        known = hosts()
+        self._leaving &= {host.node_id for host in known}
+        need = avoiding(need_of(slot, any_gpus()), self._leaving)
+        placed = [Placed(life.node_id or life.aim, life.need) for life in self._lives.values()]
+        aim = preferred(need, known, placed)
+        self._lives[slot.slot_id] = RayLife(
+            self._launch, slot, incarnation, self._namespace, need, aim
+        )
         print(f"{slot.slot_id}: life {incarnation} starts", flush=True)
 
     def _bury(self, slot_id: str, end: End) -> None:
         del self._lives[slot_id]
+        self._tails[slot_id] = end.log_tail
         state = self._slots[slot_id]
         self._slots[slot_id] = ended(state, self._clock.now(), end.reason, end.permanent)
         print(f"{slot_id}: life ended: {end.reason}", flush=True)
@@ -194,7 +263,10 @@ class Controller:
         self._slots[slot.slot_id] = replace(state, life=replace(state.life, phase="stopping"))
         await (running.stop(drain_seconds) if was_ready else running.kill())
         self._lives.pop(slot.slot_id, None)
-        self._slots[slot.slot_id] = SlotState(slot)
+        if slot.slot_id in {wanted.slot_id for wanted in self._desired}:
+            self._slots[slot.slot_id] = SlotState(slot)
+        else:
+            self._slots.pop(slot.slot_id, None)
 
     def _is_stopping(self, slot_id: str) -> bool:
         life = self._slots[slot_id].life

@@ -17,7 +17,10 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.control.actors import Launch, RouterActor, WorkerActor
+from cluster.config import Config
+from cluster.control.actors import Failure, RouterActor, Where, WorkerActor
+from cluster.control.hosts import Host, Need
+from cluster.control.launch import Launch
 from cluster.control.reconcile import Slot
 from cluster.errors import ConfigError, PdserveError
 
@@ -33,10 +36,15 @@ _SLIVER = 0.001
 
 @dataclass(frozen=True)
 class End:
-    """How a life ended: `permanent` if another try cannot end otherwise."""
+    """How a life ended: `permanent` if another try cannot end otherwise.
+
+    Attributes:
+        log_tail: the last lines of its log, where it could still read them.
+    """
 
     reason: str
     permanent: bool = False
+    log_tail: tuple[str, ...] = ()
 
 
 def drop_former_groups(cluster_name: str) -> None:
@@ -46,25 +54,74 @@ def drop_former_groups(cluster_name: str) -> None:
             remove_placement_group(get_placement_group(entry["name"]))
 
 
+def hosts() -> list[Host]:
+    """The living nodes of the Ray cluster."""
+    return [
+        Host(node["NodeID"], node["NodeManagerAddress"], node["Resources"], node["Labels"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def any_gpus() -> bool:
+    """Whether some host has a GPU now."""
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def need_of(slot: Slot, gpu_hosts: bool) -> Need:
+    """What a life of `slot` needs of its host.
+
+    Args:
+        gpu_hosts: there are some; without any, engines run on CPUs unless told otherwise.
+    """
+    pool = slot.pool
+    bundle: dict[str, float] = {"CPU": pool.num_cpus or _SLIVER, **pool.resources}
+    gpus = slot.num_gpus
+    if gpus is None and slot.kind == "worker" and gpu_hosts:
+        gpus = slot.gpus
+    if gpus:
+        bundle["GPU"] = gpus
+    return Need(f"{slot.kind}/{slot.model}/{slot.role}", bundle, pool.labels, pool.placement)
+
+
 class RayLife:
     """A running life. `ended` completes when its process is gone, and never raises.
 
+    Args:
+        aim: the node it should be on, if there is room; empty for none in particular.
+
     Attributes:
-        placed: the process exists; before that it waits for resources.
+        lacks: why no host can take it, while none can.
+        node_id: of the host it is on; empty while it waits for one.
+        where: once its process exists.
     """
 
-    def __init__(self, launch: Launch, slot: Slot, incarnation: str, namespace: str) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        slot: Slot,
+        incarnation: str,
+        namespace: str,
+        need: Need,
+        aim: str = "",
+    ) -> None:
         self._launch = launch
         self._slot = slot
         self._incarnation = incarnation
         self._namespace = namespace
         self._actor: Any = None
-        self.placed = False
+        self.need = need
+        self.aim = aim
+        self.lacks = ""
+        self.node_id = ""
+        self.where: Where | None = None
         self.ended: asyncio.Task[End] = asyncio.create_task(self._live(), name=slot.slot_id)
 
     def waits_for(self) -> str:
         """What the cluster lacks so far, for people."""
-        return "" if self.placed else f"for {_spoken(self._bundle())}"
+        if self.node_id:
+            return ""
+        return f"for {_spoken(self.need)}" + (f"; {self.lacks}" if self.lacks else "")
 
     async def stop(self, drain_seconds: float) -> None:
         """Drains and ends it; kills it if that takes `STOP_GRACE_SECONDS` longer than granted."""
@@ -74,6 +131,12 @@ class RayLife:
                     await self._actor.stop.remote(drain_seconds)
         await self.kill()
 
+    async def reload(self, config: Config) -> None:
+        """Tells a router of another configuration; one that is not up yet starts with it."""
+        if self._actor is not None:
+            with suppress(RayError):
+                await self._actor.reload.remote(config)
+
     async def kill(self) -> None:
         """Ends it now. Its process group goes with it."""
         self.ended.cancel()
@@ -82,16 +145,25 @@ class RayLife:
     async def _live(self) -> End:
         group = None
         try:
-            group = placement_group([self._bundle()], name=f"{self._name()}-{self._incarnation}")
+            group = placement_group(
+                [dict(self.need.bundle)],
+                strategy="STRICT_PACK",
+                name=f"{self._name()}-{self._incarnation}",
+                bundle_label_selector=[dict(self.need.labels)] if self.need.labels else None,
+                _soft_target_node_id=self.aim or None,
+            )
             await group.ready()
+            self.node_id = placement_group_table(group)["bundles_to_node_id"][0]
             self._actor = await self._create(group)
-            self.placed = True
-            await self._actor.run.remote()
-            return End("stopped by itself")
+            self.where = await self._actor.where.remote()
+            failure: Failure | None = await self._actor.run.remote()
+            if failure is None:
+                return End("stopped by itself")
+            return End(failure.reason, failure.permanent, failure.log_tail)
         except RayTaskError as error:
             return _explain(error)
-        except RayActorError:
-            return End("its process died (killed, out of memory or crashed)")
+        except RayActorError as error:
+            return End(self._why_gone(error))
         except TimeoutError:
             return End(f"its former life's name was not free within {NAME_SECONDS:g} s")
         except (RayError, ValueError) as error:
@@ -107,7 +179,7 @@ class RayLife:
                     remove_placement_group(group)
 
     async def _create(self, group: Any) -> Any:
-        bundle = self._bundle()
+        bundle = self.need.bundle
         extra = {k: v for k, v in bundle.items() if k not in ("CPU", "GPU")}
         kind = WorkerActor if self._slot.kind == "worker" else RouterActor
         remote = ray.remote(kind).options(
@@ -126,15 +198,14 @@ class RayLife:
                 except ValueError:  # the former life's name is not free yet
                     await asyncio.sleep(0.1)
 
-    def _bundle(self) -> dict[str, float]:
-        pool = self._slot.pool
-        bundle: dict[str, float] = {"CPU": pool.num_cpus or _SLIVER, **pool.resources}
-        gpus = pool.num_gpus
-        if gpus is None and self._slot.kind == "worker" and ray.cluster_resources().get("GPU", 0):
-            gpus = self._slot.gpus
-        if gpus:
-            bundle["GPU"] = gpus
-        return bundle
+    def _why_gone(self, error: RayActorError) -> str:
+        if self.where is None and "No module named" in str(error):
+            return (
+                "pdserve is not installed on its host, or not for the same Python: install the same"
+                " version there, or use one image for all hosts"
+            )
+        on = f" on host {self.where.host}" if self.where is not None and self.where.host else ""
+        return f"its process{on} died (killed, out of memory or crashed), or its host is gone"
 
     def _name(self) -> str:
         return f"pdserve-{self._launch.config.name}-{self._slot.slot_id}"
@@ -153,6 +224,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if len(lines[0]) > 8 else lines[-1]
 
 
-def _spoken(bundle: dict[str, float]) -> str:
-    wanted = [f"{amount:g} {name}" for name, amount in bundle.items() if amount > _SLIVER]
+def _spoken(need: Need) -> str:
+    wanted = [f"{amount:g} {name}" for name, amount in need.bundle.items() if amount > _SLIVER]
+    wanted += [f"{key}={value}" for key, value in need.labels.items()]
     return ", ".join(wanted) or "Ray"

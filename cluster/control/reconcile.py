@@ -7,11 +7,11 @@ trying, none of which Ray's `max_restarts` knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cluster.config import Config, PoolConfig
+from cluster.config import Config, PoolConfig, WorkerPoolConfig
 
 QUICK_SECONDS = 60.0
 """A life that was ready for less than this failed quickly."""
@@ -30,8 +30,8 @@ class Slot:
     Attributes:
         slot_id: the worker id or router id.
         model, role: of a worker; empty for a router.
-        pool: what a worker reserves.
-        gpus: that `pool.num_gpus` falls back to on a host with GPUs.
+        pool: what it reserves, and where it may run.
+        gpus: of a worker whose pool does not say, in a cluster that has some.
     """
 
     kind: Kind
@@ -41,15 +41,26 @@ class Slot:
     pool: PoolConfig = field(default_factory=PoolConfig)
     gpus: int = 1
 
+    @property
+    def num_gpus(self) -> int | None:
+        """What its pool says."""
+        return self.pool.num_gpus if isinstance(self.pool, WorkerPoolConfig) else None
+
 
 @dataclass(frozen=True)
 class Life:
-    """One process in a slot."""
+    """One process in a slot.
+
+    Attributes:
+        started_at: when it was asked for.
+        placed_at: when it got its host; before that it waits, without limit, for one with room.
+    """
 
     incarnation: str
     phase: Phase
     started_at: float
     ready_at: float | None = None
+    placed_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,19 @@ def desired_slots(config: Config) -> tuple[Slot, ...]:
         for role, pool in (("prefill", model.prefill), ("decode", model.decode))
         for index in range(pool.replicas)
     ]
-    return (*slots, Slot("router", "router-0"))
+    routers = (
+        Slot("router", f"router-{index}", pool=config.router.pool)
+        for index in range(config.router.pool.replicas)
+    )
+    return (*slots, *routers)
+
+
+def renewed(states: Mapping[str, SlotState], desired: Iterable[Slot]) -> dict[str, SlotState]:
+    """The slots once others are wanted: every life stays, for `reconcile` to end where it must; an
+    empty slot is forgotten, with all that was held against it."""
+    fresh = {slot.slot_id: SlotState(slot) for slot in desired}
+    living = {slot_id: state for slot_id, state in states.items() if state.life is not None}
+    return fresh | living
 
 
 def backoff(failures: int) -> float:
@@ -208,7 +231,8 @@ def reconcile(
 def _fill(now: float, slot: Slot, state: SlotState, start_timeout: float) -> Action | None:
     life = state.life
     if life is not None:
-        late = life.phase == "starting" and now - life.started_at > start_timeout
+        placed = life.placed_at is not None and life.phase == "starting"
+        late = placed and now - (life.placed_at or 0.0) > start_timeout
         reason = f"was not ready within lifecycle.start_timeout_seconds ({start_timeout:g} s)"
         return Kill(slot.slot_id, life.incarnation, reason) if late else None
     if state.gave_up:

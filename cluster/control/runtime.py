@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.config import Config
-from cluster.control.actors import Launch
+from cluster.control.launch import Launch
 from cluster.control.reconcile import desired_slots
 from cluster.errors import ConfigError, Unavailable
 
 OBJECT_STORE_BYTES = 80 << 20
 """No token and no KV block passes through it."""
 
-CONNECT_SECONDS = 30.0
+CONNECT_SECONDS = 90.0
 MAX_TEMP_PATH = 40
 """Ray puts Unix sockets some 63 characters below its directory; Linux allows 107 in all."""
 
@@ -136,26 +136,18 @@ class RayRuntime:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray
 
+        in_checkout = (_CHECKOUT / "pyproject.toml").is_file()  # else it is installed, as elsewhere
+        path = {"PYTHONPATH": f"{_CHECKOUT}{os.pathsep}{_CHECKOUT}/proto"} if in_checkout else {}
         try:
             ray.init(
                 address=address,
                 log_to_driver=False,
                 logging_level="ERROR",
                 namespace=self._config.ray.namespace,
-                runtime_env={
-                    "env_vars": {"PYTHONPATH": f"{_CHECKOUT}{os.pathsep}{_CHECKOUT}/proto"}
-                },
+                runtime_env={"env_vars": path} if path else None,
             )
-        except RuntimeError as error:
-            if "ersion mismatch" in str(error):
-                versions = " ".join(str(error).split())
-                raise ConfigError(
-                    f"ray.address: the cluster at {address} runs other versions: {versions}; "
-                    f"install ray=={ray.__version__} there or the cluster's version here"
-                ) from error
-            raise _unreachable(address, _first_line(error)) from error
         except Exception as error:
-            raise _unreachable(address, _first_line(error)) from error
+            raise _not_joined(address, error, ray.__version__) from error
 
     async def _check_reachable(self, address: str) -> None:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -170,10 +162,11 @@ class RayRuntime:
 
     def _create_controller(self, launch: Launch) -> Any:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from cluster.control.controller import Controller
 
-        name = f"pdserve-{launch.config.name}-controller"
+        name = controller_name(launch.config.name)
         namespace = self._config.ray.namespace
         with suppress(ValueError):
             ray.get_actor(name, namespace=namespace)
@@ -181,8 +174,11 @@ class RayRuntime:
                 f"name: the Ray cluster already runs a pdserve cluster called "
                 f"{launch.config.name!r}; stop it or choose another name"
             )
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"name": name, "namespace": namespace, "num_cpus": 0, "max_restarts": 3}
-        return ray.remote(Controller).options(**options).remote(launch, namespace)
+        # On this host: the cluster ends with this process, so with any other host it need not.
+        actor = ray.remote(Controller).options(scheduling_strategy=here, **options)
+        return actor.remote(launch, namespace)
 
     def _shutdown(self) -> None:
         import ray
@@ -191,6 +187,11 @@ class RayRuntime:
             with suppress(Exception):
                 ray.kill(self._controller)
         ray.shutdown()
+
+
+def controller_name(cluster: str) -> str:
+    """Of the controller's actor."""
+    return f"pdserve-{cluster}-controller"
 
 
 def _temp_dir(runtime_dir: Path) -> Path:
@@ -224,6 +225,33 @@ def _unreachable(address: str, why: str) -> Unavailable:
         f"no Ray cluster answers at {address} ({why}): start one with `ray start --head`, mend "
         "ray.address, or leave it unset for an embedded one"
     )
+
+
+def _not_joined(address: str, error: Exception, version: str) -> ConfigError | Unavailable:
+    said = " ".join(str(error).split())
+    if "ersion mismatch" in said:
+        return ConfigError(
+            f"ray.address: the cluster at {address} runs other versions: {said}; "
+            f"install ray=={version} there or the cluster's version here"
+        )
+    if "uthentication" in said or "auth token" in said.lower() or "AUTH_MODE" in said:
+        return ConfigError(
+            f"ray.address: the cluster at {address} does not take this token"
+            f" ({_first_line(error)}): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the token"
+            " that its hosts were started with"
+        )
+    if "Failed to connect to Ray cluster" in said:
+        return Unavailable(
+            f"something answers at {address}, but not as a Ray cluster that knows this client: if"
+            " its hosts ask for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here as"
+            " there; else mend ray.address"
+        )
+    if "node" in said.lower() and "raylet" in said.lower():
+        return Unavailable(
+            f"this host is not part of the Ray cluster at {address}: join it first with"
+            f" `ray start --address {address}` ({_first_line(error)})"
+        )
+    return _unreachable(address, _first_line(error))
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from cluster.control.reconcile import MAX_QUICK_FAILURES, Kind, SlotState, backoff
@@ -20,7 +21,9 @@ class SlotStatus:
             up) or empty.
         seconds: how long the life has been alive, or how long ago the last one ended.
         detail: what it waits for or why it failed.
-        pid: of the life's process, once it has registered.
+        host, pid, log: of the life's process, once it is there; `host` is empty in an embedded
+            cluster, where there is only one.
+        log_tail: the last lines of the last life's log.
         grpc_address, http_address: of a router that is ready.
     """
 
@@ -35,6 +38,9 @@ class SlotStatus:
     pid: int = 0
     grpc_address: str = ""
     http_address: str = ""
+    host: str = ""
+    log: str = ""
+    log_tail: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,16 +62,36 @@ class ClusterStatus:
         return tuple(slot for slot in self.slots if slot.state == "failed")
 
 
-class Waits(Protocol):
+class Place(Protocol):
+    """Where a life's process is. As `actors.Where`, which is not imported: it needs Ray."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def log(self) -> Path: ...
+
+
+class Running(Protocol):
     """What a running life says of itself."""
 
+    @property
+    def where(self) -> Place | None:
+        """None until it has its process."""
+        ...
+
     def waits_for(self) -> str:
-        """The resources it waits for; empty once it has its process."""
+        """The resources it waits for; empty once it has its host."""
         ...
 
 
 def slot_status(
-    now: float, state: SlotState, running: Waits | None, members: Members | None
+    now: float,
+    state: SlotState,
+    running: Running | None,
+    members: Members | None,
+    log_tail: tuple[str, ...] = (),
 ) -> SlotStatus:
     """The slot's status, with what its own record in the registry adds."""
     slot, life = state.slot, state.life
@@ -78,17 +104,19 @@ def slot_status(
             now - state.ended_at if state.ended_at is not None else 0.0,
             failures=state.failures,
             detail=state.reason if state.gave_up else _retry(state),
+            log_tail=log_tail,
         )
     waits = running.waits_for() if running is not None else ""
-    detail, pid, grpc, http = waits, 0, "", ""
+    where = running.where if running is not None else None
+    detail, grpc, http = waits, "", ""
     if members is not None and slot.kind == "worker":
         for worker in members.workers:
             if (worker.worker_id, worker.incarnation) == (slot.slot_id, life.incarnation):
-                detail, pid = worker.detail or waits, worker.pid
+                detail = worker.detail or waits
     elif members is not None:
         for router in members.routers:
             if (router.router_id, router.incarnation) == (slot.slot_id, life.incarnation):
-                pid, grpc, http = router.pid, router.grpc_address, router.http_address
+                grpc, http = router.grpc_address, router.http_address
     return SlotStatus(
         slot.slot_id,
         slot.kind,
@@ -98,9 +126,11 @@ def slot_status(
         life.incarnation,
         state.failures,
         detail,
-        pid,
+        where.pid if where else 0,
         grpc,
         http,
+        where.host if where else "",
+        str(where.log) if where else "",
     )
 
 

@@ -154,6 +154,7 @@ class VllmEngine:
                     "transport": {
                         "transport": self._handoff.transport,
                         "host": self._handoff.host or self._host,
+                        "ports": self._handoff.ports,
                         "max_message_bytes": self._handoff.max_message_bytes,
                         "max_streams": self._handoff.max_streams,
                         "link_checksums": self._handoff.link_checksums,

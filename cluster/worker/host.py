@@ -20,6 +20,7 @@ from grpc_health.v1.health import aio as health_aio
 from cluster.config import Config, ModelConfig
 from cluster.engine.protocol import Engine, EngineInfo, EngineRequest, Guide, Sampling
 from cluster.errors import ConfigError, EngineFailed, PdserveError, Unavailable
+from cluster.ports import take
 from cluster.store.client import connect
 from cluster.store.records import WorkerRecord
 from cluster.store.registry import Registry
@@ -134,7 +135,6 @@ class WorkerHost:
             record.role,
         )
         address = await self._listen(self._servicer)
-        metrics, _ = prometheus_client.start_http_server(0, addr=self._host)
         servicer = self._servicer
         self._holdings = HoldingsMetrics(self._engine, record.role, lambda: servicer.busy)
         self._record = replace(
@@ -148,7 +148,7 @@ class WorkerHost:
             num_blocks=info.num_blocks,
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
-            metrics_address=f"{self._host}:{metrics.server_port}",
+            metrics_address=self._serve_metrics(),
         )
 
     def _refuse_unservable(self, info: EngineInfo) -> None:
@@ -174,13 +174,23 @@ class WorkerHost:
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
-        try:
-            port = server.add_insecure_port(f"{self._host}:0")
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._host}: {error}") from error
+        address = take(
+            lambda host, port: server.add_insecure_port(f"{host}:{port}"),
+            self._host,
+            self._config.worker.ports,
+            "worker.host, worker.ports",
+        )
         await server.start()
         self._server = server
-        return f"{self._host}:{port}"
+        return address
+
+    def _serve_metrics(self) -> str:
+        def serve(host: str, port: int) -> int:
+            server, _ = prometheus_client.start_http_server(port, addr=host.strip("[]"))
+            return int(server.server_port)
+
+        ports = self._config.worker.metrics_ports
+        return take(serve, self._host, ports, "worker.host, worker.metrics_ports")
 
     async def run_until_stopped(self) -> None:
         """Serves until `stop`.

@@ -37,12 +37,18 @@ class Admission:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._tenants = TenantBook(policy)
-        self._queues = {c: ClassQueue(lambda t: policy.tenant(t).weight) for c in SloClass}
+        self._queues = {c: ClassQueue(lambda t: self._policy.tenant(t).weight) for c in SloClass}
         self._usage = Usage(policy.max_running)
         self._last_start = dict.fromkeys(SloClass, -math.inf)
         self._pace = StartPace()
         self._prefill = BestPrefill()
         self._capacities: Mapping[str, Capacity] = {}
+
+    def set_policy(self, now: float, policy: Policy) -> None:
+        """From now on; what runs goes on, and what waits keeps its place."""
+        self._policy = policy
+        self._tenants.set_policy(now, policy)
+        self._usage.set_max_running(policy.max_running)
 
     @property
     def running(self) -> int:

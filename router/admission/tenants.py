@@ -24,10 +24,18 @@ class TenantBook:
         self._running: Counter[str] = Counter()
         self._queued: Counter[str] = Counter()
 
+    def set_policy(self, now: float, policy: Policy) -> None:
+        """Other limits; what a tenant has saved up or overdrawn is kept within them."""
+        self._policy = policy
+        self._resize(now)
+
     def set_share(self, now: float, share: float) -> None:
         if share == self._share:
             return
         self._share = share
+        self._resize(now)
+
+    def _resize(self, now: float) -> None:
         for (tenant, what), bucket in self._buckets.items():
             bucket.resize(now, *self._rate(tenant, what))
 

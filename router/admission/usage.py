@@ -43,6 +43,10 @@ class Usage:
         self._promised: dict[str, _Running] = {}
         self._used: dict[str, _Used] = {}
 
+    def set_max_running(self, max_running: int) -> None:
+        """Requests that may run; those that do go on."""
+        self._max_running = max_running
+
     def __len__(self) -> int:
         return len(self._running) + len(self._promised)
 

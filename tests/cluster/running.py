@@ -70,33 +70,43 @@ class Answer:
 
 
 class RunningCluster:
-    """`pdserve up` in a process of its own."""
+    """`pdserve up` in a process of its own.
 
-    def __init__(self, folder: Path, name: str, config: str = CONFIG) -> None:
+    Args:
+        within: what runs commands elsewhere, such as `ip netns exec NAME`.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, config: str = CONFIG, within: tuple[str, ...] = ()
+    ) -> None:
+        self.within = within
         self.folder = folder
         self.name = name
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"{name}.yaml"
         self.file.write_text(config.format(name=name, secret=SECRET))
         self.env = {**os.environ, "PDSERVE_RUNTIME_DIR": str(folder / "run")}
+        self.log = folder / f"{name}.log"
+        """What `pdserve up` says."""
         self.process: subprocess.Popen[str] | None = None
         self.grpc_address = ""
         self.http_address = ""
 
     def start(self) -> None:
         """Returns when it is ready."""
-        self.process = subprocess.Popen(
-            [PDSERVE, "up", "-f", str(self.file)],
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with self.log.open("w") as said:
+            self.process = subprocess.Popen(
+                [*self.within, PDSERVE, "up", "-f", str(self.file)],
+                env=self.env,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         deadline = time.monotonic() + START_SECONDS
         state_file = self.folder / "run" / self.name / "state.json"
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise AssertionError(f"did not start:\n{self.process.stdout.read()}")  # type: ignore[union-attr]
+                raise AssertionError(f"did not start:\n{self.log.read_text()}")
             if state_file.exists():
                 state = json.loads(state_file.read_text())
                 if state["state"] == "ready":
@@ -104,7 +114,7 @@ class RunningCluster:
                     self.http_address = state["http_address"]
                     return
             time.sleep(0.2)
-        raise AssertionError("not ready in time")
+        raise AssertionError(f"not ready in time:\n{self.log.read_text()}")
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, list[str]]:
         """Ends it; its exit status, and the processes it left behind."""
@@ -121,7 +131,11 @@ class RunningCluster:
     def pdserve(self, *args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Runs a pdserve command against it."""
         return subprocess.run(
-            [PDSERVE, *args], env=self.env, capture_output=True, text=True, timeout=timeout
+            [*self.within, PDSERVE, *args],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
 
     def channel(self) -> grpc.Channel:

@@ -60,5 +60,8 @@ class Router:
         )
         await self._registry.put_router(self._record, 300)
 
+    def reload(self, config: Any) -> None:
+        pass
+
     async def stop(self, drain_seconds: float) -> None:
         await self._registry.remove_router(self._record.router_id, self._record.incarnation)

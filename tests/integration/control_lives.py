@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cluster.config import Config
-from cluster.control.actors import Launch
+from cluster.control.launch import Launch
 from cluster.control.status import ClusterStatus
 from cluster.store.client import connect
 from cluster.store.embedded import EmbeddedStore
@@ -30,7 +30,7 @@ async def controller(
 
     bodies = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(bodies), *filter(None, sys.path)]))
-    config = Config.model_validate({"name": "lives", "models": [{"name": "m", "path": "/m"}]})
+    config = actor_config()
     store = EmbeddedStore.start(tmp_path)
     runtime = RayRuntime(config, tmp_path)
     try:
@@ -50,6 +50,16 @@ async def controller(
         store.stop()
 
 
+def actor_config() -> Config:
+    return Config.model_validate({"name": "lives", "models": [{"name": "m", "path": "/m"}]})
+
+
+def with_prefill(config: Config, replicas: int) -> Config:
+    (model,) = config.models
+    pool = model.prefill.model_copy(update={"replicas": replicas})
+    return config.model_copy(update={"models": [model.model_copy(update={"prefill": pool})]})
+
+
 async def until_ready(controller: Any) -> ClusterStatus:
     async with asyncio.timeout(60):
         while True:
@@ -60,9 +70,20 @@ async def until_ready(controller: Any) -> ClusterStatus:
             await asyncio.sleep(0.1)
 
 
-async def test_a_killed_worker_comes_back_as_another_life_and_shutdown_leaves_nothing(
+async def until(controller: Any, true: Callable[[ClusterStatus], bool]) -> ClusterStatus:
+    async with asyncio.timeout(30):
+        while True:
+            status: ClusterStatus = await controller.status.remote()
+            if true(status):
+                return status
+            await asyncio.sleep(0.1)
+
+
+async def test_lives_end_and_begin_as_they_should(
     controller: tuple[Any, EmbeddedStore],
 ) -> None:
+    import ray
+
     actor, store = controller
     first = await until_ready(actor)
     assert [s.slot_id for s in first.slots] == ["m-decode-0", "m-prefill-0", "router-0"]
@@ -84,7 +105,22 @@ async def test_a_killed_worker_comes_back_as_another_life_and_shutdown_leaves_no
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive  # the engine of the killed worker went with it
 
-    last = [child for s in second.slots[:2] for child in psutil.Process(s.pid).children()]
+    two = with_prefill(actor_config(), replicas=2)
+    await actor.reload.remote(two)
+    slots = (await until_ready(actor)).slots
+    assert [s.slot_id for s in slots] == [
+        "m-decode-0", "m-prefill-0", "m-prefill-1", "router-0"]  # fmt: skip
+    assert {s.incarnation for s in second.slots} < {s.incarnation for s in slots}
+    await actor.reload.remote(with_prefill(two, replicas=1))
+    third = await until(actor, lambda status: len(status.slots) == 3 and status.ready)
+    assert [s.incarnation for s in third.slots] == [s.incarnation for s in second.slots]
+
+    last = [child for s in third.slots[:2] for child in psutil.Process(s.pid).children()]
+    node_id = ray.get_runtime_context().get_node_id()
+    assert sorted(await actor.leave.remote(node_id, 1.0)) == [s.slot_id for s in third.slots]
+    assert await registry.workers() == []
+    empty = await until(actor, lambda status: len(status.failed) == 3)
+    assert all("no host has the labels ray.io/node-id=!in(" in s.detail for s in empty.slots)
     await actor.shutdown.remote(1.0)
     assert await registry.workers() == [] and await registry.routers() == []
     await client.aclose()

@@ -45,7 +45,18 @@ def cluster_file(tmp_path: Path, **extra: object) -> str:
 def test_help_lists_every_command_without_importing_the_heavy_parts(pdserve) -> None:  # type: ignore[no-untyped-def]
     done = pdserve("--help")
     assert done.returncode == 0
-    for command in ("up", "down", "status", "generate", "demo", "doctor", "config", "batch"):
+    for command in (
+        "up",
+        "down",
+        "status",
+        "generate",
+        "demo",
+        "doctor",
+        "config",
+        "batch",
+        "reload",
+        "drain-host",
+    ):
         assert f" {command} " in done.stdout
     code = (
         "import sys, cluster.cli.main; print({'ray', 'grpc', 'torch', 'vllm'} & set(sys.modules))"
@@ -98,6 +109,25 @@ def test_config_show_masks_secrets(pdserve, tmp_path: Path) -> None:  # type: ig
     assert "sixteen" not in done.stdout and "hunter2" not in done.stdout
 
 
+def test_config_diff_tells_what_would_reload(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "new").mkdir()
+    old = cluster_file(tmp_path, store={"url": "redis://:hunter2@h:1/0"})
+    new = tmp_path / "new" / "cluster.yaml"
+    changed = {**json.loads(Path(old).read_text()), "targets": {"ttft_seconds": 1}}
+    new.write_text(json.dumps(changed))
+    done = pdserve("config", "diff", "-f", str(new), "--against", old)
+    assert (done.returncode, done.stdout) == (0, "targets.ttft_seconds: 2.0 → 1.0  (live)\n")
+    new.write_text(json.dumps({**changed, "store": {"url": "redis://:hunter3@h:1/0"}}))
+    done = pdserve("config", "diff", "-f", str(new), "--against", old)
+    assert done.returncode == 1 and "store.url: changed  (every process" in done.stdout
+    assert "hunter" not in done.stdout
+
+
+def test_reload_without_a_cluster_names_the_way_to_one(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = pdserve("reload", "-f", cluster_file(tmp_path))
+    assert done.returncode == 1 and "no cluster runs here" in done.stderr
+
+
 def test_doctor_says_what_to_do_about_a_taken_port(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -113,6 +143,23 @@ def test_doctor_says_what_to_do_about_a_taken_port(pdserve, tmp_path: Path) -> N
         up = pdserve("up", "-f", file)
         assert up.returncode == 1
         assert "--grpc-port" in up.stderr and "Traceback" not in up.stderr
+
+
+def test_two_routers_of_one_host_need_free_ports(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = pdserve("up", "-f", cluster_file(tmp_path, router={"pool": {"replicas": 2}}))
+    assert done.returncode == 1 and "cannot share fixed ports" in done.stderr
+
+
+def test_doctor_looks_at_a_ray_of_several_hosts(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        done = pdserve("doctor", "--json", "-f", cluster_file(tmp_path, ray={"address": address}))
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert (done.returncode, checks["ray"]["verdict"]) == (1, "fail")
+    assert address in checks["ray"]["detail"] and "ray start --head" in checks["ray"]["remedy"]
+    assert "RAY_AUTH_MODE=token" in checks["ray token"]["remedy"]
+    assert checks["store.url"]["verdict"] == "fail"
 
 
 def test_up_refuses_a_model_that_is_not_there_before_starting_anything(

@@ -31,6 +31,9 @@ def load(folder: Path, text: str) -> Config:
         (GOOD + "router: {http_port: 70000}", ["router.http_port", "70000"]),
         (GOOD + "router: {http_port: 50051}", ["must differ"]),
         (GOOD + "- {name: m, path: q}", ["m is named twice"]),
+        (GOOD + "- {name: a/b, path: q}\n- {name: a-b, path: q}", ["a/b", "a-b", "rename one"]),
+        (GOOD + "router: {pool: {replicas: 0}}", ["router.pool.replicas", "one at least"]),
+        (GOOD + "worker: {ports: 9-8}", ["worker.ports", "lower port first"]),
         (GOOD + "store: {url: 'http://x'}", ["store", "redis://"]),
         (GOOD + "secret: short", ["16 characters"]),
         ("models:\n- {name: m, path: p, engine_args: {block_size: 1}}", ["block_size"]),
@@ -51,6 +54,34 @@ def test_secrets_are_never_repeated(tmp_path: Path) -> None:
     assert "hunter" not in str(caught.value)
     config = load(tmp_path, GOOD + "secret: hunter2-hunter2-hunter2")
     assert "hunter2" not in repr(config)
+
+
+def test_secrets_come_from_files_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, text in (
+        ("PDSERVE_SECRET_FILE", "s" * 32),
+        ("PDSERVE_STORE_URL_FILE", "redis://h/1"),
+    ):
+        file = tmp_path / variable
+        file.write_text(text + "\n")
+        monkeypatch.setenv(variable, str(file))
+    config = load(tmp_path, GOOD + "store: {lease_seconds: 3}")
+    assert config.secret is not None and config.secret.get_secret_value() == "s" * 32
+    assert config.store.url is not None and config.store.url.get_secret_value() == "redis://h/1"
+    assert config.store.lease_seconds == 3
+
+
+@pytest.mark.parametrize("text", [None, "", "\n"])
+def test_a_secret_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    file = tmp_path / "secret"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("PDSERVE_SECRET_FILE", str(file))
+    with pytest.raises(ConfigError, match=f"PDSERVE_SECRET_FILE: {file}"):
+        load(tmp_path, GOOD)
 
 
 def test_the_environment_overrides_the_file(

@@ -26,6 +26,7 @@ from cluster.control.reconcile import (
     desired_slots,
     ended,
     reconcile,
+    renewed,
 )
 
 P0 = Slot("worker", "m-prefill-0", "m", "prefill")
@@ -77,8 +78,31 @@ def test_a_reason_that_cannot_go_away_is_not_tried_again() -> None:
     assert reconcile(2, (P0,), Observed((state,))) == [GiveUp("m-prefill-0", "models.m.dtype: no")]
 
 
-def test_a_start_that_takes_too_long_is_killed() -> None:
+def test_a_life_without_a_host_waits_for_one_without_limit() -> None:
     state = SlotState(P0, Life("aa", "starting", 0.0))
+    assert reconcile(1e6, (P0,), Observed((state,)), start_timeout=10) == []
+
+
+def test_other_wanted_slots_keep_every_life_and_forget_every_failure() -> None:
+    other = Slot("worker", "m-prefill-1", "m", "prefill")
+    living = SlotState(P0, Life("aa", "ready", 0.0))
+    failed = SlotState(other, failures=3, gave_up=True)
+    states = {P0.slot_id: living, other.slot_id: failed}
+    assert renewed(states, (other,)) == {other.slot_id: SlotState(other), P0.slot_id: living}
+    (start, stop) = reconcile(0, (other,), Observed(tuple(renewed(states, (other,)).values())))
+    assert (start, stop) == (Start(other), Stop(P0.slot_id, "aa"))
+
+
+def test_routers_are_a_pool() -> None:
+    config = Config.model_validate(
+        {"models": [{"name": "m", "path": "p"}], "router": {"pool": {"replicas": 2}}}
+    )
+    routers = [slot.slot_id for slot in desired_slots(config) if slot.kind == "router"]
+    assert routers == ["router-0", "router-1"]
+
+
+def test_a_start_that_takes_too_long_is_killed() -> None:
+    state = SlotState(P0, Life("aa", "starting", -99.0, placed_at=0.0))
     assert reconcile(10, (P0,), Observed((state,)), start_timeout=10) == []
     (action,) = reconcile(10.1, (P0,), Observed((state,)), start_timeout=10)
     assert isinstance(action, Kill) and "start_timeout" in action.reason

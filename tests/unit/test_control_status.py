@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from cluster.control.actors import Where
 from cluster.control.reconcile import Life, Slot, SlotState, ended
 from cluster.control.status import ClusterStatus, slot_status
 from cluster.store.records import RouterRecord, WorkerRecord
@@ -12,7 +15,18 @@ ROUTER = Slot("router", "router-0")
 STARTING = Life("aa", "starting", 10.0)
 
 
+class Here:
+    """A life that has its process."""
+
+    where = Where("10.0.0.3", 7, Path("/logs/m.log"))
+
+    def waits_for(self) -> str:
+        return ""
+
+
 class NeedsGpu:
+    where = None
+
     def waits_for(self) -> str:
         return "for 1 GPU"
 
@@ -24,8 +38,9 @@ def test_a_life_that_has_no_place_says_what_it_waits_for() -> None:
 
 def test_the_records_of_its_own_life_speak_for_it() -> None:
     mine = WorkerRecord("m-prefill-0", "aa", "m", "prefill", "starting", pid=7, detail="loading")
-    status = slot_status(12.0, SlotState(WORKER, STARTING), None, Members((mine,), ()))
+    status = slot_status(12.0, SlotState(WORKER, STARTING), Here(), Members((mine,), ()))
     assert (status.state, status.detail, status.pid) == ("starting", "loading", 7)
+    assert (status.host, status.log) == ("10.0.0.3", "/logs/m.log")
     former = WorkerRecord("m-prefill-0", "zz", "m", "prefill", "ready", pid=6, detail="old")
     status = slot_status(12.0, SlotState(WORKER, STARTING), None, Members((former,), ()))
     assert (status.detail, status.pid) == ("", 0)

@@ -11,6 +11,7 @@ from cluster.kv.paged import PagedCache
 from cluster.kv.transport.grpc import GrpcTransport
 from cluster.kv.transport.nccl import NcclTransport, nccl_available
 from cluster.kv.transport.seam import Transport
+from cluster.ports import ANY
 from cluster.ticket import TicketSigner
 
 Choice = Literal["auto", "grpc", "nccl"]
@@ -24,6 +25,7 @@ class TransportOptions:
         host: interface of the transfer port.
         max_message_bytes: largest frame over gRPC, unless a block is larger.
         max_streams: pushes received at once.
+        ports: the transfer port is one of them.
         link_checksums: every how many payloads over NCCL are checked; 0: none.
         link_seconds: how long a link may stand still before it is taken for dead.
         staging_bytes: device memory for payloads under way, per link.
@@ -33,6 +35,7 @@ class TransportOptions:
     host: str
     max_message_bytes: int
     max_streams: int
+    ports: str = ANY
     link_checksums: int = 16
     link_seconds: float = 10.0
     staging_bytes: int = 128 << 20
@@ -53,9 +56,9 @@ def make_transport(
             f"handoff.transport: nccl is not possible here: {unavailable}; use auto or grpc"
         )
     if options.transport == "grpc" or unavailable:
-        return GrpcTransport(options.host, message_bytes, options.max_streams)
+        return GrpcTransport(options.host, message_bytes, options.max_streams, ports=options.ports)
     return NcclTransport(
-        GrpcTransport(options.host, message_bytes, options.max_streams),
+        GrpcTransport(options.host, message_bytes, options.max_streams, ports=options.ports),
         cache,
         signer,
         terms,

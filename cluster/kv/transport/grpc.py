@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from cluster.errors import ConfigError, HandoffRefused
+from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.transport.allocator import keep_large_blocks
 from cluster.kv.transport.checksums import host_checksum
@@ -31,6 +31,7 @@ from cluster.kv.transport.frames import (
     encode_reply,
 )
 from cluster.kv.transport.seam import Buffer, Peer, Serve
+from cluster.ports import ANY, take
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class GrpcTransport:
         max_streams: pushes served at once; more wait at the peer.
         channels: connections per peer.
         further: handlers of further methods of the service, by name.
+        ports: to take one of.
     """
 
     name = "grpc"
@@ -139,8 +141,10 @@ class GrpcTransport:
         max_streams: int,
         channels: int = 2,
         further: Mapping[str, Handler] | None = None,
+        ports: str = ANY,
     ) -> None:
         self._host = host
+        self._ports = ports
         self._frame_bytes = max_message_bytes
         self._further = dict(further or {})
         limit = max_message_bytes + HEADER_BYTES + _FRAME_SLACK
@@ -187,15 +191,15 @@ class GrpcTransport:
         )
         self._server = grpc.aio.server(options=self._server_options)
         self._server.add_generic_rpc_handlers((handler,))
-        bound = _bracketed(self._host)
-        try:
-            port = self._server.add_insecure_port(f"{bound}:0")
-        except RuntimeError:
-            port = 0
-        if not port:
-            raise ConfigError(f"handoff.host: cannot listen on interface {self._host}")
+        bind = self._server.add_insecure_port
+        address = take(
+            lambda host, port: bind(f"{host}:{port}"),
+            self._host,
+            self._ports,
+            "handoff.host, handoff.ports",
+        )
         await self._server.start()
-        return f"{bound}:{port}"
+        return address
 
     async def open(self, peer: Peer, handoff_id: str) -> GrpcOutbound:
         return GrpcOutbound(self.call(peer.address, "Push"), self._frame_bytes)
@@ -230,7 +234,3 @@ def why(error: BaseException) -> str:
     if error.code() == grpc.StatusCode.UNAVAILABLE:
         return "the decode worker cannot be reached"
     return f"the decode worker broke the transfer off ({error.code().name})"
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,32 @@
+"""Where a life's output goes, and its last lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+TAIL_LINES = 8
+_TAIL_BYTES = 16_384
+
+
+def redirect_output(path: Path) -> None:
+    """Sends this process's stdout and stderr, and its future children's, to `path`."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.close(log)
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
+    """The last lines of a log that say something; none if it cannot be read."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - _TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+        return [line for line in text.splitlines() if line.strip()][-lines:]
+    return []

@@ -1,0 +1,103 @@
+"""A Ray cluster in token-auth mode over several hosts, as `ray start` makes it, and a store."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import redis
+
+from cluster.store.embedded import server_binary
+from tests.hosts.namespaces import NamespaceHost, Network
+
+RAY = Path(sys.executable).parent / "ray"
+PORT = 6379
+OBJECT_STORE = 80 << 20
+START_SECONDS = 90.0
+
+
+class RayCluster:
+    """The first host is the head and has no resources of ours.
+
+    Attributes:
+        env: what its processes and its clients need, the token's place among it.
+    """
+
+    def __init__(self, folder: Path, network: Network) -> None:
+        self.folder = folder
+        self.network = network
+        self._temp = Path("/tmp", f"pdh{os.getpid()}")  # Ray's sockets want a short path
+        token = folder / "ray_token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PDSERVE_"))},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_enable_metrics_collection": "0",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "12",
+        }
+        self.head = network.add()
+        self.address = f"{self.head.address}:{PORT}"
+        self._start(self.head, "--head", f"--port={PORT}", "--include-dashboard=false",
+                    f"--temp-dir={self._temp}")  # fmt: skip
+        self._wait_for_port()
+
+    def join(self, host: NamespaceHost, **resources: float) -> None:
+        """Starts a raylet on `host`, with a directory for Ray that no other host sees; returns at
+        once."""
+        self._start(
+            host, f"--address={self.address}", f"--resources={json.dumps(resources)}",
+            first=("sh", "-c", f'mount -t tmpfs ray {self._temp} && exec "$@"', "sh"),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Removes what `Network.close` leaves."""
+        shutil.rmtree(self._temp, ignore_errors=True)
+
+    def _start(self, host: NamespaceHost, *options: str, first: tuple[str, ...] = ()) -> None:
+        host.spawn(
+            *first, RAY, "start", "--block", "--disable-usage-stats", "--num-cpus=1",
+            f"--node-ip-address={host.address}", f"--object-store-memory={OBJECT_STORE}", *options,
+            env=self.env, log=self.folder / f"ray-{host.name}.log",
+        )  # fmt: skip
+
+    def _wait_for_port(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not any(at.endswith(f":{PORT}") for at in self.head.listening()):
+            assert time.monotonic() < deadline, "Ray's head does not start"
+            time.sleep(0.2)
+
+
+def start_store(host: NamespaceHost, folder: Path) -> str:
+    """A Valkey on `host`'s first interface, under a password; its URL."""
+    password = secrets.token_hex(16)
+    host.spawn(
+        server_binary(), "--bind", host.address, "--port", "6379", "--requirepass", password,
+        "--save", "", "--dir", str(folder), env=dict(os.environ), log=folder / "store.log",
+    )  # fmt: skip
+    url = f"redis://:{password}@{host.address}:6379/0"
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            redis.Redis.from_url(url).ping()
+            return url
+        except redis.ConnectionError:
+            assert time.monotonic() < deadline, (folder / "store.log").read_text()
+            time.sleep(0.05)
+
+
+def token_less(cluster: RayCluster, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command on the head's host without the cluster's token."""
+    env = {k: v for k, v in cluster.env.items() if not k.startswith("RAY_AUTH")}
+    return subprocess.run(
+        [*cluster.head.within, *command], env=env, capture_output=True, text=True, timeout=120
+    )
