@@ -115,6 +115,7 @@ class Receiver:
             await inbound.send(Grant(reservation.reserve.held_tokens, part.owed))
             async with reservation.push(admitted.ticket.expires_at - time.time()):
                 await self._take(inbound, reservation, admitted, part)
+            handoff_id = ""  # this part is done: a peer that leaves now takes nothing with it
             await inbound.send(Ack())
         except HandoffRefused as refusal:
             level = logging.INFO if isinstance(refusal, CalledOff) else logging.WARNING

@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its engines would take time from what follows
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """One prefill and one decode worker with real engines, shared by every test."""
     running = RunningCluster(tmp_path_factory.mktemp("cluster"), "tests")

@@ -109,13 +109,16 @@ async def split(
     take = HandoffParams("decode", handoff_id, wire, len(prompt), 60.0)
     decode.engine.expect_handoff(handoff_id)
     try:
-        first, tokens = await asyncio.gather(
+        both = await asyncio.gather(
             prefill.tokens(EngineRequest(f"{name}-p", prompt, one_token(sampling), "split", send)),
             decode.tokens(EngineRequest(f"{name}-d", prompt, sampling, "split", take)),
+            return_exceptions=True,
         )
-        assert first == tokens[:1]
         result = await asyncio.wait_for(decode.engine.handoff_result(handoff_id), 10)
-        assert result.error == ""
+        assert result.error == "", (result.error, both)
+        first, tokens = both
+        assert isinstance(first, list) and isinstance(tokens, list), both
+        assert first == tokens[:1], (first, tokens)
         return tokens, result
     finally:
         decode.engine.forget_handoff(handoff_id)

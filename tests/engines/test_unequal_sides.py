@@ -55,7 +55,7 @@ async def test_every_answer_is_right(sides: dict[str, Side], prefill: str, decod
     tokenizer = AutoTokenizer.from_pretrained(RECALL)
     one, two = sides[prefill], sides[decode]
     sampling = Sampling(max_tokens=12, temperature=0)
-    for i, case in enumerate(make_cases(seed=hash((prefill, decode)) % 1000, count=6)):
+    for i, case in enumerate(make_cases(seed=len(prefill) * 31 + len(decode), count=6)):
         prompt = tokenizer.encode(case.prompt)
         tokens, result = await split(one, two, f"{prefill}-{decode}-{i}", prompt, sampling)
         assert case.is_right(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -8,6 +8,8 @@ import asyncio
 import pytest
 import torch
 
+from cluster.kv.transport.frames import Ack, Reply
+from cluster.kv.transport.grpc import GrpcInbound
 from tests.handoff.agents import LAYERS, SIGNER
 from tests.handoff.engines import Engine, compute, packed, reserve, ticket_between
 
@@ -154,3 +156,26 @@ async def test_ranks_must_agree_on_the_first_token() -> None:
         for side in prefill.prefills:
             await side.until(lambda side=side: bool(side.finished.sending))  # type: ignore[misc]
         assert (prefill.pinned(), decode.pinned()) == (0, 0)
+
+
+async def test_a_rank_that_leaves_with_its_verdict_takes_nothing_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its peer closes the stream as soon as it has read the verdict: the other rank's part is still
+    on its way, and the handoff stands."""
+    send = GrpcInbound.send
+
+    async def send_and_be_left(self: GrpcInbound, reply: Reply) -> None:
+        if isinstance(reply, Ack):
+            raise asyncio.CancelledError
+        await send(self, reply)
+
+    monkeypatch.setattr(GrpcInbound, "send", send_and_be_left)
+    with Engine("prefill", 2, 2, 4) as prefill, Engine("decode", 1, 2, 4) as decode:
+        ticket = ticket_between(prefill, decode, 19)
+        ids = reserve(decode, ticket, 0)
+        sources = compute(prefill, decode, ticket, range(2), 1)
+        assert (await decode.sides[0].result(ticket.handoff_id)).error == ""
+        sent, got = prefill.model_kv(sources), decode.model_kv(ids)
+        assert torch.equal(got[:, :, :19], sent[:, :, :19])
+        assert decode.pinned() == 0
