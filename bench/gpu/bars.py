@@ -137,6 +137,10 @@ def _exact(results: Results) -> Iterator[Bar]:
         exact, excused = sum(r.exact for r in mine), sum(r.excused for r in mine)
         said = f"{exact} of {len(mine)}" + (f", {excused} part at a near tie" if excused else "")
         yield Bar(f"{pair}: tokens = one engine's", "all", said, exact + excused == len(mine))
+    if results.blocks:
+        differing = sum(row.differing for row in results.blocks)
+        said = f"{differing} of {sum(row.compared for row in results.blocks)}"
+        yield Bar("KV blocks that differ after a handoff", "0", said, differing == 0)
     if results.controls:
         differ = sum(control.differs for control in results.controls)
         yield Bar(

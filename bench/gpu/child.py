@@ -10,6 +10,7 @@ import sys
 from bench.gpu.engines import OurEngine, PlainEngine
 from bench.gpu.wire import (
     AskHoldings,
+    AskSums,
     Command,
     Envelope,
     Failed,
@@ -59,6 +60,8 @@ class Child:
                 return await self._engine.generate(command, first)
             case AskHoldings():
                 return await self._engine.holdings()
+            case AskSums():
+                return await self._engine.sums(command.handoff_id)
             case Stop():
                 raise ValueError("a stop is the last command")
 

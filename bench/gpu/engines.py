@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from bench.gpu.wire import EngineSpec, Generate, Generated
+from bench.gpu.wire import EngineSpec, Generate, Generated, Sums
 from bench.vllm_args import plain_args
 from cluster.config import HandoffConfig
 from cluster.engine.protocol import EngineInfo, EngineRequest, Holdings, TokenLogprobs
@@ -27,7 +27,9 @@ class OurEngine:
         )
 
     async def start(self) -> EngineInfo:
-        return await self._engine.start()
+        info = await self._engine.start()
+        await self._engine.ask_ranks("bench_watch")
+        return info
 
     async def generate(self, asked: Generate, first: asyncio.Event) -> Generated:
         request = EngineRequest(
@@ -60,6 +62,10 @@ class OurEngine:
 
     async def holdings(self) -> Holdings:
         return await self._engine.holdings()
+
+    async def sums(self, handoff_id: str) -> Sums:
+        sums: Sums = await self._engine.ask_ranks("bench_sums", handoff_id)
+        return sums
 
     async def stop(self) -> None:
         await self._engine.stop()
@@ -108,6 +114,9 @@ class PlainEngine:
 
     async def holdings(self) -> Holdings:
         raise ValueError("a plain vLLM keeps no ledger")
+
+    async def sums(self, handoff_id: str) -> Sums:
+        raise ValueError("a plain vLLM has no handoffs")
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._llm.shutdown)

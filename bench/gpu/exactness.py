@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.gpu.fleet import Engine
-from bench.gpu.results import Control, Exact, Ledger
+from bench.gpu.results import Control, Exact, Ledger, SameBlocks
 from bench.gpu.systems import Split, System, Whole, greedy, random_prompt
 from bench.gpu.timing import Request
 from cluster.engine.protocol import Sampling
@@ -28,10 +28,10 @@ def samplings(seed: int) -> list[tuple[str, Sampling]]:
 
 async def exactness(
     split: Split, ones: Sequence[System], lengths: Sequence[int], vocab: int, reshaped: bool
-) -> tuple[list[Exact], list[Control]]:
+) -> tuple[list[Exact], list[SameBlocks], list[Control]]:
     """The same requests to the split and to each of `ones`; `reshaped` as in `Exact`."""
     rng = random.Random(3)
-    rows, controls = [], []
+    rows, blocks, controls = [], [], []
     for engine in (split.prefill, split.decode):
         # An engine's first logprobs compile a kernel, which can take longer than a ticket lives.
         _, logprobs = samplings(seed=0)[0]
@@ -40,6 +40,8 @@ async def exactness(
         prompt = random_prompt(rng, length, vocab)
         for name, sampling in samplings(seed=length)[: 1 if reshaped else 2]:
             mine = await split.run(prompt, sampling)
+            if not reshaped:
+                blocks.append(await same_blocks(split, length, name, mine))
             for one in ones:
                 theirs = await one.run(prompt, sampling)
                 row = compare(split.name, one.name, length, name, mine, theirs)
@@ -49,7 +51,27 @@ async def exactness(
             control = await split.run(other, greedy(TOKENS))
             natural = await split.run(prompt, greedy(TOKENS))
             controls.append(Control(length, control.tokens != natural.tokens))
-    return rows, controls
+    return rows, blocks, controls
+
+
+async def same_blocks(split: Split, prompt: int, sampling: str, request: Request) -> SameBlocks:
+    """Decode computes the prompt's last token again, so the block with it is left out."""
+    assert request.crossing is not None and split.decode.info is not None
+    result = request.crossing.decode
+    (sent,), (landed,) = await asyncio.gather(
+        split.prefill.sums(result.handoff_id), split.decode.sums(result.handoff_id)
+    )
+    whole = (prompt - 1) // split.decode.info.block_size
+    differing = [
+        f"{layer}, {block}"
+        for layer in range(len(sent))
+        for block in range(whole)
+        if sent[layer][block] != landed[layer][block]
+    ]
+    return SameBlocks(
+        split.name, prompt, sampling, result.transport, len(sent) * whole, len(differing),
+        differing[0] if differing else "",
+    )  # fmt: skip
 
 
 def compare(

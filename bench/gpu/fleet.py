@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.gpu.wire import (
     AskHoldings,
+    AskSums,
     Command,
     EngineSpec,
     Envelope,
@@ -25,6 +26,7 @@ from bench.gpu.wire import (
     Generated,
     Start,
     Stop,
+    Sums,
     receive,
     send,
 )
@@ -71,6 +73,10 @@ class Engine:
     async def holdings(self) -> Holdings:
         answer = await self._ask(AskHoldings(), ASK_SECONDS)
         assert isinstance(answer, Holdings)
+        return answer
+
+    async def sums(self, handoff_id: str) -> Sums:
+        answer: Sums = await self._ask(AskSums(handoff_id), ASK_SECONDS)
         return answer
 
     async def start(self, timeout: float) -> None:

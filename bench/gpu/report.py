@@ -20,6 +20,7 @@ def report(results: Results) -> str:
         ("Handoffs while prefill computes", _handoffs(results, results.latency)),
         ("Handoffs with nothing to hide them", _handoffs(results, results.unhidden)),
         ("Decode steps while KV comes in", _steps(results)),
+        ("KV blocks of layers on both sides after a handoff", _blocks(results)),
         ("A split's tokens against one engine's", _exact(results)),
         ("Held when all had ended", _ledgers(results)),
         ("Not available, and why", _missing(results)),
@@ -116,6 +117,23 @@ def _exact(results: Results) -> str:
         for row in results.exact
     ]
     head = ["split", "against", "prompt", "sampling", "same tokens", "gap where they part, nats"]
+    return table(head, rows) if rows else ""
+
+
+def _blocks(results: Results) -> str:
+    rows = [
+        [
+            row.pair,
+            row.transport,
+            str(row.prompt),
+            row.sampling,
+            str(row.compared),
+            str(row.differing),
+            row.first,
+        ]
+        for row in results.blocks
+    ]
+    head = ["split", "went over", "prompt", "sampling", "compared", "differ", "first: layer, block"]
     return table(head, rows) if rows else ""
 
 

@@ -142,6 +142,25 @@ class Exact:
 
 
 @dataclass(frozen=True)
+class SameBlocks:
+    """The KV blocks of a prompt on both sides after its handoff; of those that decode has not
+    written to itself.
+
+    Attributes:
+        compared: layers times blocks.
+        differing: of those, and `first` the earliest, as "layer, block of the prompt".
+    """
+
+    pair: str
+    prompt: int
+    sampling: str
+    transport: str
+    compared: int
+    differing: int
+    first: str
+
+
+@dataclass(frozen=True)
 class Control:
     """That the outputs could have shown damage: another first block gives other tokens."""
 
@@ -181,6 +200,7 @@ class Results:
     unhidden: list[Latency] = field(default_factory=list)
     steps: list[Steps] = field(default_factory=list)
     exact: list[Exact] = field(default_factory=list)
+    blocks: list[SameBlocks] = field(default_factory=list)
     controls: list[Control] = field(default_factory=list)
     ledgers: list[Ledger] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)

@@ -114,7 +114,10 @@ class Session:
         if splits and not self._results.steps:
             await self._section("steps", partial(self._steps, splits[0]))
         for split in splits:
-            ones: list[System] = [Whole("pdserve, one engine", split.prefill)]
+            ones: list[System] = [
+                Whole("pdserve, prefill's engine alone", split.prefill),
+                Whole("pdserve, decode's engine alone", split.decode),
+            ]
             if "one" in engines:
                 ones.append(Whole(ONE, engines["one"]))
             await self._section("exact", partial(self._exact, split, ones, False))
@@ -184,10 +187,11 @@ class Session:
         self._results.steps.append(row)
 
     async def _exact(self, split: Split, ones: Sequence[System], reshaped: bool) -> None:
-        rows, controls = await exactness(
+        rows, blocks, controls = await exactness(
             split, ones, self._load.exact_prompts, self._load.vocab, reshaped
         )
         self._results.exact += rows
+        self._results.blocks += blocks
         self._results.controls += controls
 
     async def _ledgers(self, ours: Sequence[Engine]) -> None:

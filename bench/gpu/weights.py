@@ -18,9 +18,10 @@ import torch
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from bench.gpu.blocks import BlockSums
 from bench.gpu.formats import LOAD_FORMAT
 from bench.gpu.models import checkpoint
-from cluster.kv.worker_extension import PdserveWorkerExtension
+from cluster.kv.worker_extension import PdserveWorkerExtension, handoff_side
 
 SEED = 1
 
@@ -53,6 +54,16 @@ def drawn(
 
 class MadeUpWeights(PdserveWorkerExtension):
     """pdserve's worker extension, in a process that knows the load format."""
+
+    def bench_watch(self) -> None:
+        """Remembers the blocks of handoffs from now on."""
+        side = handoff_side()
+        assert side.agent is not None
+        self._sums = BlockSums(side.agent, side.cache)
+
+    def bench_sums(self, handoff_id: str) -> list[list[int]]:
+        """See `BlockSums.sums`."""
+        return self._sums.sums(handoff_id)
 
 
 class PlainMadeUpWeights:

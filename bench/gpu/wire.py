@@ -94,6 +94,14 @@ class AskHoldings:
 
 
 @dataclass(frozen=True)
+class AskSums:
+    """Of the blocks of a handoff, on pdserve's engines; answered by what `BlockSums.sums` returns,
+    rank by rank."""
+
+    handoff_id: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """Ends the engine; answered by None."""
 
@@ -105,8 +113,9 @@ class Failed:
     error: str
 
 
-Command = Start | Generate | AskHoldings | Stop
-Answer = EngineInfo | Generated | FirstToken | Holdings | Failed | None
+Command = Start | Generate | AskHoldings | AskSums | Stop
+Sums = list[list[list[int]]]
+Answer = EngineInfo | Generated | FirstToken | Holdings | Sums | Failed | None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class VllmEngine:
         try:
             self._kv_events.start()
             self._llm = await asyncio.to_thread(self._open)
-            ranks = await self._running.collective_rpc("pdserve_endpoint")
+            ranks = await self.ask_ranks("pdserve_endpoint")
         except Exception as error:
             raise EngineFailed(
                 f"the engine of {self._model.name} did not start: {error}"
@@ -190,7 +190,7 @@ class VllmEngine:
 
     async def holdings(self) -> Holdings:
         try:
-            ranks = await self._running.collective_rpc("pdserve_holdings")
+            ranks = await self.ask_ranks("pdserve_holdings")
         except EngineDeadError as error:
             raise EngineFailed("the engine has died") from error
         resident = {"front end": psutil.Process().memory_info().rss}
@@ -215,6 +215,11 @@ class VllmEngine:
             ahead_bytes=self._stats.ahead_bytes,
             waiting_for_credit=self._stats.waiting_for_credit,
         )
+
+    async def ask_ranks(self, method: str, *args: Any) -> list[Any]:
+        """What a method of the worker extension returns, rank by rank."""
+        answers: list[Any] = await self._running.collective_rpc(method, args=args)
+        return answers
 
     async def dead(self) -> str:
         while not self._running.errored:  # noqa: ASYNC110 - vLLM has no event for it

@@ -99,6 +99,10 @@ class PagedCache:
         stream.record_event(event)
         return event
 
+    def blocks(self, layer: int, block_ids: Sequence[int]) -> torch.Tensor:
+        """A copy of whole blocks of a layer, `[blocks, heads, tokens, content]`, on the device."""
+        return self._items[layer].index_select(0, self._index(block_ids))
+
     # ---- out ---------------------------------------------------------------------------------
 
     def gather(

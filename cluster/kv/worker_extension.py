@@ -19,7 +19,7 @@ class PdserveWorkerExtension:
 
     def pdserve_endpoint(self) -> dict[str, Any]:
         """Where this rank takes handoffs, and its KV layout."""
-        side = _worker_side()
+        side = handoff_side()
         assert side.agent is not None and side.layout is not None
         return {
             "address": side.agent.address,
@@ -31,7 +31,7 @@ class PdserveWorkerExtension:
 
     def pdserve_holdings(self) -> dict[str, Any]:
         """What this rank pins now, checked for integrity, and its resident memory in bytes."""
-        side = _worker_side()
+        side = handoff_side()
         assert side.agent is not None
         now = time.monotonic()
         pins = side.agent.pins()
@@ -47,7 +47,8 @@ class PdserveWorkerExtension:
         }
 
 
-def _worker_side() -> WorkerSide:
+def handoff_side() -> WorkerSide:
+    """The connector's half in this process."""
     connector = get_kv_transfer_group()
     assert isinstance(connector, PdserveConnector) and connector.worker is not None
     return connector.worker

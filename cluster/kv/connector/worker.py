@@ -67,7 +67,7 @@ class WorkerSide:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The caches are there: open the transfer port."""
         cache, geometry = describe(self._vllm_config, kv_caches)
-        self._cache = cache
+        self.cache = cache
         self._layers = {name: i for i, name in enumerate(cache.layer_names)}
         config = self._config
         self.layout = KvLayout(
@@ -102,7 +102,7 @@ class WorkerSide:
         generations.renew(step.allocated)
         reserves = []
         for reserve in step.reserves:
-            generations.renew(reserve.block_ids[reserve.held_tokens // self._cache.tokens :])
+            generations.renew(reserve.block_ids[reserve.held_tokens // self.cache.tokens :])
             reserves.append((reserve, generations.stamp(reserve.block_ids)))
         self._step = _Step(
             tuple((offer, generations.stamp(offer.block_ids)) for offer in step.offers)
@@ -140,7 +140,7 @@ class WorkerSide:
     def _written(self, layer: int) -> None:
         assert self.agent is not None
         self._step.written.add(layer)
-        sender, offers, fence = self.agent.sender, self._step.offers, self._cache.fence()
+        sender, offers, fence = self.agent.sender, self._step.offers, self.cache.fence()
         self.agent.post(lambda: sender.layer_ready(layer, offers, fence))
 
     def end_step(self) -> None:
