@@ -26,7 +26,7 @@ from cluster.kv.mailbox import Mailbox
 from cluster.kv.paged import PagedCache
 from cluster.kv.reservation import Reserve
 from cluster.kv.transport.allocator import keep_large_blocks
-from cluster.kv.transport.checksums import device_checksum
+from cluster.kv.transport.checksums import DeviceSum, value
 
 READ_BYTES = 4 << 20
 METHOD = "/bench.Sink/Push"
@@ -143,15 +143,18 @@ def serve_decode(blocks: int, device: str, transport: str) -> None:
 
 def digest(cache: PagedCache, block_ids: Sequence[int]) -> int:
     """Of the contents of blocks, in all layers."""
-    total = 0
+    total = DeviceSum(cache.device, None, 0)
     for layer in range(cache.num_layers):
         size = len(block_ids) * cache.block_bytes
         payload = torch.empty(size, dtype=torch.uint8, device=cache.device)
-        fence = cache.gather(layer, block_ids, HeadRun(0, cache.heads), payload)
-        if fence is not None:
+        cache.gather(layer, cache.index(block_ids), HeadRun(0, cache.heads), payload)
+        if (fence := cache.mark()) is not None:
             fence.synchronize()
-        total = (total * 31 + device_checksum(payload, layer)) % (1 << 61)
-    return total
+        total.add(payload)
+    fetched = total.fetch()
+    if (fence := cache.fence()) is not None:
+        fence.synchronize()
+    return value(fetched)
 
 
 def wait_for_result(mailbox: Mailbox, handoff_id: str) -> Any:

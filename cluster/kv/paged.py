@@ -10,23 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from cluster.kv.geometry import HeadRun
+from cluster.kv.milestones import Fence
 from cluster.kv.packing import Packing
 
 _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Fence(Protocol):
-    """A point in a device's work."""
-
-    def synchronize(self) -> None:
-        """Blocks until the device has got there."""
-        ...
+BlockIndex: TypeAlias = "Sequence[int] | torch.Tensor"
+"""Block ids as `PagedCache.index` gives them; a slice of it is one, too."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Slots:
         block_ids: of the whole prompt.
     """
 
-    block_ids: Sequence[int]
+    block_ids: BlockIndex
     first: int
     last: int
 
@@ -69,6 +66,8 @@ class PagedCache:
         wide = next(w for w in (8, 4, 2, 1) if self.content * self.item_bytes % w == 0)
         self._wide = [layer.view(_WIDTHS[wide]) for layer in tensors]
         self._items = [layer.view(_WIDTHS[self.item_bytes]) for layer in tensors]
+        order = self.packing.order
+        self._order = None if order is None else order.to(self.device)
         self._stream = torch.cuda.Stream(self.device) if first.is_cuda else None
 
     @property
@@ -88,71 +87,88 @@ class PagedCache:
     def fence(self) -> Fence | None:
         """Marks what the calling thread has queued on the device so far; None where nothing is
         queued, as on CPUs."""
-        return None if self._stream is None else self._mark(torch.cuda.current_stream(self.device))
+        return None if self._stream is None else self.mark(torch.cuda.current_stream(self.device))
 
-    def written(self) -> Fence | None:
-        """Everything written by `scatter` and `scatter_tokens` so far."""
-        return None if self._stream is None else self._mark(self._stream)
+    def mark(self, stream: Any = None) -> Fence | None:
+        """Marks everything queued on a stream so far; on the cache's own if none is named."""
+        if self._stream is None:
+            return None
+        fence: Fence = torch.cuda.Event(blocking=True)
+        (stream or self._stream).record_event(fence)
+        return fence
 
-    def _mark(self, stream: Any) -> Fence:
-        event: Fence = torch.cuda.Event(blocking=True)
-        stream.record_event(event)
-        return event
+    def hold(self, fence: Fence | None, stream: Any = None) -> None:
+        """Whatever is queued from now on waits, on the device, until `fence` is reached."""
+        if fence is not None and self._stream is not None:
+            (stream or self._stream).wait_event(fence)
+
+    def index(self, block_ids: Sequence[int], stream: Any = None) -> BlockIndex:
+        """Block ids where they are used, for calls on the same stream."""
+        if self._stream is None:
+            return block_ids
+        with torch.cuda.stream(stream or self._stream):
+            pinned = torch.tensor(block_ids, dtype=torch.int64).pin_memory()
+            index: torch.Tensor = pinned.to(self.device, non_blocking=True)
+            return index
 
     def blocks(self, layer: int, block_ids: Sequence[int]) -> torch.Tensor:
         """A copy of whole blocks of a layer, `[blocks, heads, tokens, content]`, on the device."""
-        return self._items[layer].index_select(0, self._index(block_ids))
+        index = torch.as_tensor(block_ids, dtype=torch.int64, device=self.device)
+        return self._items[layer].index_select(0, index)
 
     # ---- out ---------------------------------------------------------------------------------
 
     def gather(
         self,
         layer: int,
-        block_ids: Sequence[int],
+        index: BlockIndex,
         heads: HeadRun,
         payload: torch.Tensor,
         *,
         plain: bool = False,
-    ) -> Fence | None:
+        stream: Any = None,
+    ) -> None:
         """Copies blocks into `payload`, uint8 `[blocks × heads × head_block_bytes]`.
 
-        On a GPU the copy is queued on the cache's own stream; it is done once the fence is reached.
+        On a GPU the copy is queued on `stream`, or on the cache's own; see `mark`.
         """
-        with torch.cuda.stream(self._stream):  # nothing on CPUs
-            index = self._index(block_ids)
-            if plain and self.packing.order is not None:
-                source = self._items[layer][:, heads.start : heads.stop].index_select(0, index)
-                source = source.flatten(2)[:, :, self.packing.order.to(self.device)]
+        with torch.cuda.stream(stream or self._stream):  # nothing on CPUs
+            if plain and self._order is not None:
+                source = self._items[layer][:, heads.start : heads.stop]
+                source = source.index_select(0, _tensor(index)).flatten(2)[:, :, self._order]
                 payload.view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
+                return
+            source = self._wide[layer][:, heads.start : heads.stop]
+            target = payload.view(source.dtype).view(len(index), *source.shape[1:])
+            if not isinstance(index, torch.Tensor):
+                _take(source, index, target)
+            elif payload.is_cuda:
+                torch.index_select(source, 0, index, out=target)
             else:
-                source = self._wide[layer][:, heads.start : heads.stop]
-                shape = (len(block_ids), *source.shape[1:])
-                target = payload.view(source.dtype).view(shape)
-                if self._stream is None:
-                    _take(source, block_ids, target)
-                elif payload.is_cuda:
-                    torch.index_select(source, 0, index, out=target)
-                else:
-                    target.copy_(source.index_select(0, index), non_blocking=True)
-            return None if self._stream is None else self._mark(self._stream)
+                target.copy_(source.index_select(0, index), non_blocking=True)
 
     # ---- in ----------------------------------------------------------------------------------
 
     def scatter(
-        self, layer: int, block_ids: Sequence[int], heads: HeadRun, payload: torch.Tensor
+        self,
+        layer: int,
+        index: BlockIndex,
+        heads: HeadRun,
+        payload: torch.Tensor,
+        *,
+        stream: Any = None,
     ) -> None:
         """Writes whole blocks, as `gather` of a cache with the same blocks gives them.
 
-        On a GPU the write is queued on the cache's own stream, see `written`.
+        On a GPU the write is queued on `stream`, or on the cache's own; see `mark`.
         """
         target = self._wide[layer][:, heads.start : heads.stop]
-        source = payload.view(target.dtype).view(len(block_ids), *target.shape[1:])
-        if self._stream is None:
-            target.numpy()[list(block_ids)] = source.numpy()
+        source = payload.view(target.dtype).view(len(index), *target.shape[1:])
+        if not isinstance(index, torch.Tensor):
+            target.numpy()[list(index)] = source.numpy()
             return
-        with torch.cuda.stream(self._stream):
-            source = source.to(self.device, non_blocking=True)
-            target.index_copy_(0, self._index(block_ids), source)
+        with torch.cuda.stream(stream or self._stream):
+            target.index_copy_(0, index, source.to(self.device, non_blocking=True))
 
     def scatter_tokens(
         self,
@@ -162,6 +178,8 @@ class PagedCache:
         slots: Slots,
         heads: HeadRun,
         payload: torch.Tensor,
+        *,
+        stream: Any = None,
     ) -> None:
         """Writes plain blocks of another size, from the prompt's `first_token` on.
 
@@ -172,7 +190,7 @@ class PagedCache:
             block_tokens: tokens per block of the payload.
         """
         items = self._items[layer]
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream or self._stream):
             plain = payload.view(items.dtype).view(-1, heads.count, block_tokens, self.content)
             tokens = plain.transpose(1, 2).reshape(-1, heads.count, self.content)
             low = max(slots.first, first_token)
@@ -181,18 +199,19 @@ class PagedCache:
                 return
             source = tokens[low - first_token : high - first_token].to(self.device)
             at = torch.arange(low, high, device=self.device)
-            block = self._index(slots.block_ids)[at // self.tokens][:, None]
+            block = _tensor(slots.block_ids)[at // self.tokens][:, None]
             head = torch.arange(heads.start, heads.stop, device=self.device)[None, :]
-            if self.packing.order is None:
+            if self._order is None:
                 items[block, head, (at % self.tokens)[:, None]] = source
             else:
-                place = self.packing.order.view(self.tokens, self.content).to(self.device)
+                place = self._order.view(self.tokens, self.content)
                 items.view(self.num_blocks, self.heads, -1)[
                     block[:, :, None], head[:, :, None], place[at % self.tokens][:, None]
                 ] = source
 
-    def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
-        return torch.as_tensor(block_ids, dtype=torch.int64, device=self.device)
+
+def _tensor(index: BlockIndex) -> torch.Tensor:
+    return torch.as_tensor(index, dtype=torch.int64)
 
 
 def _take(source: torch.Tensor, block_ids: Sequence[int], target: torch.Tensor) -> None:

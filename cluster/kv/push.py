@@ -17,7 +17,8 @@ from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.generations import Generations, Stamp
 from cluster.kv.geometry import Route
-from cluster.kv.paged import Fence, PagedCache
+from cluster.kv.milestones import Fence, Milestones
+from cluster.kv.paged import BlockIndex, PagedCache
 from cluster.kv.transport.frames import Ack, Commit, Grant, Open, Refused, Reply
 from cluster.kv.transport.seam import Buffer, Outbound, Peer, Transport
 
@@ -81,6 +82,7 @@ class Push:
 
     Args:
         granted: called once when the grant comes.
+        milestones: of the engine's compute.
     """
 
     order: Order
@@ -88,10 +90,12 @@ class Push:
     generations: Generations
     transport: Transport
     granted: Callable[[], None]
+    milestones: Milestones
     sent: Sent = field(default_factory=Sent)
     ready: deque[Ready] = field(default_factory=deque)
     first_token: int | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _read: dict[int, tuple[tuple[int, ...], Stamp, BlockIndex]] = field(default_factory=dict)
 
     def add(self, ready: Ready) -> None:
         """More to send."""
@@ -150,7 +154,12 @@ class Push:
                 changed.cancel()
             if reply.done():
                 raise HandoffRefused(_refusal(reply.result()))
-        await outbound.send(Commit(self.sent.frames, self.first_token, self.order.num_tokens))
+        checksum = await outbound.flush()
+        for ids, stamp, _ in self._read.values():
+            self._check(ids, stamp)
+        await outbound.send(
+            Commit(self.sent.frames, self.first_token, self.order.num_tokens, checksum)
+        )
         verdict = await reply
         if not isinstance(verdict, Ack):
             raise HandoffRefused(_refusal(verdict))
@@ -182,39 +191,57 @@ class Push:
 
     async def _send(self, group: list[Ready], grant: Grant, outbound: Outbound) -> None:
         """One frame, or several where a single layer is larger than a frame."""
-        await reached(group[-1].fence)
+        await self.milestones.reached(group[-1].fence)
         head = group[0]
+        self._check(head.block_ids, head.stamp)
+        index = self._index(head, outbound)
         skip = max(0, grant.held_tokens // self.cache.tokens - head.first_block)
         step = max(1, outbound.frame_bytes // (len(group) * self._head_bytes))
         for start in range(skip, len(head.block_ids), step):
-            ids = head.block_ids[start : start + step]
-            size = len(group) * len(ids) * self._head_bytes
+            part = index[start : start + step]
+            size = len(group) * len(part) * self._head_bytes
             if self.sent.bytes + size > grant.credit_bytes:
                 raise HandoffRefused("decode granted less than the prompt needs")
             buffer = await outbound.buffer(size)
             try:
-                await self._fill(buffer, group, ids, head.stamp[start : start + step])
+                self._fill(buffer, group, part, outbound)
             except BaseException:
                 outbound.discard(buffer)
                 raise
+            filled = self.cache.mark(outbound.stream)
+            if filled is None:
+                self._check(head.block_ids, head.stamp)
             run = BlockRun(
-                self.sent.frames, head.layer, len(group), head.first_block + start, len(ids)
+                self.sent.frames, head.layer, len(group), head.first_block + start, len(part)
             )
             self.sent.first_frame_at = self.sent.first_frame_at or time.monotonic()
-            await outbound.send_blocks(run, buffer, seed_of(self.order.handoff_id))
+            await outbound.send_blocks(run, buffer, seed_of(self.order.handoff_id), filled)
             self.sent.frames += 1
             self.sent.bytes += size
             self.sent.last_frame_at = time.monotonic()
 
-    async def _fill(
-        self, buffer: Buffer, group: list[Ready], ids: tuple[int, ...], stamp: Stamp
+    def _index(self, ready: Ready, outbound: Outbound) -> BlockIndex:
+        """Of the blocks of a step, made once; all that was read is checked again at the end."""
+        known = self._read.get(id(ready.stamp))
+        if known is None:
+            index = self.cache.index(ready.block_ids, outbound.stream)
+            known = self._read[id(ready.stamp)] = (ready.block_ids, ready.stamp, index)
+        return known[2]
+
+    def _fill(
+        self, buffer: Buffer, group: list[Ready], index: BlockIndex, outbound: Outbound
     ) -> None:
-        fence = None
-        for layer, part in zip(group, buffer.payload.chunk(len(group)), strict=True):
-            fence = self.cache.gather(
-                layer.layer, ids, self.order.route.source, part, plain=self.order.plain
+        for ready, part in zip(group, buffer.payload.chunk(len(group)), strict=True):
+            self.cache.gather(
+                ready.layer,
+                index,
+                self.order.route.source,
+                part,
+                plain=self.order.plain,
+                stream=outbound.stream,
             )
-        await reached(fence)
+
+    def _check(self, ids: tuple[int, ...], stamp: Stamp) -> None:
         if not self.generations.still(ids, stamp):
             raise HandoffRefused("blocks were handed out anew while they were read")
 
@@ -222,12 +249,6 @@ class Push:
 def seed_of(handoff_id: str) -> int:
     """Seeds checksums, so that another handoff's frame never matches."""
     return int(handoff_id[:16], 16)
-
-
-async def reached(fence: Fence | None) -> None:
-    """Waits, beside the event loop, until a device has got there."""
-    if fence is not None:
-        await asyncio.to_thread(fence.synchronize)
 
 
 def _refusal(reply: Reply) -> str:

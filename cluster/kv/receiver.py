@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import dataclass, field
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import Assembly
@@ -20,8 +21,9 @@ from cluster.kv.first_token import FirstTokens
 from cluster.kv.generations import Generations, Stamp
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
-from cluster.kv.paged import PagedCache, Slots
-from cluster.kv.push import reached, seed_of
+from cluster.kv.milestones import Fence
+from cluster.kv.paged import BlockIndex, PagedCache, Slots
+from cluster.kv.push import seed_of
 from cluster.kv.reservation import LATE, CalledOff, Reservation, Reserve
 from cluster.kv.transport.frames import Abort, Ack, Blocks, Commit, Grant, Open, Refused
 from cluster.kv.transport.seam import Inbound
@@ -29,7 +31,31 @@ from cluster.kv.transport.seam import Inbound
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_SECONDS = 10.0
+MAX_WRITES = 32
+"""Payloads of a push that wait for the device at once."""
 READ_OFF_SECONDS = 1.0
+
+
+@dataclass
+class _Landing:
+    """One push under way.
+
+    Attributes:
+        index: the prompt's blocks where the payloads are written from.
+        writes: what the device has not done yet.
+    """
+
+    inbound: Inbound
+    reservation: Reservation
+    admitted: Admitted
+    part: Assembly
+    index: BlockIndex | None = None
+    writes: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def forget(self, write: asyncio.Task[None]) -> None:
+        """A write that failed is kept, for the commit to fail by it."""
+        if not write.cancelled() and write.exception() is None:
+            self.writes.discard(write)
 
 
 class Receiver:
@@ -62,8 +88,12 @@ class Receiver:
 
     # ---- the engine's side -------------------------------------------------------------------
 
-    def reserve(self, reserve: Reserve, stamp: Stamp) -> None:
-        """Blocks, of the generations in `stamp`, have been taken: the pushes may begin."""
+    def reserve(self, reserve: Reserve, stamp: Stamp, free: Fence | None = None) -> None:
+        """Blocks, of the generations in `stamp`, have been taken: the pushes may begin.
+
+        Args:
+            free: behind every step that may still write to the blocks for whom they were before.
+        """
         now = time.monotonic()
         owed = -(-(reserve.num_tokens - reserve.held_tokens) // self._cache.tokens)
         size = owed * self._cache.block_bytes * self._cache.num_layers
@@ -77,6 +107,7 @@ class Receiver:
             loop.call_later(reserve.expires_in, self._expire, reserve.handoff_id),
             granted_at=now,
             owed_blocks=owed,
+            free=free,
         )
         self._announce(reserve.handoff_id)
 
@@ -113,8 +144,9 @@ class Receiver:
             handoff_id = admitted.ticket.handoff_id
             part = self._part(reservation, admitted)
             await inbound.send(Grant(reservation.reserve.held_tokens, part.owed))
+            landing = _Landing(inbound, reservation, admitted, part)
             async with reservation.push(admitted.ticket.expires_at - time.time()):
-                await self._take(inbound, reservation, admitted, part)
+                await self._take(landing)
             handoff_id = ""  # this part is done: a peer that leaves now takes nothing with it
             await inbound.send(Ack())
         except HandoffRefused as refusal:
@@ -168,86 +200,87 @@ class Receiver:
                 )
         return reservation.parts[admitted.route.prefill_rank]
 
-    async def _take(
-        self, inbound: Inbound, reservation: Reservation, admitted: Admitted, part: Assembly
-    ) -> None:
-        while (frame := await inbound.receive()) is not None:
+    async def _take(self, landing: _Landing) -> None:
+        while (frame := await landing.inbound.receive()) is not None:
             match frame:
                 case Blocks():
-                    await self._land(reservation, inbound, admitted, part, frame)
+                    self._land(landing, frame)
+                    if len(landing.writes) >= MAX_WRITES:
+                        await asyncio.wait(landing.writes, return_when=asyncio.FIRST_COMPLETED)
                 case Commit():
-                    return self._commit(reservation, inbound, admitted, part, frame)
+                    return await self._commit(landing, frame)
                 case Abort(reason):
                     raise HandoffRefused(f"prefill gave up: {reason}")
                 case _:
                     raise HandoffRefused("a second ticket on one push")
         raise CalledOff("prefill stopped half-way")
 
-    async def _land(
-        self,
-        reservation: Reservation,
-        inbound: Inbound,
-        admitted: Admitted,
-        part: Assembly,
-        frame: Blocks,
-    ) -> None:
+    def _land(self, landing: _Landing, frame: Blocks) -> None:
+        inbound, reservation = landing.inbound, landing.reservation
         run, size = frame.run, frame.payload.numel()
         try:
-            part.check(run, size)
-            await inbound.verify(frame, seed_of(reservation.reserve.handoff_id))
+            landing.part.check(run, size)
+            inbound.verify(frame, seed_of(reservation.reserve.handoff_id))
             reservation.check(self._generations)
-            self._write(reservation.reserve, admitted, frame)
+            self._write(landing, frame)
         except BaseException:
             inbound.done(frame)
             raise
-        await self._settle(reservation, inbound, frame)
-        part.accept(run, size)
-        reservation.saw_frame(time.monotonic())
+        landing.part.accept(run, size)
+        self._settle(landing, frame)
 
-    async def _settle(self, reservation: Reservation, inbound: Inbound, frame: Blocks) -> None:
-        """Waits for the device. Until it is done nobody else gets the blocks or the payload's
-        memory, not even when this wait is broken off."""
+    def _settle(self, landing: _Landing, frame: Blocks) -> None:
+        """Until the device has written it, nobody else gets the blocks or the payload's memory,
+        however the push ends."""
+        inbound, reservation = landing.inbound, landing.reservation
         reservation.writing += 1
 
         def settled(_: object = None) -> None:
             reservation.writing -= 1
+            reservation.saw_frame(time.monotonic())
             inbound.done(frame)
             if reservation.error:
                 self._give_back(reservation)
 
-        fence = self._cache.written()
+        fence = self._cache.mark(inbound.stream)
         if fence is None:
             return settled()
-        writing = asyncio.create_task(reached(fence))
-        writing.add_done_callback(settled)
-        await asyncio.shield(writing)
+        write = asyncio.create_task(inbound.reached(fence))
+        landing.writes.add(write)
+        write.add_done_callback(settled)
+        write.add_done_callback(landing.forget)
 
-    def _write(self, reserve: Reserve, admitted: Admitted, frame: Blocks) -> None:
-        run, heads = frame.run, admitted.route.target
+    def _write(self, landing: _Landing, frame: Blocks) -> None:
+        """Queues it where there is a device."""
+        run, heads = frame.run, landing.admitted.route.target
+        stream, reserve = landing.inbound.stream, landing.reservation.reserve
+        if landing.index is None:
+            self._cache.hold(landing.reservation.free, stream)
+            landing.index = self._cache.index(reserve.block_ids, stream)
         layers = range(run.layer, run.layer + run.num_layers)
         for layer, payload in zip(layers, frame.payload.chunk(run.num_layers), strict=True):
-            if admitted.plain:
-                tokens = admitted.prefill.tokens
-                slots = Slots(reserve.block_ids, reserve.held_tokens, reserve.num_tokens)
+            if landing.admitted.plain:
+                tokens = landing.admitted.prefill.tokens
+                slots = Slots(landing.index, reserve.held_tokens, reserve.num_tokens)
                 first = run.first_block * tokens
-                self._cache.scatter_tokens(layer, first, tokens, slots, heads, payload)
+                self._cache.scatter_tokens(
+                    layer, first, tokens, slots, heads, payload, stream=stream
+                )
             else:
-                last = run.first_block + run.num_blocks
-                ids = reserve.block_ids[run.first_block : last]
-                self._cache.scatter(layer, ids, heads, payload)
+                index = landing.index[run.first_block : run.first_block + run.num_blocks]
+                self._cache.scatter(layer, index, heads, payload, stream=stream)
 
-    def _commit(
-        self,
-        reservation: Reservation,
-        inbound: Inbound,
-        admitted: Admitted,
-        part: Assembly,
-        commit: Commit,
-    ) -> None:
-        reservation.check(self._generations)
-        reserve = reservation.reserve
+    async def _commit(self, landing: _Landing, commit: Commit) -> None:
+        reservation, part = landing.reservation, landing.part
         if commit.frames != part.frames or not part.complete:
             raise HandoffRefused("prefill committed before every block had arrived")
+        while landing.writes:
+            await asyncio.wait(landing.writes)
+            for write in tuple(landing.writes):
+                write.result()
+        await landing.inbound.judge(commit)
+        reservation.check(self._generations)
+        reserve = reservation.reserve
         if commit.num_tokens != reserve.num_tokens:
             raise HandoffRefused(f"committed {commit.num_tokens} of {reserve.num_tokens} tokens")
         if commit.first_token_id >= self._vocab_size:
@@ -255,8 +288,8 @@ class Receiver:
         if reservation.first_token not in (None, commit.first_token_id):
             raise HandoffRefused("prefill's ranks do not agree on the first token")
         reservation.first_token = commit.first_token_id
-        reservation.transport = inbound.transport
-        reservation.committed.add(admitted.route.prefill_rank)
+        reservation.transport = landing.inbound.transport
+        reservation.committed.add(landing.admitted.route.prefill_rank)
         if reservation.whole:
             self._first_tokens.put(reserve.handoff_id, commit.first_token_id)
             self._end(reservation, error="")

@@ -11,6 +11,7 @@ from cluster.errors import HandoffRefused
 from cluster.kv.assembly import Assembly
 from cluster.kv.generations import Generations, Stamp
 from cluster.kv.handoff import HandoffResult
+from cluster.kv.milestones import Fence
 
 LATE = "the lease ran out before every block had arrived"
 
@@ -47,6 +48,8 @@ class Reservation:
         owed_blocks: blocks that are not held.
         parts: what each route owes, by prefill rank; made with the first push.
         committed: prefill ranks whose part is verified.
+        free: once it is reached, no step that was queued before the reservation can still write to
+            the blocks; None: there is none.
         writing: payloads that are being written now.
         error: why it ended; empty while it stands, and when it ended well.
         pushes: those under way.
@@ -57,6 +60,7 @@ class Reservation:
     expiry: asyncio.TimerHandle
     granted_at: float
     owed_blocks: int
+    free: Fence | None = None
     parts: dict[int, Assembly] = field(default_factory=dict)
     committed: set[int] = field(default_factory=set)
     first_token: int | None = None

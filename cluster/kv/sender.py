@@ -19,7 +19,8 @@ from cluster.kv.geometry import KvGeometry, routes, same_blocks
 from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
-from cluster.kv.paged import Fence, PagedCache
+from cluster.kv.milestones import Fence, Milestones
+from cluster.kv.paged import PagedCache
 from cluster.kv.push import Order, Push, Ready
 from cluster.kv.transport.seam import Peer, Transport
 
@@ -100,6 +101,7 @@ class Sender:
         self._geometry = geometry
         self._rank = rank
         self._handoffs: dict[str, _Handoff] = {}
+        self._milestones = Milestones("kv-computed")
 
     # ---- the engine's side -------------------------------------------------------------------
 
@@ -220,6 +222,7 @@ class Sender:
                     self._generations,
                     self._transport,
                     lambda: self._granted(handoff),
+                    self._milestones,
                 )
             )
         if not pushes:

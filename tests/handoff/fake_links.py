@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,18 +27,22 @@ LINK, HANDOFF, SIZE, SLOTS = 7, "a" * 32, 64, 4
 class FakeLink:
     """Payloads are there at once, filled with their sequence number."""
 
+    copies = None
+
     def __init__(self) -> None:
         self.aborted = ""
         self.received = 0
 
-    async def receive(self, slot: Any) -> object:
+    async def receive(self, slot: Any) -> None:
         slot.payload.fill_(self.received)
         self.received += 1
-        return object()
 
-    async def reached(self, event: object) -> None: ...
+    def mark(self) -> None: ...
 
-    async def over(self, event: object) -> None: ...
+    async def reached(self, fence: None) -> None: ...
+
+    def release(self, fence: None, free: Callable[[], None]) -> None:
+        free()
 
     def abort(self, reason: str) -> None:
         self.aborted = self.aborted or reason
@@ -74,9 +79,9 @@ class Bench:
         assert isinstance(await self.inbound.receive(), Open)
         self.inbound.claim(HANDOFF)
 
-    async def arrive(self, sequence: int, handoff_id: str = HANDOFF, checksum: int = 0) -> None:
-        run = BlockRun(sequence, 0, 1, sequence, 1, checksum)
-        payload = Payload(handoff_id, run, SIZE)
+    async def arrive(self, sequence: int, handoff_id: str = HANDOFF, summed: bool = False) -> None:
+        run = BlockRun(sequence, 0, 1, sequence, 1)
+        payload = Payload(handoff_id, run, SIZE, summed)
         await self.links._arrive(LINK, self.link, payload)  # type: ignore[arg-type]
 
     async def next(self) -> Frame | None:

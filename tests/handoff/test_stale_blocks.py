@@ -15,7 +15,7 @@ import torch
 from cluster.kv.generations import Generations
 from cluster.kv.push import Ready
 from cluster.kv.sender import Offer
-from cluster.kv.transport.frames import Ack, Commit, Open, Refused
+from cluster.kv.transport.frames import Ack, Blocks, Commit, Open, Refused
 from tests.handoff.agents import LAYERS, TOKENS, Decode, Prefill, make_ticket, sign
 from tests.handoff.raw import RawPeer, contents, whole_prompt
 
@@ -53,12 +53,11 @@ async def test_a_block_reused_while_it_was_read(
     """Another prompt's step overwrites the block in the middle of the copy of some layer."""
     gather = prefill.cache.gather
 
-    def torn(at: int, *args: object, **kwargs: object) -> object:
-        fence = gather(at, *args, **kwargs)  # type: ignore[arg-type]
+    def torn(at: int, *args: object, **kwargs: object) -> None:
+        gather(at, *args, **kwargs)  # type: ignore[arg-type]
         if at == layer:
             prefill.agent.generations.renew([1])
             prefill.cache._items[layer][1] = 0
-        return fence
 
     monkeypatch.setattr(prefill.cache, "gather", torn)
     ticket = make_ticket(2 * TOKENS)
@@ -204,22 +203,24 @@ async def test_an_ended_request_is_never_written_again(prefill: Prefill, decode:
     assert (prefill.pinned(), decode.pinned()) == (0, 0)
 
 
-async def test_a_payload_under_verification_is_dropped_when_its_request_ends(
+async def test_a_payload_that_has_arrived_is_dropped_when_its_request_ends(
     prefill: Prefill, decode: Decode, peer: RawPeer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request ends between a frame's arrival and its write."""
     from cluster.kv.transport.grpc import GrpcInbound
 
-    verify = GrpcInbound.verify
+    receive = GrpcInbound.receive
     reached, go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
-    async def slow(self: GrpcInbound, *args: object) -> None:
-        await verify(self, *args)  # type: ignore[arg-type]
-        loop.call_soon_threadsafe(reached.set)
-        await asyncio.to_thread(go_on.wait, 10)
+    async def slow(self: GrpcInbound) -> object:
+        frame = await receive(self)
+        if isinstance(frame, Blocks):
+            loop.call_soon_threadsafe(reached.set)
+            await asyncio.to_thread(go_on.wait, 10)
+        return frame
 
-    monkeypatch.setattr(GrpcInbound, "verify", slow)
+    monkeypatch.setattr(GrpcInbound, "receive", slow)
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
     decode.reserve(ticket, wire, (5, 6))
@@ -243,6 +244,9 @@ class SlowDevice:
     def __init__(self) -> None:
         self.done = threading.Event()
 
+    def query(self) -> bool:
+        return self.done.is_set()
+
     def synchronize(self) -> None:
         assert self.done.wait(10)
 
@@ -258,7 +262,7 @@ async def test_blocks_are_not_given_back_while_the_device_still_writes(
     """A copy that was queued on a device cannot be called back: the engine gets the blocks when it
     is done, and not when the push ends."""
     device = SlowDevice()
-    monkeypatch.setattr(decode.cache, "written", lambda: device)
+    monkeypatch.setattr(decode.cache, "mark", lambda stream: device)
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
     decode.reserve(ticket, wire, (5, 6), lease=0.3 if end == "the lease ends" else 20)

@@ -4,6 +4,7 @@ is refused, and in no other way."""
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -28,7 +29,7 @@ from cluster.kv.transport.frames import (
     encode_frame,
     encode_reply,
 )
-from cluster.kv.transport.hello import Payload, decode_link_reply, decode_payload, encode_payload
+from cluster.kv.transport.hello import Payload, decode_link_reply, decode_payloads, encode_payloads
 from pdserve.v1 import kv_transfer_pb2 as pb
 
 U32, U64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
@@ -36,7 +37,7 @@ RUNS = st.builds(BlockRun, U32, U32, U32, U32, U32, U64)
 PAYLOADS = st.binary(max_size=300)
 FRAMES = st.one_of(
     st.builds(Open, st.binary(max_size=500), U32, U64),
-    st.builds(Commit, U32, U32, U32),
+    st.builds(Commit, U32, U32, U32, U64),
     st.builds(Abort, st.text(max_size=100)),
 )
 REPLIES = st.one_of(
@@ -75,13 +76,14 @@ def test_blocks_come_back_and_are_protobuf(run: BlockRun, payload: bytes) -> Non
 
 @given(RUNS, st.text(min_size=1, max_size=40), U64)
 def test_announcements_on_a_link_come_back(run: BlockRun, handoff_id: str, size: int) -> None:
-    payload = Payload(handoff_id, run, size)
-    assert decode_payload(encode_payload(payload)) == payload
+    run = replace(run, checksum=0)
+    payloads = [Payload(handoff_id, run, size, summed) for summed in (True, False)]
+    assert decode_payloads(encode_payloads(payloads)) == payloads
 
 
 @given(st.binary(max_size=200))
 def test_noise_is_refused_and_nothing_worse(noise: bytes) -> None:
-    for decode in (decode_frame, decode_reply, decode_payload, decode_link_reply):
+    for decode in (decode_frame, decode_reply, decode_payloads, decode_link_reply):
         with contextlib.suppress(HandoffRefused):
             decode(noise)
 

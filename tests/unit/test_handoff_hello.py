@@ -18,7 +18,7 @@ from cluster.kv.transport.hello import (
     decode_hello,
     decode_link_reply,
     encode_hello,
-    encode_payload,
+    encode_payloads,
 )
 from cluster.kv.transport.inbound_links import InboundLinks
 from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES
@@ -112,7 +112,7 @@ async def test_a_hello_is_good_once_and_a_link_ends_with_what_is_no_announcement
 
     monkeypatch.setattr("cluster.kv.transport.inbound_links.Link", Made)
     said = encode_hello(hello(link=8), SIGNER)
-    payload = encode_payload(Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), SIZE))
+    payload = encode_payloads([Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), SIZE, False)])
     assert await serve(bench.links, said, payload, said) == [""]
     assert (made[0].received, made[0].aborted) == (1, "the peer closed the link")
     assert await serve(bench.links, said) == ["the link's hello has been used"]
@@ -130,7 +130,7 @@ async def test_a_payload_larger_than_a_slot_ends_the_link(monkeypatch: pytest.Mo
         async def up(self) -> None: ...
 
     monkeypatch.setattr("cluster.kv.transport.inbound_links.Link", Made)
-    payload = encode_payload(Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), 1 << 40))
+    payload = encode_payloads([Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), 1 << 40, False)])
     assert await serve(bench.links, encode_hello(hello(link=9), SIGNER), payload) == [""]
     assert 9 not in bench.links._links
     await bench.all_slots_free()

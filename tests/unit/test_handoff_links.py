@@ -11,7 +11,7 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
-from cluster.kv.transport.checksums import device_checksum
+from cluster.kv.transport.checksums import PART_BYTES, DeviceSum, value
 from cluster.kv.transport.frames import Blocks, Commit
 from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench
 
@@ -110,38 +110,70 @@ async def test_a_push_over_a_link_that_is_down_is_refused() -> None:
         await bench.open()
 
 
-async def test_a_sampled_checksum_is_checked(bench: Bench) -> None:
+@pytest.mark.parametrize("damage", ["none", "a payload", "an unsummed payload", "the sum"])
+async def test_the_checksum_of_what_was_sampled_is_checked(bench: Bench, damage: str) -> None:
     seed = 99
-    right = device_checksum(torch.zeros(SIZE, dtype=torch.uint8), seed)
-    await bench.arrive(0, checksum=right)
-    await bench.arrive(1, checksum=right)  # its payload is another
-    for damaged in (False, True):
+    sent = DeviceSum(torch.device("cpu"), None, seed)
+    for sequence in (0, 2):
+        sent.add(torch.full((SIZE,), sequence, dtype=torch.uint8))
+    for sequence in range(3):
+        await bench.arrive(sequence, summed=sequence != 1)
+    for sequence in range(3):
         blocks = await bench.next()
         assert isinstance(blocks, Blocks)
-        if damaged:
-            with pytest.raises(HandoffRefused, match="frame 1: checksum differs"):
-                await bench.inbound.verify(blocks, seed)
-        else:
-            await bench.inbound.verify(blocks, seed)
+        if (damage, sequence) in {("a payload", 2), ("an unsummed payload", 1)}:
+            blocks.payload[5] ^= 4
+        bench.inbound.verify(blocks, seed)
         bench.inbound.done(blocks)
+    checksum = value(sent.fetch()) + (damage == "the sum")
+    commit = Commit(3, 42, 12, checksum)
+    if damage in ("none", "an unsummed payload"):
+        await bench.inbound.judge(commit)
+    else:
+        with pytest.raises(HandoffRefused, match="checksum differs"):
+            await bench.inbound.judge(commit)
 
 
-def test_a_device_checksum_sees_every_byte_and_their_order() -> None:
+async def test_a_checksum_of_nothing_is_refused(bench: Bench) -> None:
+    await bench.inbound.judge(Commit(0, 42, 12))
+    with pytest.raises(HandoffRefused, match="checksum differs"):
+        await bench.inbound.judge(Commit(0, 42, 12, 1))
+
+
+def summed(*payloads: torch.Tensor, seed: int = 5) -> int:
+    running = DeviceSum(torch.device("cpu"), None, seed)
+    for payload in payloads:
+        running.add(payload)
+    return value(running.fetch())
+
+
+def test_a_device_checksum_sees_every_byte_their_order_and_that_of_payloads() -> None:
     payload = torch.arange(103, dtype=torch.uint8)
-    right = device_checksum(payload, 5)
-    assert right and device_checksum(payload.clone(), 5) == right
-    assert device_checksum(payload, 6) != right
+    right = summed(payload)
+    assert right and summed(payload.clone()) == right
+    assert summed(payload, seed=6) != right
     for at in range(len(payload)):
         changed = payload.clone()
         changed[at] ^= 1
-        assert device_checksum(changed, 5) != right
+        assert summed(changed) != right
     swapped = payload.clone()
     swapped[0:4], swapped[4:8] = payload[4:8], payload[0:4]
-    assert device_checksum(swapped, 5) != right
+    assert summed(swapped) != right
+    other = payload + 1
+    assert summed(payload, other) != summed(other, payload)
+    assert summed(payload, payload) != summed(payload)
+
+
+def test_a_device_checksum_sees_the_place_of_a_part_of_a_large_payload() -> None:
+    payload = torch.zeros(2 * PART_BYTES + 7, dtype=torch.uint8)
+    payload[0] = 1
+    moved = torch.zeros_like(payload)
+    moved[PART_BYTES] = 1
+    assert len({summed(payload), summed(moved), summed(torch.zeros_like(payload))}) == 3
 
 
 async def test_when_a_link_breaks_its_pushes_hear_of_it(bench: Bench) -> None:
-    claim = bench.links.claim(LINK, HANDOFF)
+    _, claim = bench.links.claim(LINK, HANDOFF)
     claim.put_nowait(None)  # what `serve` does at a link's end
     with pytest.raises(HandoffRefused, match="the link broke"):
         await bench.next()

@@ -282,3 +282,29 @@ def test_the_router_is_told_when_credit_changes() -> None:
     assert said is not None and said.data == {"results": [], "ahead_bytes": 0, "waiting": 1}
     assert not said.is_empty()
     assert engine.side.stats() is None
+
+
+def test_the_last_token_of_a_prompt_that_came_over_is_kept_once() -> None:
+    """In the step that computes it again, and not when a preempted request is computed anew."""
+    engine = Engine()
+    decode = engine.add(request("decode", "d", 11))
+    own = engine.add(Request("own", 11, None))
+    engine.matched(decode)
+    engine.allocate(decode, 11)
+    engine.allocate(own, 0)
+    assert engine.step().kept == ()
+    blocks = engine.blocks["d"]
+    step = engine.step({"d": 1, "own": 1}, new=[("d", blocks, 10), ("own", [7, 8, 9], 10)])
+    assert step.kept == (blocks[2] * BLOCK + 2,)
+    assert engine.step({"d": 1}, cached=[("d", None, 11, False)]).kept == ()
+    again = engine.step({"d": 11}, cached=[("d", blocks, 0, True)])
+    assert again.kept == ()
+
+
+def test_a_prompt_that_decode_computes_itself_is_written_whole() -> None:
+    engine = Engine()
+    decode = engine.add(request("decode", "d", 11))
+    assert engine.step({"d": 11}, new=[("d", [1, 2, 3], 0)]).kept == ()
+    engine.matched(decode)
+    engine.allocate(decode, 11)
+    assert engine.step({"d": 3}, new=[("d", [1, 2, 3], 8)]).kept == ()

@@ -31,7 +31,7 @@ class Agent:
             layer_ready=lambda layer, offers, fence: self.heard.append(("layer", layer)),
         )
         self.receiver = SimpleNamespace(
-            reserve=lambda reserve, stamp: self.heard.append(("reserve", stamp.tolist())),
+            reserve=lambda reserve, stamp, free: self.heard.append(("reserve", stamp.tolist())),
             release=lambda handoff_id: self.heard.append(("received", handoff_id)),
         )
 
@@ -43,7 +43,7 @@ class Agent:
 def side() -> WorkerSide:
     side = WorkerSide(ConnectorConfig("w", "life", "digest", {}, 0), None)  # type: ignore[arg-type]
     side.agent = Agent()  # type: ignore[assignment]
-    side._cache = SimpleNamespace(tokens=TOKENS, fence=lambda: None)  # type: ignore[assignment]
+    side.cache = SimpleNamespace(tokens=TOKENS, fence=lambda: None)  # type: ignore[assignment]
     side._layers = {f"layer.{i}": i for i in range(LAYERS)}
     return side
 

@@ -11,7 +11,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
 )
+from vllm.forward_context import get_forward_context
 
+from cluster.kv.connector.kept import keep
 from cluster.kv.connector.scheduler import SchedulerSide
 from cluster.kv.connector.stats import HandoffStats
 from cluster.kv.connector.step import StepMetadata, StepReport
@@ -76,6 +78,8 @@ class PdserveConnector(KVConnectorBase_V1):
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepMetadata)
         self._worker.begin_step(connector_metadata)
+        if connector_metadata.kept:
+            keep(connector_metadata.kept, get_forward_context().slot_mapping)
 
     def clear_connector_metadata(self) -> None:
         super().clear_connector_metadata()

@@ -136,6 +136,7 @@ class SchedulerSide:
         ]
         step = StepMetadata(
             allocated=tuple(self._allocated(output)),
+            kept=tuple(self._kept(output)),
             arrivals=tuple(self._arrivals),
             reserves=tuple(self._reserves),
             offers=tuple(offers),
@@ -158,6 +159,18 @@ class SchedulerSide:
             if cached.req_ids[i] in cached.resumed_req_ids:
                 shared = cached.num_computed_tokens[i] // self._block_size
             yield from blocks[0][shared:]
+
+    def _kept(self, output: SchedulerOutput) -> Iterable[int]:
+        """Where the last prompt token lies of requests whose whole prompt came over. Computed once
+        more in a step of another shape, its KV would be rounded otherwise than prefill's."""
+        for new in output.scheduled_new_reqs:
+            decode = self._decodes.get(new.req_id)
+            if decode is None or not decode.reserved:
+                continue
+            last = decode.params.num_tokens - 1
+            if new.num_computed_tokens == last:
+                block = new.block_ids[0][last // self._block_size]
+                yield block * self._block_size + last % self._block_size
 
     def _offer(self, prefill: _Prefill, scheduled: int) -> Offer | None:
         """The blocks this step completes; the prompt's last one also when it is partly filled."""

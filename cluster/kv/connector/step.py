@@ -19,6 +19,8 @@ class StepMetadata(KVConnectorMetadata):
 
     Attributes:
         allocated: blocks that the step hands out.
+        kept: slots of the cache (block id times block size plus offset) that hold a prompt's last
+            token from prefill. The step computes that token again, for its logits only.
         arrivals: prefill requests that have come.
         reserves: decode requests that took blocks.
         offers: prompt blocks this step completes, in prefill requests.
@@ -28,6 +30,7 @@ class StepMetadata(KVConnectorMetadata):
     """
 
     allocated: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
     arrivals: tuple[Arrival, ...] = ()
     reserves: tuple[Reserve, ...] = ()
     offers: tuple[Offer, ...] = ()

@@ -98,6 +98,7 @@ class WorkerSide:
             self._step = _Step()
             return
         sender, receiver = self.agent.sender, self.agent.receiver
+        free = self.cache.fence() if step.reserves else None
         generations = self.agent.generations
         generations.renew(step.allocated)
         reserves = []
@@ -119,7 +120,7 @@ class WorkerSide:
             for release in step.sent:
                 sender.release(release)
             for reserve, stamp in reserves:
-                receiver.reserve(reserve, stamp)
+                receiver.reserve(reserve, stamp, free)
             for handoff_id in step.received:
                 receiver.release(handoff_id)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import xxhash
 
 _MASK = (1 << 64) - 1
+_FACTOR = 0x1E3779B97F4A7C15
+PART_BYTES = 4 << 20
 
 
 def host_checksum(payload: torch.Tensor, seed: int) -> int:
@@ -15,25 +18,52 @@ def host_checksum(payload: torch.Tensor, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(payload.numpy(), seed=seed)
 
 
-def device_checksum(payload: torch.Tensor, seed: int) -> int:
-    """Of a payload on a device, computed there; never 0.
+class DeviceSum:
+    """A running checksum of payloads, computed where they lie, in the order they are added in.
 
-    A sum of the payload's 32-bit words, each times an odd number of its place (modulo 2^32): any
-    changed word, and almost any exchange of words, changes it. Waits for the device.
+    Each part of a payload counts with the sum of its 32-bit words, each times an odd number of its
+    place (modulo 2^32): any changed word, and almost any exchange of words, changes it. Nothing
+    waits for the device.
+
+    Args:
+        stream: on which it is computed; None on the host.
+        seed: so that another handoff's payloads never match.
     """
-    words = payload[: payload.numel() // 4 * 4].view(torch.int32)
-    total = int((words * _weights(payload.device, words.numel())).sum(dtype=torch.int64))
-    tail = int(payload[words.numel() * 4 :].sum(dtype=torch.int64))
-    return ((total * 0x9E3779B97F4A7C15 + tail + seed) & _MASK) or 1
+
+    def __init__(self, device: torch.device, stream: Any, seed: int) -> None:
+        self._stream = stream
+        self._weights = _weights(device)
+        with torch.cuda.stream(stream):
+            self._sum = torch.full((), seed - (1 << 63), dtype=torch.int64, device=device)
+
+    def add(self, payload: torch.Tensor) -> None:
+        """Of uint8, flat; it may not change before the stream has got past this point."""
+        with torch.cuda.stream(self._stream):
+            for part in payload.split(PART_BYTES):
+                words = part[: part.numel() // 4 * 4].view(torch.int32)
+                weighted = words * self._weights[: words.numel()]
+                self._sum.mul_(_FACTOR).add_(weighted.sum(dtype=torch.int64))
+                if tail := part.numel() % 4:
+                    self._sum.mul_(_FACTOR).add_(part[-tail:].sum(dtype=torch.int64))
+
+    def fetch(self) -> torch.Tensor:
+        """The sum so far, int64 on the host, there once the stream has got past this point; see
+        `value`."""
+        with torch.cuda.stream(self._stream):
+            if not self._sum.is_cuda:
+                return self._sum.clone()
+            host = torch.empty((), dtype=torch.int64, pin_memory=True)
+            return host.copy_(self._sum, non_blocking=True)
 
 
-def _weights(device: torch.device, count: int) -> torch.Tensor:
-    size = 1 << max(16, (count - 1).bit_length())
-    return _all_weights(device, size)[:count]
+def value(fetched: torch.Tensor) -> int:
+    """A checksum of 64 bits; never 0."""
+    return (int(fetched) & _MASK) or 1
 
 
 @cache
-def _all_weights(device: torch.device, size: int) -> torch.Tensor:
+def _weights(device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
-    drawn = torch.randint(-(1 << 31), 1 << 31, (size,), generator=generator, dtype=torch.int64)
+    words = PART_BYTES // 4
+    drawn = torch.randint(-(1 << 31), 1 << 31, (words,), generator=generator, dtype=torch.int64)
     return (drawn | 1).to(torch.int32).to(device)

@@ -28,7 +28,7 @@ class TransportOptions:
         ports: the transfer port is one of them.
         link_checksums: every how many payloads over NCCL are checked; 0: none.
         link_seconds: how long a link may stand still before it is taken for dead.
-        staging_bytes: device memory for payloads under way, per link.
+        staging_bytes: device memory for payloads under way over links, half of it each way.
     """
 
     transport: Choice
@@ -38,7 +38,7 @@ class TransportOptions:
     ports: str = ANY
     link_checksums: int = 16
     link_seconds: float = 10.0
-    staging_bytes: int = 128 << 20
+    staging_bytes: int = 512 << 20
 
 
 def make_transport(
@@ -55,10 +55,13 @@ def make_transport(
         raise ConfigError(
             f"handoff.transport: nccl is not possible here: {unavailable}; use auto or grpc"
         )
+    grpc = GrpcTransport(
+        options.host, message_bytes, options.max_streams, device=cache.device, ports=options.ports
+    )
     if options.transport == "grpc" or unavailable:
-        return GrpcTransport(options.host, message_bytes, options.max_streams, ports=options.ports)
+        return grpc
     return NcclTransport(
-        GrpcTransport(options.host, message_bytes, options.max_streams, ports=options.ports),
+        grpc,
         cache,
         signer,
         terms,

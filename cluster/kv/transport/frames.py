@@ -53,11 +53,16 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Commit:
-    """Everything has been sent; decode goes on after the first token."""
+    """Everything has been sent; decode goes on after the first token.
+
+    Attributes:
+        checksum: of payloads that crossed a link; 0 if none was checked.
+    """
 
     frames: int
     first_token_id: int
     num_tokens: int
+    checksum: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,11 @@ def encode_frame(frame: Frame) -> bytes:
             return wire.seal(run)
         case Open(ticket, rank, link):
             message = pb.PushFrame(open=pb.Open(ticket=ticket, rank=rank, link=link))
-        case Commit(frames, token, tokens):
+        case Commit(frames, token, tokens, checksum):
             message = pb.PushFrame(
-                commit=pb.Commit(frames=frames, first_token_id=token, num_tokens=tokens)
+                commit=pb.Commit(
+                    frames=frames, first_token_id=token, num_tokens=tokens, checksum=checksum
+                )
             )
         case Abort(reason):
             message = pb.PushFrame(abort=pb.Abort(reason=reason))
@@ -150,7 +157,7 @@ def decode_frame(wire: bytes) -> Frame:
             return Open(message.open.ticket, message.open.rank, message.open.link)
         case "commit":
             commit = message.commit
-            return Commit(commit.frames, commit.first_token_id, commit.num_tokens)
+            return Commit(commit.frames, commit.first_token_id, commit.num_tokens, commit.checksum)
         case "abort":
             return Abort(message.abort.reason)
     raise HandoffRefused("a frame has no kind")

@@ -11,9 +11,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
+import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
+from cluster.kv.milestones import Fence, Milestones
 from cluster.kv.transport.allocator import keep_large_blocks
 from cluster.kv.transport.checksums import host_checksum
 from cluster.kv.transport.frames import (
@@ -31,6 +34,7 @@ from cluster.kv.transport.frames import (
     encode_reply,
 )
 from cluster.kv.transport.seam import Buffer, Peer, Serve
+from cluster.kv.transport.staging import Slot, Staging
 from cluster.ports import ANY, take
 
 log = logging.getLogger(__name__)
@@ -38,6 +42,7 @@ log = logging.getLogger(__name__)
 SERVICE = "pdserve.v1.KvTransfer"
 _FRAME_SLACK = 8192  # a ticket, or a header
 _READ_CHUNK = 1 << 20
+STAGED_FRAMES = 16
 HANDSHAKE_SECONDS = 10.0
 """A connection that has not begun HTTP/2 by then is closed."""
 
@@ -49,6 +54,7 @@ class GrpcOutbound:
 
     transport = "grpc"
     link = 0
+    stream = None
 
     def __init__(self, call: Any, frame_bytes: int) -> None:
         self._call = call
@@ -57,10 +63,15 @@ class GrpcOutbound:
     async def buffer(self, size: int) -> Buffer:
         return BlocksWire(size)
 
-    async def send_blocks(self, run: BlockRun, buffer: Buffer, seed: int) -> None:
-        assert isinstance(buffer, BlocksWire)
+    async def send_blocks(
+        self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
+    ) -> None:
+        assert isinstance(buffer, BlocksWire) and filled is None
         checksum = host_checksum(buffer.payload, seed)
         await self._write(buffer.seal(replace(run, checksum=checksum)))
+
+    async def flush(self) -> int:
+        return 0
 
     def discard(self, buffer: Buffer) -> None:
         """Nothing: the buffer is its own memory."""
@@ -87,14 +98,85 @@ class GrpcOutbound:
         self._call.cancel()
 
 
+class StagedOutbound(GrpcOutbound):
+    """The same from a device: payloads are copied into pinned memory, and from there into frames
+    while the next ones are copied.
+
+    Args:
+        milestones: of the stream on which the copies are queued.
+    """
+
+    def __init__(
+        self, call: Any, frame_bytes: int, staging: Staging, milestones: Milestones
+    ) -> None:
+        super().__init__(call, frame_bytes)
+        self._staging = staging
+        self._milestones = milestones
+        self._last: asyncio.Task[None] | None = None
+
+    async def buffer(self, size: int) -> Buffer:
+        return await self._staging.take(size)
+
+    async def send_blocks(
+        self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
+    ) -> None:
+        assert isinstance(buffer, Slot)
+        if self._last is not None and self._last.done():
+            self._last.result()
+        self._last = asyncio.create_task(self._send(run, buffer, seed, filled, self._last))
+        self._last.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _send(
+        self,
+        run: BlockRun,
+        slot: Slot,
+        seed: int,
+        filled: Fence | None,
+        before: asyncio.Task[None] | None,
+    ) -> None:
+        wire = BlocksWire(slot.payload.numel())
+        try:
+            await self._milestones.reached(filled)
+            np.copyto(wire.payload.numpy(), slot.payload.numpy())  # torch would wake its threads
+        finally:
+            self._give_back(slot, filled)
+        sealed = wire.seal(replace(run, checksum=host_checksum(wire.payload, seed)))
+        if before is not None:
+            await before
+        await self._write(sealed)
+
+    def _give_back(self, slot: Slot, filled: Fence | None) -> None:
+        self._milestones.then(filled, lambda _: self._staging.give_back(slot))
+
+    async def flush(self) -> int:
+        if self._last is not None:
+            await self._last
+        return 0
+
+    def discard(self, buffer: Buffer) -> None:
+        assert isinstance(buffer, Slot)
+        self._staging.give_back(buffer)
+
+    def cancel(self) -> None:
+        super().cancel()
+        if self._last is not None:
+            self._last.cancel()
+
+
 class GrpcInbound:
-    """A push whose payloads come with the frames."""
+    """A push whose payloads come with the frames.
+
+    Args:
+        milestones: of the stream on which payloads are written into the cache.
+    """
 
     transport = "grpc"
+    stream = None
 
-    def __init__(self, frames: AsyncIterator[bytes], context: Any) -> None:
+    def __init__(self, frames: AsyncIterator[bytes], context: Any, milestones: Milestones) -> None:
         self._frames = frames
         self._context = context
+        self._milestones = milestones
 
     async def receive(self) -> Frame | None:
         try:
@@ -105,9 +187,16 @@ class GrpcInbound:
     def claim(self, handoff_id: str) -> None:
         """Nothing: the payloads of this push come with its frames."""
 
-    async def verify(self, blocks: Blocks, seed: int) -> None:
+    def verify(self, blocks: Blocks, seed: int) -> None:
         if host_checksum(blocks.payload, seed) != blocks.run.checksum:
             raise HandoffRefused(f"frame {blocks.run.sequence}: checksum differs")
+
+    async def reached(self, fence: Fence | None) -> None:
+        await self._milestones.reached(fence)
+
+    async def judge(self, commit: Commit) -> None:
+        if commit.checksum:
+            raise HandoffRefused("a checksum of payloads that did not come over a link")
 
     def done(self, blocks: Blocks) -> None:
         """Nothing: the payload is the message's own memory."""
@@ -128,6 +217,7 @@ class GrpcTransport:
         max_message_bytes: largest frame payload.
         max_streams: pushes served at once; more wait at the peer.
         channels: connections per peer.
+        device: of the KV cache.
         further: handlers of further methods of the service, by name.
         ports: to take one of.
     """
@@ -140,6 +230,7 @@ class GrpcTransport:
         max_message_bytes: int,
         max_streams: int,
         channels: int = 2,
+        device: torch.device | None = None,
         further: Mapping[str, Handler] | None = None,
         ports: str = ANY,
     ) -> None:
@@ -170,12 +261,17 @@ class GrpcTransport:
         self._channels: dict[str, list[grpc.aio.Channel]] = {}
         self._turn = 0
         self._server: grpc.aio.Server | None = None
+        self.milestones = Milestones("kv-copies")
+        self._staging = None
+        if device is not None and device.type == "cuda":
+            size = STAGED_FRAMES * max_message_bytes
+            self._staging = Staging(torch.device("cpu"), size, max_message_bytes)
 
     async def start(self, serve: Serve) -> str:
         """Raises ConfigError if the interface cannot be bound."""
 
         async def push(frames: AsyncIterator[bytes], context: Any) -> None:
-            await serve(GrpcInbound(aiter(frames), context))
+            await serve(GrpcInbound(aiter(frames), context, self.milestones))
 
         return await self.listen({"Push": push})
 
@@ -202,7 +298,10 @@ class GrpcTransport:
         return address
 
     async def open(self, peer: Peer, handoff_id: str) -> GrpcOutbound:
-        return GrpcOutbound(self.call(peer.address, "Push"), self._frame_bytes)
+        call = self.call(peer.address, "Push")
+        if self._staging is None:
+            return GrpcOutbound(call, self._frame_bytes)
+        return StagedOutbound(call, self._frame_bytes, self._staging, self.milestones)
 
     def call(self, address: str, method: str) -> Any:
         """A stream of raw messages to a peer, on the channel whose turn it is."""

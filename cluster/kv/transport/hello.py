@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
@@ -40,11 +41,16 @@ class Hello:
 
 @dataclass(frozen=True)
 class Payload:
-    """The next payload on the link."""
+    """The next payload on the link.
+
+    Attributes:
+        summed: it counts for the checksum in the commit.
+    """
 
     handoff_id: str
     run: BlockRun
     size: int
+    summed: bool
 
 
 def encode_hello(hello: Hello, signer: TicketSigner) -> bytes:
@@ -89,7 +95,12 @@ def decode_hello(wire: bytes, signer: TicketSigner) -> Hello:
     )
 
 
-def encode_payload(payload: Payload) -> bytes:
+def encode_payloads(payloads: Sequence[Payload]) -> bytes:
+    message = pb.LinkPayloads(payloads=[_payload(payload) for payload in payloads])
+    return pb.LinkFrame(payloads=message).SerializeToString()
+
+
+def _payload(payload: Payload) -> pb.LinkPayload:
     run = payload.run
     blocks = pb.Blocks(
         sequence=run.sequence,
@@ -97,22 +108,32 @@ def encode_payload(payload: Payload) -> bytes:
         num_layers=run.num_layers,
         first_block=run.first_block,
         num_blocks=run.num_blocks,
-        checksum=run.checksum,
     )
-    message = pb.LinkPayload(handoff_id=payload.handoff_id, blocks=blocks, size=payload.size)
-    return pb.LinkFrame(payload=message).SerializeToString()
+    return pb.LinkPayload(
+        handoff_id=payload.handoff_id, blocks=blocks, size=payload.size, summed=payload.summed
+    )
 
 
-def decode_payload(wire: bytes) -> Payload:
+def decode_payloads(wire: bytes) -> list[Payload]:
     """Raises HandoffRefused for anything else."""
     frame = _frame(wire)
-    if frame.WhichOneof("kind") != "payload":
+    if frame.WhichOneof("kind") != "payloads":
         raise HandoffRefused("a message on a link announces no payload")
-    message, blocks = frame.payload, frame.payload.blocks
-    run = BlockRun(
-        blocks.sequence, blocks.layer, blocks.num_layers, blocks.first_block, blocks.num_blocks
-    )
-    return Payload(message.handoff_id, replace(run, checksum=blocks.checksum), message.size)
+    return [
+        Payload(
+            message.handoff_id,
+            BlockRun(
+                message.blocks.sequence,
+                message.blocks.layer,
+                message.blocks.num_layers,
+                message.blocks.first_block,
+                message.blocks.num_blocks,
+            ),
+            message.size,
+            message.summed,
+        )
+        for message in frame.payloads.payloads
+    ]
 
 
 def _frame(wire: bytes) -> pb.LinkFrame:

@@ -15,7 +15,8 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.doorkeeper import Recent, Terms
-from cluster.kv.transport.checksums import device_checksum
+from cluster.kv.milestones import Fence
+from cluster.kv.transport.checksums import DeviceSum, value
 from cluster.kv.transport.frames import Blocks, Commit, Frame, Open
 from cluster.kv.transport.grpc import GrpcInbound
 from cluster.kv.transport.hello import (
@@ -23,7 +24,7 @@ from cluster.kv.transport.hello import (
     Hello,
     Payload,
     decode_hello,
-    decode_payload,
+    decode_payloads,
     encode_link_reply,
 )
 from cluster.kv.transport.link import Link
@@ -38,11 +39,10 @@ HELLO_TIMEOUT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Arriving:
-    """A payload on its way into a slot; it is there once `event` is reached."""
+    """A payload on its way into a slot; what is queued on `link.copies` finds it there."""
 
     payload: Payload
     slot: Slot
-    event: Any
     link: Link
 
 
@@ -65,7 +65,6 @@ class InboundLinks:
         self._links: dict[int, Link] = {}
         self._hellos: Recent[int] = Recent()
         self._claims: dict[tuple[int, str], asyncio.Queue[Arriving | None]] = {}
-        self._frees: set[asyncio.Task[None]] = set()
 
     async def serve(self, frames: AsyncIterator[bytes], context: Any) -> None:
         """One link, from its hello to its end."""
@@ -84,7 +83,8 @@ class InboundLinks:
         try:
             await context.write(encode_link_reply(""))
             async for wire in frames:
-                await self._arrive(hello.link, link, decode_payload(wire))
+                for payload in decode_payloads(wire):
+                    await self._arrive(hello.link, link, payload)
         except (HandoffRefused, ValueError, grpc.RpcError) as error:
             log.warning("link broke: %s", error)
         finally:
@@ -114,12 +114,12 @@ class InboundLinks:
         """Receives a payload, whoever it is for: the next one comes behind it."""
         slot = await self._staging.take(payload.size)
         try:
-            event = await link.receive(slot)
+            await link.receive(slot)
         except BaseException:
             link.abort("a payload was broken off")
-            self._free_later(link, slot)
+            link.release(None, lambda: self._staging.give_back(slot))
             raise
-        arriving = Arriving(payload, slot, event, link)
+        arriving = Arriving(payload, slot, link)
         claim = self._claims.get((link_id, payload.handoff_id))
         if claim is None:  # its push has ended
             self.discard(arriving)
@@ -127,23 +127,16 @@ class InboundLinks:
             claim.put_nowait(arriving)
 
     def discard(self, arriving: Arriving) -> None:
-        """Frees a payload's slot as soon as nothing writes to it."""
-        self._free_later(arriving.link, arriving.slot, arriving.event)
+        """Frees a payload's slot as soon as nothing writes to it or reads it."""
+        link = arriving.link
+        link.release(link.mark(), lambda: self._staging.give_back(arriving.slot))
 
-    def _free_later(self, link: Link, slot: Slot, event: Any = None) -> None:
-        async def free() -> None:
-            await link.over(event)
-            self._staging.give_back(slot)
-
-        task = asyncio.create_task(free())
-        self._frees.add(task)
-        task.add_done_callback(self._frees.discard)
-
-    def claim(self, link_id: int, handoff_id: str) -> asyncio.Queue[Arriving | None]:
+    def claim(self, link_id: int, handoff_id: str) -> tuple[Link, asyncio.Queue[Arriving | None]]:
         """Payloads of this handoff from now on. Raises HandoffRefused if there is no such link."""
         if link_id not in self._links:
             raise HandoffRefused("the link that payloads are to come over is down")
-        return self._claims.setdefault((link_id, handoff_id), asyncio.Queue())
+        queue = self._claims.setdefault((link_id, handoff_id), asyncio.Queue())
+        return self._links[link_id], queue
 
     def disclaim(self, link_id: int, handoff_id: str) -> list[Arriving]:
         """No payload of the handoff is wanted any more; returns those that had come."""
@@ -165,29 +158,35 @@ class LinkedInbound(Inbound):
     def __init__(self, inner: GrpcInbound, links: InboundLinks) -> None:
         self._inner = inner
         self._links = links
-        self._link = 0
+        self._link_id = 0
+        self._link: Link | None = None
         self._handoff_id = ""
         self._queue: asyncio.Queue[Arriving | None] | None = None
         self._taken: dict[int, Arriving] = {}
         self._delivered = 0
         self._commit: Commit | None = None
         self._control: asyncio.Task[Frame | None] | None = None
+        self._sum: DeviceSum | None = None
 
     @property
     def transport(self) -> str:  # type: ignore[override]
-        return "nccl" if self._link else "grpc"
+        return "nccl" if self._link_id else "grpc"
+
+    @property
+    def stream(self) -> Any:
+        return self._inner.stream if self._link is None else self._link.copies
 
     def claim(self, handoff_id: str) -> None:
-        if self._link:
+        if self._link_id:
             self._handoff_id = handoff_id
-            self._queue = self._links.claim(self._link, handoff_id)
+            self._link, self._queue = self._links.claim(self._link_id, handoff_id)
 
     async def receive(self) -> Frame | None:
         """Frames and payloads in the order they were sent: a commit comes behind its payloads."""
         if self._queue is None:
             frame = await self._inner.receive()
             if isinstance(frame, Open):
-                self._link = frame.link
+                self._link_id = frame.link
             return frame
         if self._commit is None:
             return await self._next(self._queue)
@@ -221,16 +220,27 @@ class LinkedInbound(Inbound):
         self._taken[id(arriving.slot.payload)] = arriving
         return Blocks(arriving.payload.run, arriving.slot.payload)
 
-    async def verify(self, blocks: Blocks, seed: int) -> None:
+    def verify(self, blocks: Blocks, seed: int) -> None:
         arriving = self._taken.get(id(blocks.payload))
         if arriving is None:
-            return await self._inner.verify(blocks, seed)
-        await arriving.link.reached(arriving.event)
-        expected = blocks.run.checksum
-        if expected:
-            found = await asyncio.to_thread(device_checksum, blocks.payload, seed)
-            if found != expected:
-                raise HandoffRefused(f"frame {blocks.run.sequence}: checksum differs")
+            return self._inner.verify(blocks, seed)
+        if arriving.payload.summed:
+            if self._sum is None:
+                self._sum = DeviceSum(blocks.payload.device, self.stream, seed)
+            self._sum.add(blocks.payload)
+
+    async def reached(self, fence: Fence | None) -> None:
+        await (self._inner if self._link is None else self._link).reached(fence)
+
+    async def judge(self, commit: Commit) -> None:
+        found = 0
+        if self._sum is not None:
+            assert self._link is not None
+            fetched = self._sum.fetch()
+            await self.reached(self._link.mark())
+            found = value(fetched)
+        if found != commit.checksum:
+            raise HandoffRefused("checksum differs")
 
     def done(self, blocks: Blocks) -> None:
         if arriving := self._taken.pop(id(blocks.payload), None):
@@ -242,5 +252,5 @@ class LinkedInbound(Inbound):
     def close(self) -> None:
         if self._control is not None:
             self._control.cancel()
-        for arriving in self._links.disclaim(self._link, self._handoff_id):
+        for arriving in self._links.disclaim(self._link_id, self._handoff_id):
             self._links.discard(arriving)

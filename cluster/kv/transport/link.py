@@ -1,8 +1,9 @@
 """A link: one NCCL communicator between a prefill rank and a decode rank.
 
-Payloads cross in the order of their headers, which travel on one gRPC stream. A link that breaks,
-stands still for too long, or whose stream ends, is aborted as a whole, on the device too; what was
-under way on it is refused.
+Payloads cross in the order of their headers, which travel on one gRPC stream. Everything is queued
+on the device and nothing on the host waits for it: copies on one stream, transfers on another, each
+held by an event until the other has done its part. A link that breaks, stands still for too long,
+or whose stream ends, is aborted as a whole, on the device too; what was under way on it is refused.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from cluster.errors import HandoffRefused
+from cluster.kv.milestones import Fence, Milestones
+from cluster.kv.transport.checksums import PART_BYTES, DeviceSum
 from cluster.kv.transport.nccl_library import Communicator
 from cluster.kv.transport.staging import Slot
 
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
-_FIRST_LOOK, _LAST_LOOK = 50e-6, 1e-3
+_PAUSE = 1e-3
 
 
 class Link:
@@ -35,6 +39,7 @@ class Link:
     Attributes:
         broken: why it is down; empty while it is up.
         used_at: CLOCK_MONOTONIC seconds.
+        copies: the stream on which slots are filled, or read.
     """
 
     def __init__(
@@ -49,9 +54,12 @@ class Link:
         self._stuck_seconds = stuck_seconds
         self.broken = ""
         self.used_at = time.monotonic()
-        self.stream = torch.cuda.Stream(device)
+        self.copies = torch.cuda.Stream(device)
+        self._wire = torch.cuda.Stream(device)
+        self._milestones = Milestones("link")
         self._under_way: deque[tuple[float, Any]] = deque()
         self._aborting: asyncio.Future[None] | None = None
+        self._warm_up()
         self._comm = Communicator(unique_id, rank, max_ctas)
         self._watcher = asyncio.create_task(self._watch())
 
@@ -64,38 +72,61 @@ class Link:
             self.abort("the peer did not join the link")
             raise HandoffRefused(self.broken) from None
 
-    async def send(self, slot: Slot) -> Any:
-        """Queues a payload; returns the event behind it."""
-        return await self._queue(self._comm.send, slot)
+    def _warm_up(self) -> None:
+        """Has memory for what is queued on `copies` allocated now: an allocation can wait for the
+        whole device, and the device may be waiting for a payload."""
+        with torch.cuda.stream(self.copies):
+            part = torch.zeros(PART_BYTES, dtype=torch.uint8, device=self._device)
+        DeviceSum(self._device, self.copies, 0).add(part)
 
-    async def receive(self, slot: Slot) -> Any:
-        """Queues the next payload's arrival; returns the event behind it."""
-        return await self._queue(self._comm.receive, slot)
+    async def send(self, slot: Slot, filled: Fence | None) -> Fence:
+        """Queues a payload behind `filled`; returns the fence behind the transfer."""
+        self._raise_if_broken()
+        if filled is not None:
+            self._wire.wait_event(filled)
+        fence: Fence = await self._queue(self._comm.send, slot)
+        return fence
+
+    async def receive(self, slot: Slot) -> None:
+        """Queues the next payload's arrival; `copies` goes on once it is there."""
+        self._raise_if_broken()
+        self.copies.wait_event(await self._queue(self._comm.receive, slot))
 
     async def _queue(self, transfer: Any, slot: Slot) -> Any:
-        self._raise_if_broken()
-        transfer(slot.payload.data_ptr(), slot.payload.numel(), self.stream.cuda_stream)
+        transfer(slot.payload.data_ptr(), slot.payload.numel(), self._wire.cuda_stream)
         await self._settle()
-        event = torch.cuda.Event()
-        event.record(self.stream)
+        fence = torch.cuda.Event(blocking=True)
+        fence.record(self._wire)
         self.used_at = time.monotonic()
-        self._under_way.append((self.used_at, event))
-        return event
+        self._under_way.append((self.used_at, fence))
+        return fence
 
-    async def reached(self, event: Any) -> None:
-        """Waits for a transfer's end. Raises HandoffRefused if the link broke before."""
-        pause = _FIRST_LOOK
-        while not event.query():
-            self._raise_if_broken()
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LAST_LOOK)
+    def mark(self) -> Fence:
+        """A fence behind everything queued on `copies` so far."""
+        fence: Fence = torch.cuda.Event(blocking=True)
+        self.copies.record_event(fence)
+        return fence
+
+    async def reached(self, fence: Fence | None) -> None:
+        """Waits for a fence. Raises HandoffRefused if the link is broken by then."""
+        await self._milestones.reached(fence)
         self._raise_if_broken()
+
+    def release(self, fence: Fence | None, free: Callable[[], None]) -> None:
+        """Calls `free` once no transfer or copy up to `fence` touches its memory any more, however
+        it ends; None: it may not have begun, and the link is being aborted."""
+        if fence is not None:
+            self._milestones.then(fence, lambda _: free())
+        elif self._aborting is not None:
+            self._aborting.add_done_callback(lambda _: free())
+        else:
+            free()
 
     async def _settle(self) -> None:
         looks = 0
         while not self._comm.settled():
             looks += 1
-            await asyncio.sleep(0 if looks < 100 else _LAST_LOOK)
+            await asyncio.sleep(0 if looks < 100 else _PAUSE)
             self._raise_if_broken()
 
     async def _watch(self) -> None:
@@ -124,17 +155,6 @@ class Link:
         log.info("link aborted: %s", self.broken)
         self._watcher.cancel()
         self._aborting = asyncio.get_running_loop().run_in_executor(None, self._abort)
-
-    async def over(self, event: Any) -> None:
-        """Waits until a transfer touches its memory no more, however it ends; None: it may not have
-        begun, and the link is being aborted."""
-        try:
-            if event is not None:
-                return await self.reached(event)
-        except HandoffRefused:
-            pass
-        if self._aborting is not None:
-            await asyncio.shield(self._aborting)
 
     def _abort(self) -> None:
         with torch.cuda.device(self._device):

@@ -8,35 +8,30 @@ where one cannot be, `auto` sends the payloads with the frames.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import grpc.aio
 
 from cluster.errors import HandoffRefused
-from cluster.kv.assembly import BlockRun
 from cluster.kv.doorkeeper import Terms
 from cluster.kv.paged import PagedCache
-from cluster.kv.transport.checksums import device_checksum
-from cluster.kv.transport.frames import Abort, Commit, Open, Reply
-from cluster.kv.transport.grpc import GrpcInbound, GrpcOutbound, GrpcTransport
-from cluster.kv.transport.hello import Hello, Payload, decode_link_reply, encode_hello
-from cluster.kv.transport.hello import encode_payload as encode_link_payload
+from cluster.kv.transport.grpc import GrpcInbound, GrpcTransport
+from cluster.kv.transport.hello import Hello, decode_link_reply, encode_hello
 from cluster.kv.transport.inbound_links import InboundLinks, LinkedInbound
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.nccl_library import library, new_unique_id
-from cluster.kv.transport.seam import Buffer, Outbound, Peer, Serve
-from cluster.kv.transport.staging import Slot, Staging
+from cluster.kv.transport.outbound_links import NcclOutbound, OutboundLink
+from cluster.kv.transport.seam import Outbound, Peer, Serve
+from cluster.kv.transport.staging import Staging
 from cluster.ticket import TicketSigner
 
 log = logging.getLogger(__name__)
 
-SLOT_BYTES = 16 << 20
+SLOT_BYTES = 32 << 20
 RETRY_SECONDS = 60.0
 """A peer that could not be linked is tried again so long after."""
 IDLE_SECONDS = 600.0
@@ -52,93 +47,6 @@ def nccl_available(cache: PagedCache) -> str:
     except OSError as error:
         return f"libnccl cannot be loaded: {error}"
     return ""
-
-
-class _OutboundLink:
-    """A link to a peer, from its making to its end."""
-
-    def __init__(self, hello: Hello, call: Any, link: Link, staging: Staging) -> None:
-        self.id = hello.link
-        self.link = link
-        self.staging = staging
-        self._call = call
-        self._turn = asyncio.Lock()
-        self._ends: set[asyncio.Task[None]] = set()
-
-    async def send(self, payload: Payload, slot: Slot) -> None:
-        """Header first, then the payload: the order in which the peer receives them."""
-        event = None
-        try:
-            async with self._turn:
-                await self._call.write(encode_link_payload(payload))
-                event = await self.link.send(slot)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            self.link.abort("the peer closed the link")
-            raise HandoffRefused(self.link.broken) from error
-        except BaseException:
-            # A header without its payload would shift every payload behind it.
-            self.link.abort("a payload was broken off")
-            raise
-        finally:
-            end = asyncio.create_task(self._free(event, slot))
-            self._ends.add(end)
-            end.add_done_callback(self._ends.discard)
-
-    async def _free(self, event: Any, slot: Slot) -> None:
-        await self.link.over(event)
-        self.staging.give_back(slot)
-
-    async def watch(self) -> None:
-        """Ends the link with its stream."""
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            await self._call.read()
-        self.link.abort("the peer closed the link")
-
-    def close(self, reason: str) -> None:
-        self.link.abort(reason)
-        self._call.cancel()
-
-
-class _NcclOutbound:
-    transport = "nccl"
-
-    def __init__(
-        self, inner: GrpcOutbound, link: _OutboundLink, handoff_id: str, checksums: int
-    ) -> None:
-        self._inner = inner
-        self._link = link
-        self._handoff_id = handoff_id
-        self._checksums = checksums
-        self.link = link.id
-        self.frame_bytes = link.staging.slot_bytes
-
-    async def buffer(self, size: int) -> Buffer:
-        return await self._link.staging.take(size)
-
-    async def send_blocks(self, run: BlockRun, buffer: Buffer, seed: int) -> None:
-        assert isinstance(buffer, Slot)
-        if self._checksums and run.sequence % self._checksums == 0:
-            try:
-                checksum = await asyncio.to_thread(device_checksum, buffer.payload, seed)
-            except BaseException:
-                self.discard(buffer)
-                raise
-            run = replace(run, checksum=checksum)
-        payload = Payload(self._handoff_id, run, buffer.payload.numel())
-        await self._link.send(payload, buffer)
-
-    def discard(self, buffer: Buffer) -> None:
-        assert isinstance(buffer, Slot)
-        self._link.staging.give_back(buffer)
-
-    async def send(self, frame: Open | Commit | Abort) -> None:
-        await self._inner.send(frame)
-
-    async def receive(self) -> Reply:
-        return await self._inner.receive()
-
-    def cancel(self) -> None:
-        self._inner.cancel()
 
 
 class NcclTransport:
@@ -174,9 +82,8 @@ class NcclTransport:
         self._stuck_seconds = stuck_seconds
         self._staging_bytes = staging_bytes
         self._slot_bytes = max(SLOT_BYTES, cache.block_bytes)
-        self._links: dict[Peer, asyncio.Task[_OutboundLink]] = {}
+        self._links: dict[Peer, asyncio.Task[OutboundLink]] = {}
         self._failed: dict[Peer, float] = {}
-        self._watches: set[asyncio.Task[None]] = set()
 
     async def start(self, serve: Serve) -> str:
         self._staging = self._new_staging()
@@ -185,7 +92,8 @@ class NcclTransport:
         )
 
         async def push(frames: AsyncIterator[bytes], context: Any) -> None:
-            await serve(LinkedInbound(GrpcInbound(aiter(frames), context), self._inbound))
+            inner = GrpcInbound(aiter(frames), context, self._grpc.milestones)
+            await serve(LinkedInbound(inner, self._inbound))
 
         return await self._grpc.listen({"Push": push, "Link": self._inbound.serve})
 
@@ -197,9 +105,9 @@ class NcclTransport:
         link = await self._link_to(peer)
         if link is None:
             return inner
-        return _NcclOutbound(inner, link, handoff_id, self._checksums)
+        return NcclOutbound(inner, link, handoff_id, self._checksums)
 
-    async def _link_to(self, peer: Peer) -> _OutboundLink | None:
+    async def _link_to(self, peer: Peer) -> OutboundLink | None:
         """The link; None while there is none and gRPC will do. Raises HandoffRefused if not."""
         self._drop_dead()
         task = self._links.get(peer)
@@ -219,7 +127,7 @@ class NcclTransport:
             log.warning("%s is reached over gRPC: %s", peer.worker_id, refusal)
             return None
 
-    async def _make(self, peer: Peer) -> _OutboundLink:
+    async def _make(self, peer: Peer) -> OutboundLink:
         terms = self._terms
         hello = Hello(
             secrets.randbits(63) | 1,
@@ -237,7 +145,7 @@ class NcclTransport:
             async with asyncio.timeout(self._stuck_seconds):
                 await call.write(encode_hello(hello, self._signer))
                 link = Link(hello.unique_id, 0, self._device, self._stuck_seconds, None)
-                made = _OutboundLink(hello, call, link, self._staging)
+                made = OutboundLink(hello.link, call, link, self._staging)
                 try:
                     wire = await call.read()
                     refused = "closed" if wire is grpc.aio.EOF else decode_link_reply(wire)
@@ -251,9 +159,6 @@ class NcclTransport:
             raise HandoffRefused("the link did not come up in time") from None
         except grpc.aio.AioRpcError as error:
             raise HandoffRefused(f"the peer cannot be linked ({error.code().name})") from error
-        watch = asyncio.create_task(made.watch())
-        self._watches.add(watch)
-        watch.add_done_callback(self._watches.discard)
         log.info("linked to rank %d of %s", peer.rank, peer.worker_id)
         return made
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from cluster.kv.assembly import BlockRun
+from cluster.kv.milestones import Fence
 from cluster.kv.transport.frames import Abort, Blocks, Commit, Frame, Open, Reply
 
 
@@ -39,11 +40,13 @@ class Outbound(Protocol):
         transport: how its payloads cross.
         link: names the link they cross; 0 if they come with the frames.
         frame_bytes: the payload size that crosses best.
+        stream: the device's stream on which buffers are to be filled; None: the cache's own.
     """
 
     transport: str
     link: int
     frame_bytes: int
+    stream: Any
 
     async def buffer(self, size: int) -> Buffer:
         """Waits while too many payloads are under way."""
@@ -53,8 +56,18 @@ class Outbound(Protocol):
         """A buffer will not be sent."""
         ...
 
-    async def send_blocks(self, run: BlockRun, buffer: Buffer, seed: int) -> None:
-        """Sends a filled buffer, with the checksum that `Inbound.verify` looks for."""
+    async def send_blocks(
+        self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
+    ) -> None:
+        """Sends a buffer as soon as `filled` is reached; may return before that."""
+        ...
+
+    async def flush(self) -> int:
+        """Waits until every buffer has been filled; returns the checksum for the commit.
+
+        Raises:
+            HandoffRefused: one of them cannot be sent.
+        """
         ...
 
     async def send(self, frame: Open | Commit | Abort) -> None:
@@ -75,9 +88,11 @@ class Inbound(Protocol):
 
     Attributes:
         transport: how its payloads cross, known once the first frame has come.
+        stream: the device's stream on which payloads may be read; None: the cache's own.
     """
 
     transport: str
+    stream: Any
 
     async def receive(self) -> Frame | None:
         """The next frame; None when the peer has ended the push, in whatever way.
@@ -91,8 +106,17 @@ class Inbound(Protocol):
         """The push was admitted: payloads of this handoff are its own."""
         ...
 
-    async def verify(self, blocks: Blocks, seed: int) -> None:
-        """Raises HandoffRefused unless the payload is what was sent."""
+    def verify(self, blocks: Blocks, seed: int) -> None:
+        """Raises HandoffRefused if the payload is seen not to be what was sent. What a device is
+        yet to find out is judged with the commit."""
+        ...
+
+    async def reached(self, fence: Fence | None) -> None:
+        """Waits for the device. Raises HandoffRefused if the payloads before it never came."""
+        ...
+
+    async def judge(self, commit: Commit) -> None:
+        """Once every payload has landed: raises HandoffRefused unless they are what was sent."""
         ...
 
     def done(self, blocks: Blocks) -> None:

@@ -1,4 +1,5 @@
-"""Device memory for payloads under way: a fixed number of equal slots, made once.
+"""Memory for payloads under way: a fixed number of equal slots, made once, on the device or pinned
+for it on the host.
 
 Nothing is allocated while a cluster serves: an allocation can wait for the whole device, and the
 device may be waiting for a payload.
@@ -34,7 +35,10 @@ class Staging:
     def __init__(self, device: torch.device, size: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
         count = max(2, size // slot_bytes)
-        self._memory = torch.empty(count, slot_bytes, dtype=torch.uint8, device=device)
+        pinned = device.type == "cpu" and torch.cuda.is_available()
+        self._memory = torch.empty(
+            count, slot_bytes, dtype=torch.uint8, device=device, pin_memory=pinned
+        )
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for index in range(count):
             self._free.put_nowait(index)
