@@ -136,6 +136,8 @@ def serve_decode(blocks: int, device: str, transport: str) -> None:
             digest=digest(cache, ids) if told["compare"] else 0,
             error=result.error,
             transport=result.transport,
+            granted_at=result.granted_at,
+            last_frame_at=result.last_frame_at,
             ended_at=result.ended_at,
             cpu=used,
         )

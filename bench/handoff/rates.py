@@ -112,11 +112,14 @@ class Transfer:
     """A handoff that is ready as a whole: nothing hides it.
 
     Attributes:
+        seconds: from the prompt's arrival at prefill to decode's verdict.
+        moving: from the grant to the last byte landed.
         cpu: seconds of both processes.
     """
 
     size: int
     seconds: float
+    moving: float
     cpu: float
     transport: str
 
@@ -180,7 +183,8 @@ class HandoffRate:
         used = mine_cpu + theirs["cpu"] - cpu
         self._last_cpu = theirs["cpu"]
         seconds = theirs["ended_at"] - began
-        return Transfer(size, seconds, used, theirs["transport"])
+        moving = theirs["last_frame_at"] - max(mine.granted_at, theirs["granted_at"])
+        return Transfer(size, seconds, moving, used, theirs["transport"])
 
     @property
     def _peer_cpu(self) -> float:

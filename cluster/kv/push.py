@@ -192,6 +192,7 @@ class Push:
     async def _send(self, group: list[Ready], grant: Grant, outbound: Outbound) -> None:
         """One frame, or several where a single layer is larger than a frame."""
         await self.milestones.reached(group[-1].fence)
+        self.sent.first_frame_at = self.sent.first_frame_at or time.monotonic()
         head = group[0]
         self._check(head.block_ids, head.stamp)
         index = self._index(head, outbound)
@@ -214,7 +215,6 @@ class Push:
             run = BlockRun(
                 self.sent.frames, head.layer, len(group), head.first_block + start, len(part)
             )
-            self.sent.first_frame_at = self.sent.first_frame_at or time.monotonic()
             await outbound.send_blocks(run, buffer, seed_of(self.order.handoff_id), filled)
             self.sent.frames += 1
             self.sent.bytes += size
