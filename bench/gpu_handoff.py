@@ -99,7 +99,7 @@ def settings(chosen: argparse.Namespace, folder: Path, gpus: list[float]) -> tup
         prompts=prompts,
         runs=chosen.runs,
         output=8,
-        exact_prompts=(33, 300) if cpu else (33, 1500, 4096, 10000),
+        exact_prompts=(64, 300) if cpu else (33, 1500, 4096, 10000),
         batch=4 if cpu else 64,
         batch_context=128 if cpu else 1024,
         batch_tokens=2000 if cpu else 640,

@@ -33,9 +33,9 @@ class BlockSums:
         self._keep(offer.handoff_id, offer.first_block, offer.block_ids)
         self._offer(offer)
 
-    def _reserved(self, reserve: Reserve, stamp: Any) -> None:
+    def _reserved(self, reserve: Reserve, *rest: Any) -> None:
         self._keep(reserve.handoff_id, 0, reserve.block_ids)
-        self._reserve(reserve, stamp)
+        self._reserve(reserve, *rest)
 
     def _keep(self, handoff_id: str, first: int, block_ids: tuple[int, ...]) -> None:
         known = self._blocks.setdefault(handoff_id, [])

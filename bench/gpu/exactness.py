@@ -55,13 +55,13 @@ async def exactness(
 
 
 async def same_blocks(split: Split, prompt: int, sampling: str, request: Request) -> SameBlocks:
-    """Decode computes the prompt's last token again, so the block with it is left out."""
+    """Of the blocks that the prompt fills: decode writes on in the one behind them."""
     assert request.crossing is not None and split.decode.info is not None
     result = request.crossing.decode
     (sent,), (landed,) = await asyncio.gather(
         split.prefill.sums(result.handoff_id), split.decode.sums(result.handoff_id)
     )
-    whole = (prompt - 1) // split.decode.info.block_size
+    whole = prompt // split.decode.info.block_size
     differing = [
         f"{layer}, {block}"
         for layer in range(len(sent))
