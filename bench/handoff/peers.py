@@ -149,7 +149,8 @@ def digest(cache: PagedCache, block_ids: Sequence[int]) -> int:
     for layer in range(cache.num_layers):
         size = len(block_ids) * cache.block_bytes
         payload = torch.empty(size, dtype=torch.uint8, device=cache.device)
-        cache.gather(layer, cache.index(block_ids), HeadRun(0, cache.heads), payload)
+        layers = range(layer, layer + 1)
+        cache.gather(layers, cache.index(block_ids), HeadRun(0, cache.heads), payload)
         if (fence := cache.mark()) is not None:
             fence.synchronize()
         total.add(payload)

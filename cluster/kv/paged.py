@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ import torch
 from cluster.kv.geometry import HeadRun
 from cluster.kv.milestones import Fence
 from cluster.kv.packing import Packing
+
+if TYPE_CHECKING:
+    from cluster.kv.block_copies import BlockCopies
 
 _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -69,6 +72,7 @@ class PagedCache:
         order = self.packing.order
         self._order = None if order is None else order.to(self.device)
         self._stream = torch.cuda.Stream(self.device) if first.is_cuda else None
+        self._copies = _copies(self._wide) if first.is_cuda else None
 
     @property
     def num_layers(self) -> int:
@@ -120,7 +124,7 @@ class PagedCache:
 
     def gather(
         self,
-        layer: int,
+        layers: range,
         index: BlockIndex,
         heads: HeadRun,
         payload: torch.Tensor,
@@ -128,30 +132,43 @@ class PagedCache:
         plain: bool = False,
         stream: Any = None,
     ) -> None:
-        """Copies blocks into `payload`, uint8 `[blocks × heads × head_block_bytes]`.
+        """Copies blocks of some layers into `payload`, uint8
+        `[layers × blocks × heads × head_block_bytes]`.
 
         On a GPU the copy is queued on `stream`, or on the cache's own; see `mark`.
         """
+        plain = plain and self._order is not None
         with torch.cuda.stream(stream or self._stream):  # nothing on CPUs
-            if plain and self._order is not None:
-                source = self._items[layer][:, heads.start : heads.stop]
-                source = source.index_select(0, _tensor(index)).flatten(2)[:, :, self._order]
-                payload.view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
+            if self._copies and payload.is_cuda and not plain:
+                assert isinstance(index, torch.Tensor)
+                self._copies.gather(layers.start, index, _range(heads), payload)
                 return
-            source = self._wide[layer][:, heads.start : heads.stop]
-            target = payload.view(source.dtype).view(len(index), *source.shape[1:])
-            if not isinstance(index, torch.Tensor):
-                _take(source, index, target)
-            elif payload.is_cuda:
-                torch.index_select(source, 0, index, out=target)
-            else:
-                target.copy_(source.index_select(0, index), non_blocking=True)
+            for layer, part in zip(layers, payload.chunk(len(layers)), strict=True):
+                if plain:
+                    self._gather_plain(layer, index, heads, part)
+                else:
+                    self._gather(layer, index, heads, part)
+
+    def _gather(self, layer: int, index: BlockIndex, heads: HeadRun, payload: torch.Tensor) -> None:
+        source = self._wide[layer][:, heads.start : heads.stop]
+        target = payload.view(source.dtype).view(len(index), *source.shape[1:])
+        if isinstance(index, torch.Tensor):
+            target.copy_(source.index_select(0, index), non_blocking=True)
+        else:
+            _take(source, index, target)
+
+    def _gather_plain(
+        self, layer: int, index: BlockIndex, heads: HeadRun, payload: torch.Tensor
+    ) -> None:
+        source = self._items[layer][:, heads.start : heads.stop]
+        source = source.index_select(0, _tensor(index)).flatten(2)[:, :, self._order]
+        payload.view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
 
     # ---- in ----------------------------------------------------------------------------------
 
     def scatter(
         self,
-        layer: int,
+        layers: range,
         index: BlockIndex,
         heads: HeadRun,
         payload: torch.Tensor,
@@ -162,13 +179,18 @@ class PagedCache:
 
         On a GPU the write is queued on `stream`, or on the cache's own; see `mark`.
         """
-        target = self._wide[layer][:, heads.start : heads.stop]
-        source = payload.view(target.dtype).view(len(index), *target.shape[1:])
-        if not isinstance(index, torch.Tensor):
-            target.numpy()[list(index)] = source.numpy()
-            return
         with torch.cuda.stream(stream or self._stream):
-            target.index_copy_(0, index, source.to(self.device, non_blocking=True))
+            if self._copies and payload.is_cuda:
+                assert isinstance(index, torch.Tensor)
+                self._copies.scatter(layers.start, index, _range(heads), payload)
+                return
+            for layer, part in zip(layers, payload.chunk(len(layers)), strict=True):
+                target = self._wide[layer][:, heads.start : heads.stop]
+                source = part.view(target.dtype).view(len(index), *target.shape[1:])
+                if isinstance(index, torch.Tensor):
+                    target.index_copy_(0, index, source.to(self.device, non_blocking=True))
+                else:
+                    target.numpy()[list(index)] = source.numpy()
 
     def scatter_tokens(
         self,
@@ -208,6 +230,16 @@ class PagedCache:
                 items.view(self.num_blocks, self.heads, -1)[
                     block[:, :, None], head[:, :, None], place[at % self.tokens][:, None]
                 ] = source
+
+
+def _copies(layers: Sequence[torch.Tensor]) -> BlockCopies | None:
+    from cluster.kv.block_copies import BlockCopies  # Triton is there with GPUs only
+
+    return BlockCopies(layers) if BlockCopies.fits(layers) else None
+
+
+def _range(heads: HeadRun) -> range:
+    return range(heads.start, heads.stop)
 
 
 def _tensor(index: BlockIndex) -> torch.Tensor:

@@ -231,15 +231,11 @@ class Push:
     def _fill(
         self, buffer: Buffer, group: list[Ready], index: BlockIndex, outbound: Outbound
     ) -> None:
-        for ready, part in zip(group, buffer.payload.chunk(len(group)), strict=True):
-            self.cache.gather(
-                ready.layer,
-                index,
-                self.order.route.source,
-                part,
-                plain=self.order.plain,
-                stream=outbound.stream,
-            )
+        layers = range(group[0].layer, group[-1].layer + 1)
+        source, plain = self.order.route.source, self.order.plain
+        self.cache.gather(
+            layers, index, source, buffer.payload, plain=plain, stream=outbound.stream
+        )
 
     def _check(self, ids: tuple[int, ...], stamp: Stamp) -> None:
         if not self.generations.still(ids, stamp):

@@ -258,17 +258,14 @@ class Receiver:
             self._cache.hold(landing.reservation.free, stream)
             landing.index = self._cache.index(reserve.block_ids, stream)
         layers = range(run.layer, run.layer + run.num_layers)
-        for layer, payload in zip(layers, frame.payload.chunk(run.num_layers), strict=True):
-            if landing.admitted.plain:
-                tokens = landing.admitted.prefill.tokens
-                slots = Slots(landing.index, reserve.held_tokens, reserve.num_tokens)
-                first = run.first_block * tokens
-                self._cache.scatter_tokens(
-                    layer, first, tokens, slots, heads, payload, stream=stream
-                )
-            else:
-                index = landing.index[run.first_block : run.first_block + run.num_blocks]
-                self._cache.scatter(layer, index, heads, payload, stream=stream)
+        if not landing.admitted.plain:
+            index = landing.index[run.first_block : run.first_block + run.num_blocks]
+            return self._cache.scatter(layers, index, heads, frame.payload, stream=stream)
+        tokens = landing.admitted.prefill.tokens
+        slots = Slots(landing.index, reserve.held_tokens, reserve.num_tokens)
+        first = run.first_block * tokens
+        for layer, part in zip(layers, frame.payload.chunk(run.num_layers), strict=True):
+            self._cache.scatter_tokens(layer, first, tokens, slots, heads, part, stream=stream)
 
     async def _commit(self, landing: _Landing, commit: Commit) -> None:
         reservation, part = landing.reservation, landing.part

@@ -98,7 +98,8 @@ def frame_of(
     """A right frame: these blocks of some layers."""
     payload = torch.empty(num_layers, len(block_ids) * prefill.cache.block_bytes, dtype=torch.uint8)
     for i in range(num_layers):
-        prefill.cache.gather(layer + i, block_ids, HeadRun(0, HEADS), payload[i])
+        layers = range(layer + i, layer + i + 1)
+        prefill.cache.gather(layers, block_ids, HeadRun(0, HEADS), payload[i])
     digest = host_checksum(payload.flatten(), seed_of(ticket.handoff_id))
     run = BlockRun(sequence, layer, num_layers, first_block, len(block_ids), digest)
     return Blocks(run, payload.flatten())

@@ -53,9 +53,9 @@ async def test_a_block_reused_while_it_was_read(
     """Another prompt's step overwrites the block in the middle of the copy of some layer."""
     gather = prefill.cache.gather
 
-    def torn(at: int, *args: object, **kwargs: object) -> None:
-        gather(at, *args, **kwargs)  # type: ignore[arg-type]
-        if at == layer:
+    def torn(layers: range, *args: object, **kwargs: object) -> None:
+        gather(layers, *args, **kwargs)  # type: ignore[arg-type]
+        if layer in layers:
             prefill.agent.generations.renew([1])
             prefill.cache._items[layer][1] = 0
 

@@ -51,6 +51,7 @@ class Link:
         max_ctas: int | None,
     ) -> None:
         self._device = device
+        self._rank = rank
         self._stuck_seconds = stuck_seconds
         self.broken = ""
         self.used_at = time.monotonic()
@@ -68,9 +69,23 @@ class Link:
         try:
             async with asyncio.timeout(self._stuck_seconds):
                 await self._settle()
+                self._comm.split()
+                await self._settle()
+                # The first transfer waits for the peer on the host, the others on the device only.
+                await asyncio.shield(
+                    asyncio.get_running_loop().run_in_executor(None, self._first_transfer)
+                )
         except TimeoutError:
             self.abort("the peer did not join the link")
             raise HandoffRefused(self.broken) from None
+
+    def _first_transfer(self) -> None:
+        with torch.cuda.device(self._device):
+            payload = torch.zeros(8, dtype=torch.uint8, device=self._device)
+            torch.cuda.current_stream().synchronize()
+            transfer = self._comm.send if self._rank == 0 else self._comm.receive
+            transfer(payload.data_ptr(), payload.numel(), self._wire.cuda_stream)
+            self._wire.synchronize()
 
     def _warm_up(self) -> None:
         """Has memory for what is queued on `copies` allocated now: an allocation can wait for the

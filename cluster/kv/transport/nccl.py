@@ -31,7 +31,7 @@ from cluster.ticket import TicketSigner
 
 log = logging.getLogger(__name__)
 
-SLOT_BYTES = 32 << 20
+SLOT_BYTES = 64 << 20
 RETRY_SECONDS = 60.0
 """A peer that could not be linked is tried again so long after."""
 IDLE_SECONDS = 600.0
@@ -145,22 +145,24 @@ class NcclTransport:
             async with asyncio.timeout(self._stuck_seconds):
                 await call.write(encode_hello(hello, self._signer))
                 link = Link(hello.unique_id, 0, self._device, self._stuck_seconds, None)
-                made = OutboundLink(hello.link, call, link, self._staging)
+                up = asyncio.create_task(link.up())  # the peer answers once it is
                 try:
                     wire = await call.read()
                     refused = "closed" if wire is grpc.aio.EOF else decode_link_reply(wire)
                     if refused:
                         raise HandoffRefused(f"the peer refused the link: {refused}")
-                    await link.up()
+                    await up
                 except BaseException:
-                    made.close("the link did not come up")
+                    up.cancel()
+                    link.abort("the link did not come up")
+                    call.cancel()
                     raise
         except TimeoutError:
             raise HandoffRefused("the link did not come up in time") from None
         except grpc.aio.AioRpcError as error:
             raise HandoffRefused(f"the peer cannot be linked ({error.code().name})") from error
         log.info("linked to rank %d of %s", peer.rank, peer.worker_id)
-        return made
+        return OutboundLink(hello.link, call, link, self._staging)
 
     def _drop_dead(self) -> None:
         """Forgets links that broke; closes idle ones, and the longest unused of too many."""

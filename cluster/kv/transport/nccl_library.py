@@ -1,7 +1,9 @@
 """The few calls of NCCL that a link needs, through ctypes.
 
-Communicators are opened non-blocking, so that one whose peer never comes can be aborted; every call
-may then answer "in progress", and `settled` tells when it has come to an end.
+Communicators are opened non-blocking, so that one whose peer never comes can be aborted; a call may
+then answer "in progress", and `settled` tells when it has come to an end. But NCCL starts a thread
+for every transfer of such a communicator, which takes longer than many a transfer; so once both
+ranks are there, transfers go over a blocking one that is split off.
 """
 
 from __future__ import annotations
@@ -67,18 +69,11 @@ class Communicator:
 
     def __init__(self, unique_id: bytes, rank: int, max_ctas: int | None) -> None:
         self._comm = ctypes.c_void_p()
+        self._quick = ctypes.c_void_p()
+        self._rank = rank
         self._peer = 1 - rank
-        config = _Config(
-            size=ctypes.sizeof(_Config),
-            magic=0xCAFEBEEF,
-            version=21800,
-            blocking=0,
-            cga_cluster_size=_UNDEFINED,
-            min_ctas=_UNDEFINED,
-            max_ctas=_UNDEFINED if max_ctas is None else max_ctas,
-            net_name=None,
-            split_share=_UNDEFINED,
-        )
+        self._max_ctas = max_ctas
+        config = _config(max_ctas, blocking=0)
         unique = _UniqueId.from_buffer_copy(unique_id)
         _check(
             library().ncclCommInitRankConfig(
@@ -86,10 +81,23 @@ class Communicator:
             )
         )
 
+    def split(self) -> None:
+        """Begins to open the communicator for transfers, when the first one has settled; both ranks
+        must. It is there when this call, too, has settled."""
+        config = _config(self._max_ctas, blocking=1)
+        _check(
+            library().ncclCommSplit(
+                self._comm, 0, self._rank, ctypes.byref(self._quick), ctypes.byref(config)
+            )
+        )
+
     def settled(self) -> bool:
         """The last call has come to an end. Raises NcclError if the communicator broke."""
         state = ctypes.c_int(_SUCCESS)
         _check(library().ncclCommGetAsyncError(self._comm, ctypes.byref(state)))
+        _check(state.value)
+        if state.value == _SUCCESS and self._quick:
+            _check(library().ncclCommGetAsyncError(self._quick, ctypes.byref(state)))
         _check(state.value)
         return state.value == _SUCCESS
 
@@ -108,16 +116,35 @@ class Communicator:
                 ctypes.c_size_t(size),
                 ctypes.c_int(_UINT8),
                 ctypes.c_int(self._peer),
-                self._comm,
+                self._quick,
                 ctypes.c_void_p(stream),
             )
         )
 
     def abort(self) -> None:
-        """Ends what is under way, on the device too. May take a while."""
-        comm, self._comm = self._comm, ctypes.c_void_p()
-        if comm:
-            library().ncclCommAbort(comm)
+        """Ends what is under way, on the device too, also in another thread. May take a while."""
+        comms, self._quick, self._comm = (
+            (self._quick, self._comm),
+            ctypes.c_void_p(),
+            ctypes.c_void_p(),
+        )
+        for comm in comms:
+            if comm:
+                library().ncclCommAbort(comm)
+
+
+def _config(max_ctas: int | None, blocking: int) -> _Config:
+    return _Config(
+        size=ctypes.sizeof(_Config),
+        magic=0xCAFEBEEF,
+        version=21800,
+        blocking=blocking,
+        cga_cluster_size=_UNDEFINED,
+        min_ctas=_UNDEFINED,
+        max_ctas=_UNDEFINED if max_ctas is None else max_ctas,
+        net_name=None,
+        split_share=_UNDEFINED,
+    )
 
 
 def _check(code: int) -> None:
