@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["index", "first_layer", "first_head", "num_blocks", "num_heads"]
-)
+@triton.jit(do_not_specialize=["index", "first_layer", "first_head", "num_blocks", "num_heads"])
 def _copy(  # type: ignore[no-untyped-def]
     layers,
     index,

@@ -152,6 +152,8 @@ def decode_frame(wire: bytes) -> Frame:
         message = pb.PushFrame.FromString(wire)
     except DecodeError as error:
         raise HandoffRefused("a frame is not a PushFrame") from error
+    if message.pad or message.payload:
+        raise HandoffRefused("a frame without blocks has a payload")
     match message.WhichOneof("kind"):
         case "open":
             return Open(message.open.ticket, message.open.rank, message.open.link)
