@@ -161,8 +161,8 @@ class HandoffConfig(Section):
         Field(gt=0, le=600, description="A link over nccl that stands still for so long is dead."),
     ] = 10.0
     staging_bytes: Annotated[
-        int, Field(ge=32 * MIB, description="GPU memory for payloads under way over nccl.")
-    ] = 256 * MIB
+        int, Field(ge=256 * MIB, description="GPU memory for payloads under way over nccl.")
+    ] = 512 * MIB
 
 
 class TargetsConfig(Section):

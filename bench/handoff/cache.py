@@ -27,8 +27,14 @@ def make_agent(
     transport: Choice = "grpc",
     frame_bytes: int = 2 << 20,
     checksums: int = 16,
+    staging: int | None = None,
 ) -> tuple[HandoffAgent, PagedCache]:
-    """A cache of random bits and its agent, started."""
+    """A cache of random bits and its agent, started.
+
+    Args:
+        staging: MiB; None: as configured by default.
+    """
+    more = {} if staging is None else {"staging_bytes": staging << 20}
     generator = torch.Generator(device).manual_seed(len(name))
     shape = (blocks, HEADS, TOKENS, CONTENT)
     cache = PagedCache(
@@ -45,7 +51,7 @@ def make_agent(
         Terms(name, f"{name}-life", "layout", GEOMETRY, 0),
         vocab_size=100,
         options=TransportOptions(
-            transport, "127.0.0.1", frame_bytes, max_streams=64, link_checksums=checksums
+            transport, "127.0.0.1", frame_bytes, max_streams=64, link_checksums=checksums, **more
         ),
     )
     agent.start()

@@ -113,9 +113,9 @@ async def serve_grpc(frame: int) -> None:
         say(cpu=cpu_seconds())
 
 
-def serve_decode(blocks: int, device: str, transport: str) -> None:
+def serve_decode(blocks: int, device: str, transport: str, staging: int | None) -> None:
     """Reserves blocks for each ticket it is told, and answers when their KV has landed."""
-    agent, cache = make_agent("decode", blocks, device, transport)  # type: ignore[arg-type]
+    agent, cache = make_agent("decode", blocks, device, transport, staging=staging)  # type: ignore[arg-type]
     say(address=agent.address, cpu=cpu_seconds())
     for line in sys.stdin:
         told = json.loads(line)
@@ -179,4 +179,4 @@ if __name__ == "__main__":
     elif kind == "grpc-source":
         asyncio.run(send_grpc(*map(int, rest)))
     else:
-        serve_decode(int(rest[0]), rest[1], rest[2])
+        serve_decode(int(rest[0]), rest[1], rest[2], int(rest[3]) if rest[3] else None)

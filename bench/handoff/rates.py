@@ -131,10 +131,14 @@ class Transfer:
 class HandoffRate:
     """Agent to agent: ticket, grant, gather, checksums, transfer, scatter, verdict."""
 
-    def __init__(self, blocks: int, devices: tuple[str, str], transport: str) -> None:
+    def __init__(
+        self, blocks: int, devices: tuple[str, str], transport: str, staging: int | None = None
+    ) -> None:
         self._blocks = blocks
-        self._agent, self._cache = make_agent("prefill", blocks, devices[0], transport)  # type: ignore[arg-type]
-        self._peer = PeerProcess("decode", blocks, devices[1], transport)
+        self._agent, self._cache = make_agent(  # type: ignore[arg-type]
+            "prefill", blocks, devices[0], transport, staging=staging
+        )
+        self._peer = PeerProcess("decode", blocks, devices[1], transport, staging or "")
 
     def run(self, size: int, compare: bool = False) -> Transfer:
         """With `compare`, the blocks of both sides are compared afterwards."""

@@ -52,7 +52,9 @@ class _Force:
             return logits
         token = FIRST_TOKENS.get(self._handoff_id)
         logits.fill_(float("-inf"))
-        logits[token] = 0.0
+        # Not `logits[token] = 0.0`: that copies a number from the host, and so waits until the
+        # device has computed the step, and the whole batch with it.
+        logits.narrow(0, token, 1).fill_(0.0)
         return logits
 
 
@@ -61,6 +63,12 @@ class FirstTokenProcessor(AdapterLogitsProcessor):
 
     def is_argmax_invariant(self) -> bool:
         return False
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Requests that have their first token cost nothing any more."""
+        for row in [row for row, force in self.req_info.items() if force.args[0]]:
+            del self.req_info[row]
+        return super().apply(logits)
 
     def new_req_logits_processor(self, params: SamplingParams) -> _Force | None:
         extra: dict[str, Any] = params.extra_args or {}
