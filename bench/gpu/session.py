@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench.gpu.bars import GRPC, NCCL, NIXL, ONE, PREFILL
+from bench.gpu.bars import GRPC, NCCL, NIXL, ONE, PREFILL, PREFILL_ALONE
 from bench.gpu.exactness import exactness, ledgers
 from bench.gpu.fleet import Engine, Fleet
 from bench.gpu.latencies import latencies, unhidden
@@ -115,7 +115,7 @@ class Session:
             await self._section("steps", partial(self._steps, splits[0]))
         for split in splits:
             ones: list[System] = [
-                Whole("pdserve, prefill's engine alone", split.prefill),
+                Whole(PREFILL_ALONE, split.prefill),
                 Whole("pdserve, decode's engine alone", split.decode),
             ]
             if "one" in engines:

@@ -11,7 +11,7 @@ import pytest
 
 from bench import gpu_handoff
 from bench.gpu import models
-from bench.gpu.bars import GRPC, NCCL, ONE, PREFILL, bars
+from bench.gpu.bars import GRPC, NCCL, ONE, PREFILL, PREFILL_ALONE, bars
 from bench.gpu.exactness import compare
 from bench.gpu.fleet import environment
 from bench.gpu.plan import Setting, groups, waves
@@ -205,7 +205,7 @@ def latency(
 def good() -> Results:
     crossed = Handoff(512, 1.6, 300, 4.0, 0.9)
     over_grpc = Handoff(512, 250, 2, 80, 0.6)
-    exact = Exact("pdserve nccl", "pdserve, one engine", 4096, "greedy", 16, 16, None)
+    exact = Exact("pdserve nccl", PREFILL_ALONE, 4096, "greedy", 16, 16, None)
     return Results(
         about={"date": "today"},
         raw=[RawSend(4096, 512, 1.5, 340)],
