@@ -153,6 +153,8 @@ class HandoffAgent:
         )
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(START_TIMEOUT_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def _serve(self) -> None:
         if self._device.type == "cuda":

@@ -12,50 +12,26 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import Assembly
 from cluster.kv.doorkeeper import Admitted, Doorkeeper
 from cluster.kv.first_token import FirstTokens
 from cluster.kv.generations import Generations, Stamp
+from cluster.kv.landing import Landing
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
 from cluster.kv.milestones import Fence
-from cluster.kv.paged import BlockIndex, PagedCache, Slots
-from cluster.kv.push import seed_of
+from cluster.kv.paged import PagedCache
 from cluster.kv.reservation import LATE, CalledOff, Reservation, Reserve
+from cluster.kv.seldom import Seldom
 from cluster.kv.transport.frames import Abort, Ack, Blocks, Commit, Grant, Open, Refused
 from cluster.kv.transport.seam import Inbound
 
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_SECONDS = 10.0
-MAX_WRITES = 32
-"""Payloads of a push that wait for the device at once."""
 READ_OFF_SECONDS = 1.0
-
-
-@dataclass
-class _Landing:
-    """One push under way.
-
-    Attributes:
-        index: the prompt's blocks where the payloads are written from.
-        writes: what the device has not done yet.
-    """
-
-    inbound: Inbound
-    reservation: Reservation
-    admitted: Admitted
-    part: Assembly
-    index: BlockIndex | None = None
-    writes: set[asyncio.Task[None]] = field(default_factory=set)
-
-    def forget(self, write: asyncio.Task[None]) -> None:
-        """A write that failed is kept, for the commit to fail by it."""
-        if not write.cancelled() and write.exception() is None:
-            self.writes.discard(write)
 
 
 class Receiver:
@@ -83,6 +59,7 @@ class Receiver:
         self._doorkeeper = doorkeeper
         self._first_tokens = first_tokens
         self._vocab_size = vocab_size
+        self._strangers = Seldom(log)
         self._reservations: dict[str, Reservation] = {}
         self._arrivals: dict[str, list[asyncio.Event]] = {}
 
@@ -144,20 +121,32 @@ class Receiver:
             handoff_id = admitted.ticket.handoff_id
             part = self._part(reservation, admitted)
             await inbound.send(Grant(reservation.reserve.held_tokens, part.owed))
-            landing = _Landing(inbound, reservation, admitted, part)
+            landing = Landing(
+                inbound,
+                reservation,
+                admitted,
+                part,
+                self._cache,
+                self._generations,
+                self._give_back,
+            )
             async with reservation.push(admitted.ticket.expires_at - time.time()):
-                await self._take(landing)
+                await self._take(landing, inbound)
             handoff_id = ""  # this part is done: a peer that leaves now takes nothing with it
             await inbound.send(Ack())
         except HandoffRefused as refusal:
-            level = logging.INFO if isinstance(refusal, CalledOff) else logging.WARNING
-            log.log(level, "handoff %s refused: %s", handoff_id or "(unknown)", refusal)
+            if isinstance(refusal, CalledOff):
+                log.info("handoff %s refused: %s", handoff_id, refusal)
+            elif handoff_id:
+                log.warning("handoff %s refused: %s", handoff_id, refusal)
+            else:
+                self._strangers.warning("a push refused: %s", refusal)
             self._fail(handoff_id, str(refusal))
             await inbound.send(Refused(str(refusal)))
             if handoff_id:
                 await _read_off(inbound)
         except TimeoutError:
-            log.warning("a push showed no ticket within %.0f s", OPEN_TIMEOUT_SECONDS)
+            self._strangers.warning("a push showed no ticket within %.0f s", OPEN_TIMEOUT_SECONDS)
         except BaseException:
             self._fail(handoff_id, "the transfer broke")
             raise
@@ -200,83 +189,23 @@ class Receiver:
                 )
         return reservation.parts[admitted.route.prefill_rank]
 
-    async def _take(self, landing: _Landing) -> None:
-        while (frame := await landing.inbound.receive()) is not None:
+    async def _take(self, landing: Landing, inbound: Inbound) -> None:
+        while (frame := await inbound.receive()) is not None:
             match frame:
                 case Blocks():
-                    self._land(landing, frame)
-                    if len(landing.writes) >= MAX_WRITES:
-                        await asyncio.wait(landing.writes, return_when=asyncio.FIRST_COMPLETED)
+                    await landing.land(frame)
                 case Commit():
-                    return await self._commit(landing, frame)
+                    await landing.complete(frame)
+                    return self._commit(landing, frame)
                 case Abort(reason):
                     raise HandoffRefused(f"prefill gave up: {reason}")
                 case _:
                     raise HandoffRefused("a second ticket on one push")
         raise CalledOff("prefill stopped half-way")
 
-    def _land(self, landing: _Landing, frame: Blocks) -> None:
-        inbound, reservation = landing.inbound, landing.reservation
-        run, size = frame.run, frame.payload.numel()
-        try:
-            landing.part.check(run, size)
-            inbound.verify(frame, seed_of(reservation.reserve.handoff_id))
-            reservation.check(self._generations)
-            self._write(landing, frame)
-        except BaseException:
-            inbound.done(frame)
-            raise
-        landing.part.accept(run, size)
-        self._settle(landing, frame)
-
-    def _settle(self, landing: _Landing, frame: Blocks) -> None:
-        """Until the device has written it, nobody else gets the blocks or the payload's memory,
-        however the push ends."""
-        inbound, reservation = landing.inbound, landing.reservation
-        reservation.writing += 1
-
-        def settled(_: object = None) -> None:
-            reservation.writing -= 1
-            reservation.saw_frame(time.monotonic())
-            inbound.done(frame)
-            if reservation.error:
-                self._give_back(reservation)
-
-        fence = self._cache.mark(inbound.stream)
-        if fence is None:
-            return settled()
-        write = asyncio.create_task(inbound.reached(fence))
-        landing.writes.add(write)
-        write.add_done_callback(settled)
-        write.add_done_callback(landing.forget)
-
-    def _write(self, landing: _Landing, frame: Blocks) -> None:
-        """Queues it where there is a device."""
-        run, heads = frame.run, landing.admitted.route.target
-        stream, reserve = landing.inbound.stream, landing.reservation.reserve
-        if landing.index is None:
-            self._cache.hold(landing.reservation.free, stream)
-            landing.index = self._cache.index(reserve.block_ids, stream)
-        layers = range(run.layer, run.layer + run.num_layers)
-        if not landing.admitted.plain:
-            index = landing.index[run.first_block : run.first_block + run.num_blocks]
-            return self._cache.scatter(layers, index, heads, frame.payload, stream=stream)
-        tokens = landing.admitted.prefill.tokens
-        slots = Slots(landing.index, reserve.held_tokens, reserve.num_tokens)
-        first = run.first_block * tokens
-        for layer, part in zip(layers, frame.payload.chunk(run.num_layers), strict=True):
-            self._cache.scatter_tokens(layer, first, tokens, slots, heads, part, stream=stream)
-
-    async def _commit(self, landing: _Landing, commit: Commit) -> None:
-        reservation, part = landing.reservation, landing.part
-        if commit.frames != part.frames or not part.complete:
-            raise HandoffRefused("prefill committed before every block had arrived")
-        while landing.writes:
-            await asyncio.wait(landing.writes)
-            for write in tuple(landing.writes):
-                write.result()
-        await landing.inbound.judge(commit)
-        reservation.check(self._generations)
+    def _commit(self, landing: Landing, commit: Commit) -> None:
+        """Everything of this route has landed and was verified."""
+        reservation = landing.reservation
         reserve = reservation.reserve
         if commit.num_tokens != reserve.num_tokens:
             raise HandoffRefused(f"committed {commit.num_tokens} of {reserve.num_tokens} tokens")

@@ -207,7 +207,7 @@ async def test_a_payload_that_has_arrived_is_dropped_when_its_request_ends(
     prefill: Prefill, decode: Decode, peer: RawPeer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request ends between a frame's arrival and its write."""
-    from cluster.kv.transport.grpc import GrpcInbound
+    from cluster.kv.transport.grpc_streams import GrpcInbound
 
     receive = GrpcInbound.receive
     reached, go_on = asyncio.Event(), threading.Event()

@@ -188,8 +188,8 @@ async def test_a_push_without_a_ticket_is_looked_at_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """At most one HMAC of at most 4 KiB; no JSON is parsed, nothing is remembered, one line is
-    logged. Measured here: the time of a refusal, from the connection's other end."""
+    """At most one HMAC of at most 4 KiB; no JSON is parsed, nothing is remembered, a line a
+    second is logged. Measured here: the time of a refusal, from the connection's other end."""
     macs: list[int] = []
     mac = TicketSigner._mac
 
@@ -207,10 +207,11 @@ async def test_a_push_without_a_ticket_is_looked_at_once(
         started = time.perf_counter()
         for _ in range(pushes):
             assert isinstance((await peer.push(wire))[-1], Refused)
-        each = (time.perf_counter() - started) / pushes
+        took = time.perf_counter() - started
+        each = took / pushes
     print(f"a push without a ticket: {each * 1e6:.0f} µs, both ends and the round trip included")
     assert len(macs) <= pushes and all(size <= MAX_TICKET_BYTES for size in macs)
-    assert len(caplog.records) == pushes
+    assert 1 <= len(caplog.records) <= 1 + took
     doorkeeper = decode.agent.receiver._doorkeeper
     assert not doorkeeper._spent._until and not doorkeeper._closed._until
     assert decode.pinned() == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluster.kv.transport.frames import Ack, Reply
-from cluster.kv.transport.grpc import GrpcInbound
+from cluster.kv.transport.grpc_streams import GrpcInbound
 from tests.handoff.agents import LAYERS, SIGNER
 from tests.handoff.engines import Engine, compute, packed, reserve, ticket_between
 

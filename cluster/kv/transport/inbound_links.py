@@ -16,9 +16,10 @@ import torch
 from cluster.errors import HandoffRefused
 from cluster.kv.doorkeeper import Recent, Terms
 from cluster.kv.milestones import Fence
+from cluster.kv.seldom import Seldom
 from cluster.kv.transport.checksums import DeviceSum, value
 from cluster.kv.transport.frames import Blocks, Commit, Frame, Open
-from cluster.kv.transport.grpc import GrpcInbound
+from cluster.kv.transport.grpc_streams import GrpcInbound
 from cluster.kv.transport.hello import (
     HELLO_SECONDS,
     Hello,
@@ -62,6 +63,7 @@ class InboundLinks:
         self._device = device
         self._stuck_seconds = stuck_seconds
         self._staging = staging
+        self._strangers = Seldom(log)
         self._links: dict[int, Link] = {}
         self._hellos: Recent[int] = Recent()
         self._claims: dict[tuple[int, str], asyncio.Queue[Arriving | None]] = {}
@@ -76,7 +78,7 @@ class InboundLinks:
         except (StopAsyncIteration, TimeoutError):
             return
         except HandoffRefused as refusal:
-            log.warning("link refused: %s", refusal)
+            self._strangers.warning("link refused: %s", refusal)
             await context.write(encode_link_reply(str(refusal)))
             return
         self._links[hello.link] = link

@@ -19,7 +19,8 @@ import grpc.aio
 from cluster.errors import HandoffRefused
 from cluster.kv.doorkeeper import Terms
 from cluster.kv.paged import PagedCache
-from cluster.kv.transport.grpc import GrpcInbound, GrpcTransport
+from cluster.kv.transport.grpc import GrpcTransport
+from cluster.kv.transport.grpc_streams import GrpcInbound
 from cluster.kv.transport.hello import Hello, decode_link_reply, encode_hello
 from cluster.kv.transport.inbound_links import InboundLinks, LinkedInbound
 from cluster.kv.transport.link import Link

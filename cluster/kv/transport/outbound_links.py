@@ -14,7 +14,7 @@ from cluster.kv.assembly import BlockRun
 from cluster.kv.milestones import Fence
 from cluster.kv.transport.checksums import DeviceSum, value
 from cluster.kv.transport.frames import Abort, Commit, Open, Reply
-from cluster.kv.transport.grpc import GrpcOutbound
+from cluster.kv.transport.grpc_streams import GrpcOutbound
 from cluster.kv.transport.hello import Payload, encode_payloads
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.seam import Buffer

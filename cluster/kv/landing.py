@@ -1,0 +1,112 @@
+"""Decode's side of one push: judge each payload, write it, and find out that it is there.
+
+A payload is written in the same turn of the loop in which its reservation was checked. On a device
+the write is only queued then; until it is done nobody else gets the blocks or the payload's memory,
+however the push ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cluster.errors import HandoffRefused
+from cluster.kv.assembly import Assembly
+from cluster.kv.doorkeeper import Admitted
+from cluster.kv.generations import Generations
+from cluster.kv.paged import BlockIndex, PagedCache, Slots
+from cluster.kv.push import seed_of
+from cluster.kv.reservation import Reservation
+from cluster.kv.transport.frames import Blocks, Commit
+from cluster.kv.transport.seam import Inbound
+
+MAX_WRITES = 32
+"""Payloads of a push that wait for the device at once."""
+
+
+@dataclass
+class Landing:
+    """Owned by the receiver.
+
+    Args:
+        part: what this route owes.
+        given_up: called when the last write of a reservation that has failed is done.
+    """
+
+    inbound: Inbound
+    reservation: Reservation
+    admitted: Admitted
+    part: Assembly
+    cache: PagedCache
+    generations: Generations
+    given_up: Callable[[Reservation], None]
+    _index: BlockIndex | None = None
+    _writes: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def land(self, frame: Blocks) -> None:
+        """Raises HandoffRefused unless the payload is the one that was due."""
+        run, size = frame.run, frame.payload.numel()
+        try:
+            self.part.check(run, size)
+            self.inbound.verify(frame, seed_of(self.reservation.reserve.handoff_id))
+            self.reservation.check(self.generations)
+            self._write(frame)
+        except BaseException:
+            self.inbound.done(frame)
+            raise
+        self.part.accept(run, size)
+        self._settle(frame)
+        if len(self._writes) >= MAX_WRITES:
+            await asyncio.wait(self._writes, return_when=asyncio.FIRST_COMPLETED)
+
+    async def complete(self, commit: Commit) -> None:
+        """Waits for the device. Raises HandoffRefused unless everything is there, as it was sent,
+        in blocks that are still the ones reserved."""
+        if commit.frames != self.part.frames or not self.part.complete:
+            raise HandoffRefused("prefill committed before every block had arrived")
+        while self._writes:
+            await asyncio.wait(self._writes)
+            for write in tuple(self._writes):
+                write.result()
+        await self.inbound.judge(commit)
+        self.reservation.check(self.generations)
+
+    def _write(self, frame: Blocks) -> None:
+        run, heads = frame.run, self.admitted.route.target
+        stream, reserve = self.inbound.stream, self.reservation.reserve
+        if self._index is None:
+            self.cache.hold(self.reservation.free, stream)
+            self._index = self.cache.index(reserve.block_ids, stream)
+        layers = range(run.layer, run.layer + run.num_layers)
+        if not self.admitted.plain:
+            index = self._index[run.first_block : run.first_block + run.num_blocks]
+            return self.cache.scatter(layers, index, heads, frame.payload, stream=stream)
+        tokens = self.admitted.prefill.tokens
+        slots = Slots(self._index, reserve.held_tokens, reserve.num_tokens)
+        first = run.first_block * tokens
+        for layer, part in zip(layers, frame.payload.chunk(run.num_layers), strict=True):
+            self.cache.scatter_tokens(layer, first, tokens, slots, heads, part, stream=stream)
+
+    def _settle(self, frame: Blocks) -> None:
+        self.reservation.writing += 1
+        fence = self.cache.mark(self.inbound.stream)
+        if fence is None:
+            return self._settled(frame)
+        write = asyncio.create_task(self.inbound.reached(fence))
+        self._writes.add(write)
+        write.add_done_callback(lambda _: self._settled(frame))
+        write.add_done_callback(self._forget)
+
+    def _settled(self, frame: Blocks) -> None:
+        self.reservation.writing -= 1
+        self.reservation.saw_frame(time.monotonic())
+        self.inbound.done(frame)
+        if self.reservation.error:
+            self.given_up(self.reservation)
+
+    def _forget(self, write: asyncio.Task[None]) -> None:
+        """A write that failed is kept, for the commit to fail by it."""
+        if not write.cancelled() and write.exception() is None:
+            self._writes.discard(write)
