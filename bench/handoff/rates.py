@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.handoff.cache import BLOCK_BYTES, LAYERS, TOKENS, make_agent, make_ticket
-from bench.handoff.peers import cpu_seconds, digest, wait_for_result
+from bench.handoff.peers import digest, wait_for_result
+from bench.handoff.plain_peers import cpu_seconds
 from cluster.kv.handoff import HandoffParams
 from cluster.kv.sender import Arrival, Offer, Release
 
@@ -20,11 +21,11 @@ MIB = 1 << 20
 
 
 class PeerProcess:
-    """A `bench.handoff.peers` process."""
+    """A process of a module of `bench.handoff`."""
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self, module: str, *args: object) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.handoff.peers", *map(str, args)],
+            [sys.executable, "-m", f"bench.handoff.{module}", *map(str, args)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -55,7 +56,7 @@ class TcpRate:
     """One connection, writes of 4 MiB."""
 
     def __init__(self) -> None:
-        self._peer = PeerProcess("tcp")
+        self._peer = PeerProcess("plain_peers", "tcp")
         self._data = random.randbytes(4 * MIB)
 
     def run(self, size: int) -> float:
@@ -94,9 +95,11 @@ class GrpcRate:
 
     def __init__(self, shape: GrpcShape) -> None:
         self.shape = shape
-        self._sink = PeerProcess("grpc-sink", shape.frame)
+        self._sink = PeerProcess("plain_peers", "grpc-sink", shape.frame)
         port = self._sink.ready["port"]
-        self._source = PeerProcess("grpc-source", port, shape.channels, shape.message, shape.frame)
+        self._source = PeerProcess(
+            "plain_peers", "grpc-source", port, shape.channels, shape.message, shape.frame
+        )
 
     def run(self, size: int) -> float:
         self._source.tell(size=size)
@@ -138,7 +141,7 @@ class HandoffRate:
         self._agent, self._cache = make_agent(  # type: ignore[arg-type]
             "prefill", blocks, devices[0], transport, staging=staging
         )
-        self._peer = PeerProcess("decode", blocks, devices[1], transport, staging or "")
+        self._peer = PeerProcess("peers", blocks, devices[1], transport, staging or "")
 
     def run(self, size: int, compare: bool = False) -> Transfer:
         """With `compare`, the blocks of both sides are compared afterwards."""
