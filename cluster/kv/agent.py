@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 30.0
 SWEEP_SECONDS = 5.0
+SWITCH_SECONDS = 0.0005
+"""How long one thread of an engine worker keeps Python to itself while another wants it. The default,
+5 ms, is as long as a decode step: every turn of the agent's would wait for the engine's that long, and
+the engine for the agent's."""
 GRACE_SECONDS = 30.0
 """An entry whose lease ended so long ago is nobody's any more, whatever its handoff says."""
 
@@ -99,6 +104,7 @@ class HandoffAgent:
 
     def start(self) -> None:
         """Opens the transfer port. Raises what kept it from opening."""
+        sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
         self._thread.start()
         starting = asyncio.run_coroutine_threadsafe(
             self._transport.start(self.receiver.serve), self._loop
