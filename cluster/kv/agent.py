@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_SECONDS = 30.0
 SWEEP_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005
-"""How long one thread of an engine worker keeps Python to itself while another wants it. The default,
-5 ms, is as long as a decode step: every turn of the agent's would wait for the engine's that long, and
-the engine for the agent's."""
+"""How long a thread of an engine worker keeps Python to itself while another wants it. The default,
+5 ms, is a decode step's length: each turn of the agent's could wait so long for the engine, and the
+engine for the agent."""
 GRACE_SECONDS = 30.0
 """An entry whose lease ended so long ago is nobody's any more, whatever its handoff says."""
 
