@@ -166,6 +166,6 @@ class HandoffAgent:
         if self._device.type == "cuda":
             # Nothing of this thread's is ever queued behind the engine's own work by accident.
             torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))
+            torch.cuda.set_stream(torch.cuda.Stream(self._device, priority=-1))
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()

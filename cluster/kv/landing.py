@@ -52,12 +52,14 @@ class Landing:
             self.part.check(run, size)
             self.inbound.verify(frame, seed_of(self.reservation.reserve.handoff_id))
             self.reservation.check(self.generations)
-            self._write(frame)
         except BaseException:
             self.inbound.done(frame)
             raise
+        try:
+            self._write(frame)
+        finally:
+            self._settle(frame)  # a write that failed half-way may have queued something, too
         self.part.accept(run, size)
-        self._settle(frame)
         if len(self._writes) >= MAX_WRITES:
             await asyncio.wait(self._writes, return_when=asyncio.FIRST_COMPLETED)
 

@@ -7,10 +7,15 @@ one after the other and wakes the loop once for all that were reached meanwhile.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Protocol
+
+import torch
+
+log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 30.0
 
@@ -37,8 +42,9 @@ class Milestones:
     ends when none has come for a while, so where there is no device there is none.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: torch.device | None = None) -> None:
         self._name = name
+        self._device = device
         self._told: queue.SimpleQueue[tuple[Fence, Reached]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = False
@@ -75,6 +81,8 @@ class Milestones:
         await done
 
     def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         told = self._next()
         while told is not None:
             passed = [(told[1], _failure(told[0]))]
@@ -116,4 +124,7 @@ def _failure(fence: Fence) -> Exception | None:
 
 def _tell(passed: list[tuple[Reached, Exception | None]]) -> None:
     for reached, error in passed:
-        reached(error)
+        try:
+            reached(error)
+        except Exception:  # the others are told all the same
+            log.exception("what a device had done was not taken in")

@@ -71,7 +71,7 @@ class PagedCache:
         self._items = [layer.view(_WIDTHS[self.item_bytes]) for layer in tensors]
         order = self.packing.order
         self._order = None if order is None else order.to(self.device)
-        self._stream = torch.cuda.Stream(self.device) if first.is_cuda else None
+        self._stream = torch.cuda.Stream(self.device, priority=-1) if first.is_cuda else None
         self._copies = _copies(self._wide) if first.is_cuda else None
 
     @property

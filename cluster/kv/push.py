@@ -134,6 +134,7 @@ class Push:
                 raise
             finally:
                 reply.cancel()
+                reply.add_done_callback(lambda _: reply.cancelled() or reply.exception())
         finally:
             outbound.cancel()
 
@@ -206,12 +207,12 @@ class Push:
             buffer = await outbound.buffer(size)
             try:
                 self._fill(buffer, group, part, outbound)
+                filled = self.cache.mark(outbound.stream)
+                if filled is None:
+                    self._check(head.block_ids, head.stamp)
             except BaseException:
                 outbound.discard(buffer)
                 raise
-            filled = self.cache.mark(outbound.stream)
-            if filled is None:
-                self._check(head.block_ids, head.stamp)
             run = BlockRun(
                 self.sent.frames, head.layer, len(group), head.first_block + start, len(part)
             )

@@ -253,7 +253,7 @@ async def _read_off(inbound: Inbound) -> None:
             while True:
                 with contextlib.suppress(HandoffRefused):
                     frame = await inbound.receive()
-                    if frame is None:
+                    if frame is None or isinstance(frame, Commit):
                         return
                     if isinstance(frame, Blocks):
                         inbound.done(frame)

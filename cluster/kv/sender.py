@@ -101,7 +101,7 @@ class Sender:
         self._geometry = geometry
         self._rank = rank
         self._handoffs: dict[str, _Handoff] = {}
-        self._milestones = Milestones("kv-computed")
+        self._milestones = Milestones("kv-computed", cache.device)
 
     # ---- the engine's side -------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ every slot is free again."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
@@ -53,9 +54,9 @@ async def test_an_empty_handoff_commits_at_once(bench: Bench) -> None:
 
 
 async def test_payloads_keep_their_order_and_their_bytes(bench: Bench) -> None:
-    for sequence in range(SLOTS):
+    for sequence in range(SLOTS - 1):
         await bench.arrive(sequence)
-    for sequence in range(SLOTS):
+    for sequence in range(SLOTS - 1):
         blocks = await bench.next()
         assert isinstance(blocks, Blocks) and blocks.run.sequence == sequence
         assert set(blocks.payload.tolist()) == {sequence}
@@ -80,6 +81,46 @@ async def test_what_was_not_taken_is_freed_with_the_push(bench: Bench) -> None:
     await bench.all_slots_free()
     await bench.arrive(2)  # too late: it has no owner
     await bench.all_slots_free()
+
+
+async def test_one_link_never_takes_every_slot(bench: Bench) -> None:
+    for sequence in range(SLOTS - 1):
+        await bench.arrive(sequence)
+    more = asyncio.create_task(bench.arrive(SLOTS - 1))
+    await asyncio.sleep(0.01)
+    assert not more.done() and bench.staging._free.qsize() == 1
+    blocks = await bench.next()
+    assert isinstance(blocks, Blocks)
+    bench.inbound.done(blocks)
+    await more
+
+
+async def test_a_wait_that_is_broken_off_loses_no_payload(bench: Bench) -> None:
+    """Broken off in every turn of the loop in which the payload may be on its way to it."""
+    for turns in range(6):
+        waiting = asyncio.create_task(bench.inbound.receive())
+        await asyncio.sleep(0)
+        await bench.arrive(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            blocks = await waiting
+            assert isinstance(blocks, Blocks)
+            bench.inbound.done(blocks)
+    bench.inbound.close()
+    await bench.all_slots_free()
+
+
+async def test_a_commit_is_told_once(bench: Bench) -> None:
+    """Whoever reads on, as after a refusal, waits for the peer and does not spin."""
+    bench.push.frames.put_nowait(Commit(0, 42, 12))
+    assert await bench.next() == Commit(0, 42, 12)
+    more = asyncio.create_task(bench.inbound.receive())
+    await asyncio.sleep(0.01)
+    assert not more.done()
+    bench.push.frames.put_nowait(None)
+    assert await more is None
 
 
 async def test_the_end_of_a_push_is_heard_while_payloads_are_awaited(bench: Bench) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -81,17 +82,37 @@ async def test_a_device_that_fails_is_heard_of() -> None:
 
 
 async def test_who_gave_up_waiting_is_not_told() -> None:
-    along, point = Milestones("test"), Point()
+    along, point, other = Milestones("test"), Point(), Point()
+    amiss: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: amiss.append(context))
     waiting = asyncio.create_task(along.reached(point))
+    late = asyncio.create_task(along.reached(other))
     await asyncio.sleep(0.01)
     waiting.cancel()
+    await asyncio.sleep(0)
+    other.reach()
     point.reach()
-    other = Point()
     async with asyncio.timeout(5):
-        late = asyncio.create_task(along.reached(other))
-        await asyncio.sleep(0.01)
-        other.reach()
         await late
+    assert amiss == []
+
+
+async def test_one_who_stumbles_keeps_the_others_from_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    along, first, second = Milestones("test"), Point(), Point()
+
+    def stumble(_: Exception | None) -> None:
+        raise KeyError("x")
+
+    along.then(first, stumble)
+    late = asyncio.create_task(along.reached(second))
+    await asyncio.sleep(0.01)
+    second.reach()
+    first.reach()
+    async with asyncio.timeout(5):
+        await late
+    assert "was not taken in" in caplog.text
 
 
 async def test_the_thread_ends_when_idle_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:

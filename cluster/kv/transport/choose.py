@@ -56,7 +56,7 @@ def make_transport(
             f"handoff.transport: nccl is not possible here: {unavailable}; use auto or grpc"
         )
     grpc = GrpcTransport(
-        options.host, message_bytes, options.max_streams, device=cache.device, ports=options.ports
+        options.host, message_bytes, options.max_streams, cache=cache, ports=options.ports
     )
     if options.transport == "grpc" or unavailable:
         return grpc

@@ -13,6 +13,7 @@ import grpc.aio
 import torch
 
 from cluster.kv.milestones import Milestones
+from cluster.kv.paged import PagedCache
 from cluster.kv.transport.allocator import keep_large_blocks
 from cluster.kv.transport.frames import HEADER_BYTES
 from cluster.kv.transport.grpc_streams import GrpcInbound, GrpcOutbound, StagedOutbound
@@ -62,7 +63,7 @@ class GrpcTransport:
         max_message_bytes: largest frame payload.
         max_streams: pushes served at once; more wait at the peer.
         channels: connections per peer.
-        device: of the KV cache.
+        cache: what is handed off; payloads of one on a device are staged for it.
         further: handlers of further methods of the service, by name.
         ports: to take one of.
     """
@@ -75,7 +76,7 @@ class GrpcTransport:
         max_message_bytes: int,
         max_streams: int,
         channels: int = 2,
-        device: torch.device | None = None,
+        cache: PagedCache | None = None,
         further: Mapping[str, Handler] | None = None,
         ports: str = ANY,
     ) -> None:
@@ -107,9 +108,10 @@ class GrpcTransport:
         self._closing: set[asyncio.Task[None]] = set()
         self._turn = 0
         self._server: grpc.aio.Server | None = None
-        self.milestones = Milestones("kv-copies")
+        self.milestones = Milestones("kv-copies", cache.device if cache else None)
         self._staging = None
-        if device is not None and device.type == "cuda":
+        if cache is not None and cache.device.type == "cuda":
+            self._mark = cache.mark
             size = STAGED_FRAMES * max_message_bytes
             self._staging = Staging(torch.device("cpu"), size, max_message_bytes)
 
@@ -147,7 +149,7 @@ class GrpcTransport:
         call = self.call(peer.address, "Push")
         if self._staging is None:
             return GrpcOutbound(call, self._frame_bytes)
-        return StagedOutbound(call, self._frame_bytes, self._staging, self.milestones)
+        return StagedOutbound(call, self._frame_bytes, self._staging, self.milestones, self._mark)
 
     def call(self, address: str, method: str) -> Any:
         """A stream of raw messages to a peer, on the channel whose turn it is."""

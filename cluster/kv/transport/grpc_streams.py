@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -91,12 +91,19 @@ class StagedOutbound(GrpcOutbound):
 
     Args:
         milestones: of the stream on which the copies are queued.
+        mark: marks it.
     """
 
     def __init__(
-        self, call: Any, frame_bytes: int, staging: Staging, milestones: Milestones
+        self,
+        call: Any,
+        frame_bytes: int,
+        staging: Staging,
+        milestones: Milestones,
+        mark: Callable[[], Fence | None],
     ) -> None:
         super().__init__(call, frame_bytes)
+        self._mark = mark
         self._staging = staging
         self._milestones = milestones
         self._last: asyncio.Task[None] | None = None
@@ -108,10 +115,13 @@ class StagedOutbound(GrpcOutbound):
         self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
     ) -> None:
         assert isinstance(buffer, Slot)
-        if self._last is not None and self._last.done():
-            self._last.result()
-        self._last = asyncio.create_task(self._send(run, buffer, seed, filled, self._last))
-        self._last.add_done_callback(lambda task: task.cancelled() or task.exception())
+        before = self._last
+        self._last = asyncio.create_task(self._send(run, buffer, seed, filled, before))
+        # However it ends, and be it before it began. A slot is held until its frame has left, so
+        # that a peer that reads slowly holds up the next ones.
+        self._last.add_done_callback(lambda _: self._give_back(buffer, filled))
+        if before is not None and before.done():
+            before.result()
 
     async def _send(
         self,
@@ -121,12 +131,9 @@ class StagedOutbound(GrpcOutbound):
         filled: Fence | None,
         before: asyncio.Task[None] | None,
     ) -> None:
+        await self._milestones.reached(filled)
         wire = BlocksWire(slot.payload.numel())
-        try:
-            await self._milestones.reached(filled)
-            np.copyto(wire.payload.numpy(), slot.payload.numpy())  # torch would wake its threads
-        finally:
-            self._give_back(slot, filled)
+        np.copyto(wire.payload.numpy(), slot.payload.numpy())  # torch would wake its threads
         sealed = wire.seal(replace(run, checksum=host_checksum(wire.payload, seed)))
         if before is not None:
             await before
@@ -141,13 +148,15 @@ class StagedOutbound(GrpcOutbound):
         return 0
 
     def discard(self, buffer: Buffer) -> None:
+        """The copy into it may be under way."""
         assert isinstance(buffer, Slot)
-        self._staging.give_back(buffer)
+        self._give_back(buffer, self._mark())
 
     def cancel(self) -> None:
         super().cancel()
         if self._last is not None:
             self._last.cancel()
+            self._last.add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
 class GrpcInbound:

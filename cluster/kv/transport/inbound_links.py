@@ -30,7 +30,7 @@ from cluster.kv.transport.hello import (
 )
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.seam import Inbound
-from cluster.kv.transport.staging import Slot, Staging
+from cluster.kv.transport.staging import Share, Slot, Staging
 from cluster.ticket import CLOCK_TOLERANCE_SECONDS, TicketSigner
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,29 @@ class Arriving:
     payload: Payload
     slot: Slot
     link: Link
+    room: Share
+
+
+class Arrivals(asyncio.Queue["Arriving | None"]):
+    """A push's payloads, None at the end of its link.
+
+    Attributes:
+        coming: set while there is one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coming = asyncio.Event()
+
+    def put_nowait(self, item: Arriving | None) -> None:
+        super().put_nowait(item)
+        self.coming.set()
+
+    def get_nowait(self) -> Arriving | None:
+        item = super().get_nowait()
+        if self.empty():
+            self.coming.clear()
+        return item
 
 
 class InboundLinks:
@@ -65,8 +88,9 @@ class InboundLinks:
         self._staging = staging
         self._strangers = Seldom(log)
         self._links: dict[int, Link] = {}
+        self._rooms: dict[int, Share] = {}
         self._hellos: Recent[int] = Recent()
-        self._claims: dict[tuple[int, str], asyncio.Queue[Arriving | None]] = {}
+        self._claims: dict[tuple[int, str], Arrivals] = {}
 
     async def serve(self, frames: AsyncIterator[bytes], context: Any) -> None:
         """One link, from its hello to its end."""
@@ -92,6 +116,7 @@ class InboundLinks:
         finally:
             link.abort("the peer closed the link")
             del self._links[hello.link]
+            self._rooms.pop(hello.link, None)
             for (owner, _), queue in list(self._claims.items()):
                 if owner == hello.link:
                     queue.put_nowait(None)
@@ -109,19 +134,24 @@ class InboundLinks:
         now = time.monotonic()
         self._hellos.add(hello.link, now, now + HELLO_SECONDS + 2 * CLOCK_TOLERANCE_SECONDS)
         link = Link(hello.unique_id, 1, self._device, self._stuck_seconds, None)
-        await link.up()
+        try:
+            await link.up()
+        except BaseException:  # the peer has gone, perhaps
+            link.abort("the link did not come up")
+            raise
         return link
 
     async def _arrive(self, link_id: int, link: Link, payload: Payload) -> None:
         """Receives a payload, whoever it is for: the next one comes behind it."""
-        slot = await self._staging.take(payload.size)
+        room = self._rooms.setdefault(link_id, Share(self._staging))
+        slot = await room.take(payload.size)
         try:
             await link.receive(slot)
         except BaseException:
             link.abort("a payload was broken off")
-            link.release(None, lambda: self._staging.give_back(slot))
+            link.release(None, lambda: room.give_back(slot))
             raise
-        arriving = Arriving(payload, slot, link)
+        arriving = Arriving(payload, slot, link, room)
         claim = self._claims.get((link_id, payload.handoff_id))
         if claim is None:  # its push has ended
             self.discard(arriving)
@@ -131,13 +161,13 @@ class InboundLinks:
     def discard(self, arriving: Arriving) -> None:
         """Frees a payload's slot as soon as nothing writes to it or reads it."""
         link = arriving.link
-        link.release(link.mark(), lambda: self._staging.give_back(arriving.slot))
+        link.release(link.mark(), lambda: arriving.room.give_back(arriving.slot))
 
-    def claim(self, link_id: int, handoff_id: str) -> tuple[Link, asyncio.Queue[Arriving | None]]:
+    def claim(self, link_id: int, handoff_id: str) -> tuple[Link, Arrivals]:
         """Payloads of this handoff from now on. Raises HandoffRefused if there is no such link."""
         if link_id not in self._links:
             raise HandoffRefused("the link that payloads are to come over is down")
-        queue = self._claims.setdefault((link_id, handoff_id), asyncio.Queue())
+        queue = self._claims.setdefault((link_id, handoff_id), Arrivals())
         return self._links[link_id], queue
 
     def disclaim(self, link_id: int, handoff_id: str) -> list[Arriving]:
@@ -163,10 +193,11 @@ class LinkedInbound(Inbound):
         self._link_id = 0
         self._link: Link | None = None
         self._handoff_id = ""
-        self._queue: asyncio.Queue[Arriving | None] | None = None
+        self._queue: Arrivals | None = None
         self._taken: dict[int, Arriving] = {}
         self._delivered = 0
         self._commit: Commit | None = None
+        self._commit_told = False
         self._control: asyncio.Task[Frame | None] | None = None
         self._sum: DeviceSum | None = None
 
@@ -192,20 +223,25 @@ class LinkedInbound(Inbound):
             return frame
         if self._commit is None:
             return await self._next(self._queue)
+        if self._commit_told:
+            return await self._inner.receive()
         if self._delivered >= self._commit.frames:
+            self._commit_told = True
             return self._commit
         return self._deliver(await self._queue.get())
 
-    async def _next(self, queue: asyncio.Queue[Arriving | None]) -> Frame | None:
+    async def _next(self, queue: Arrivals) -> Frame | None:
         if self._control is None:
             self._control = asyncio.create_task(self._inner.receive())
-        arrival = asyncio.create_task(queue.get())
-        try:
-            await asyncio.wait({arrival, self._control}, return_when=asyncio.FIRST_COMPLETED)
-            if arrival.done():
-                return self._deliver(arrival.result())
-        finally:
-            arrival.cancel()
+        if queue.empty():
+            # Only looked at, not taken, until nothing can break this wait off any more.
+            arrival = asyncio.create_task(queue.coming.wait())
+            try:
+                await asyncio.wait({arrival, self._control}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                arrival.cancel()
+        if not queue.empty():
+            return self._deliver(queue.get_nowait())
         control, self._control = self._control, None
         frame = control.result()
         if isinstance(frame, Commit):

@@ -9,7 +9,9 @@ or whose stream ends, is aborted as a whole, on the device too; what was under w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +26,27 @@ from cluster.kv.transport.nccl_library import Communicator
 from cluster.kv.transport.staging import Slot
 
 log = logging.getLogger(__name__)
+
+
+class _Streams:
+    """Streams of links, used again: torch has 32 of a priority and deals them out in turn. The
+    engine's are of another priority, so a link never waits in one of those."""
+
+    def __init__(self) -> None:
+        self._free: list[Any] = []
+
+    def take(self, device: torch.device) -> Any:
+        for stream in self._free:
+            if stream.device == device:
+                self._free.remove(stream)
+                return stream
+        return torch.cuda.Stream(device, priority=-1)
+
+    def give_back(self, *streams: Any) -> None:
+        self._free.extend(streams)
+
+
+_streams = _Streams()
 
 WATCH_SECONDS = 0.25
 _PAUSE = 1e-3
@@ -55,9 +78,8 @@ class Link:
         self._stuck_seconds = stuck_seconds
         self.broken = ""
         self.used_at = time.monotonic()
-        self.copies = torch.cuda.Stream(device)
-        self._wire = torch.cuda.Stream(device)
-        self._milestones = Milestones("link")
+        self.copies, self._wire = _streams.take(device), _streams.take(device)
+        self._milestones = Milestones("link", device)
         self._under_way: deque[tuple[float, Any]] = deque()
         self._aborting: asyncio.Future[None] | None = None
         self._warm_up()
@@ -72,9 +94,7 @@ class Link:
                 self._comm.split()
                 await self._settle()
                 # The first transfer waits for the peer on the host, the others on the device only.
-                await asyncio.shield(
-                    asyncio.get_running_loop().run_in_executor(None, self._first_transfer)
-                )
+                await asyncio.shield(_in_a_thread(self._first_transfer))
         except TimeoutError:
             self.abort("the peer did not join the link")
             raise HandoffRefused(self.broken) from None
@@ -145,13 +165,15 @@ class Link:
             self._raise_if_broken()
 
     async def _watch(self) -> None:
+        moved = 0.0
         while not self.broken:
             await asyncio.sleep(WATCH_SECONDS)
             try:
                 while self._under_way and self._under_way[0][1].query():
                     self._under_way.popleft()
+                    moved = time.monotonic()
                 late = time.monotonic() - self._stuck_seconds
-                if self._under_way and self._under_way[0][0] < late:
+                if self._under_way and max(moved, self._under_way[0][0]) < late:
                     self.abort("a transfer over the link stood still")
                 elif not self.broken:
                     self._comm.settled()
@@ -169,8 +191,36 @@ class Link:
         self.broken = reason or "the link was closed"
         log.info("link aborted: %s", self.broken)
         self._watcher.cancel()
-        self._aborting = asyncio.get_running_loop().run_in_executor(None, self._abort)
+        self._aborting = _in_a_thread(self._abort)
+        self._aborting.add_done_callback(lambda _: _streams.give_back(self.copies, self._wire))
 
     def _abort(self) -> None:
         with torch.cuda.device(self._device):
             self._comm.abort()
+
+
+def _in_a_thread(call: Callable[[], None]) -> asyncio.Future[None]:
+    """In one of its own: what waits for a peer must not keep a thread from what ends that wait."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+    done.add_done_callback(lambda _: done.cancelled() or done.exception())  # may go unheard
+
+    def settle(error: Exception | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error: Exception | None = None
+        try:
+            call()
+        except Exception as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="link", daemon=True).start()
+    return done

@@ -32,11 +32,11 @@ from cluster.ticket import TicketSigner
 
 log = logging.getLogger(__name__)
 
-SLOT_BYTES = 64 << 20
+SLOT_BYTES = 32 << 20
 RETRY_SECONDS = 60.0
 """A peer that could not be linked is tried again so long after."""
 IDLE_SECONDS = 600.0
-MAX_LINKS = 64
+MAX_LINKS = 16
 
 
 def nccl_available(cache: PagedCache) -> str:

@@ -18,7 +18,7 @@ from cluster.kv.transport.grpc_streams import GrpcOutbound
 from cluster.kv.transport.hello import Payload, encode_payloads
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.seam import Buffer
-from cluster.kv.transport.staging import Slot, Staging
+from cluster.kv.transport.staging import Share, Slot, Staging
 
 _Queued = tuple[Payload, Slot, Fence | None, asyncio.Future[None]]
 
@@ -37,7 +37,7 @@ class OutboundLink:
     def __init__(self, link_id: int, call: Any, link: Link, staging: Staging) -> None:
         self.id = link_id
         self.link = link
-        self.staging = staging
+        self.staging = Share(staging)
         self._call = call
         self._queue: asyncio.Queue[_Queued] = asyncio.Queue()
         self._batch: list[_Queued] = []
@@ -86,10 +86,14 @@ class OutboundLink:
             sent.set_result(None)
 
     def _give_up(self) -> None:
-        """What has not left does not leave; of the first, the transfer may have begun."""
+        """What has not left does not leave: its slot is free when it has been filled. The first of
+        a batch may have begun to leave: its slot is free after the abort, too."""
         waiting = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
-        for i, (_, slot, filled, sent) in enumerate(self._batch + waiting):
-            self.link.release(filled if i else None, partial(self._left, slot, sent))
+        for _, slot, filled, sent in self._batch[:1]:
+            left = partial(self._left, slot, sent)
+            self.link.release(filled, partial(self.link.release, None, left))
+        for _, slot, filled, sent in self._batch[1:] + waiting:
+            self.link.release(filled, partial(self._left, slot, sent))
         self._batch = []
 
     async def _watch(self) -> None:
@@ -134,9 +138,13 @@ class NcclOutbound:
         assert isinstance(buffer, Slot)
         summed = bool(self._checksums) and run.sequence % self._checksums == 0
         if summed:
-            if self._sum is None:
-                self._sum = DeviceSum(buffer.payload.device, self.stream, seed)
-            self._sum.add(buffer.payload)
+            try:
+                if self._sum is None:
+                    self._sum = DeviceSum(buffer.payload.device, self.stream, seed)
+                self._sum.add(buffer.payload)
+            except BaseException:
+                self.discard(buffer)
+                raise
             filled = self._link.link.mark()  # the slot is read until then
         payload = Payload(self._handoff_id, run, buffer.payload.numel(), summed)
         self._sent.append(self._link.send(payload, buffer, filled))

@@ -50,6 +50,33 @@ class Staging:
         index = await self._free.get()
         return Slot(index, self._memory[index, :size])
 
+    @property
+    def slots(self) -> int:
+        return len(self._memory)
+
     def give_back(self, slot: Slot) -> None:
         """No transfer reads or writes it any more."""
         self._free.put_nowait(slot.index)
+
+
+class Share:
+    """One link's slots of a staging memory: never all of them, so that a peer that stands still
+    keeps not every other one waiting."""
+
+    def __init__(self, staging: Staging) -> None:
+        self._staging = staging
+        self.slot_bytes = staging.slot_bytes
+        self._room = asyncio.Semaphore(max(1, staging.slots * 3 // 4))
+
+    async def take(self, size: int) -> Slot:
+        """As `Staging.take`."""
+        await self._room.acquire()
+        try:
+            return await self._staging.take(size)
+        except BaseException:
+            self._room.release()
+            raise
+
+    def give_back(self, slot: Slot) -> None:
+        self._staging.give_back(slot)
+        self._room.release()
