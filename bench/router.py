@@ -34,10 +34,13 @@ TOKENS_PER_SECOND = 2500.0
 SATURATED_GAP = 1e-4
 
 
-def loads(streams: int) -> tuple[Load, Load]:
-    """Paced and saturated."""
+LOADS = ("paced", "saturated")
+
+
+def load_of(kind: str, streams: int) -> Load:
+    """One of LOADS, for so many streams."""
     gap = max(0.01, streams / TOKENS_PER_SECOND)
-    return Load(streams, gap), Load(streams, SATURATED_GAP)
+    return Load(streams, gap if kind == "paced" else SATURATED_GAP)
 
 
 def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -> Process:
@@ -77,17 +80,18 @@ async def one(system: str, load: Load, saturated: bool, store_url: str, workers:
         process.stop()
 
 
-def run(systems: list[str], streams: list[int]) -> list[Row]:
+def run(systems: list[str], streams: list[int], kinds: list[str]) -> list[Row]:
     rows = []
     os.sched_setaffinity(0, {1})
     with tempfile.TemporaryDirectory() as folder:
         for count in streams:
-            for load in loads(count):
+            for kind in kinds:
+                load = load_of(kind, count)
                 store = EmbeddedStore.start(Path(folder))
                 workers = Process("workers", {1}, store_url=store.url, load=vars(load))
                 try:
                     for system in systems:
-                        saturated = load.gap_seconds == SATURATED_GAP
+                        saturated = kind == "saturated"
                         row = asyncio.run(one(system, load, saturated, store.url, workers))
                         rows.append(row)
                         print(row.text(), flush=True)
@@ -102,8 +106,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--streams", nargs="+", type=int, default=list(STREAMS))
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     arguments = parser.parse_args()
-    rows = run(arguments.systems, arguments.streams)
+    rows = run(arguments.systems, arguments.streams, arguments.loads)
     if arguments.json:
         print(json.dumps({"rows": [row.values() for row in rows]}))
 

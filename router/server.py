@@ -10,7 +10,6 @@ import random
 import socket
 from collections.abc import Mapping
 
-import grpc
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
@@ -33,7 +32,7 @@ from router.inference import InferenceServicer
 from router.intake import Intake
 from router.joint import JointPlacement
 from router.lease import RouterLease
-from router.listen import LOOPBACK, Health, bind_grpc, bind_http, grpc_options, join
+from router.listen import LOOPBACK, Health, bind_grpc, bind_http, join, rpc_server
 from router.observe import Observer
 from router.operator import OperatorServicer
 from router.pace import Pace
@@ -157,7 +156,7 @@ class RouterServer:
             config.classes, self._catalog, intake, self._dispatch, self._resumption, self._observer
         )
         self._reception = reception
-        self._server = grpc.aio.server(options=grpc_options(config.router))
+        self._server = rpc_server(config.router)
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceServicer(
                 tenants,
