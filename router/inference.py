@@ -14,6 +14,7 @@ from router import validate
 from router.answer import Answer
 from router.caller import shown_by
 from router.catalog import Catalog
+from router.delta_wire import DeltaEncoder
 from router.dispatch import Dispatch
 from router.intake import Intake
 from router.reception import Reception
@@ -115,15 +116,16 @@ async def _answer(answer: Answer, call: Call) -> None:
 async def _send(answer: Answer, call: Call) -> None:
     """Writes a request's deltas and its end; ends a write that blocks when the request is cut."""
     loop = asyncio.get_running_loop()
-    request_id = answer.request_id
+    request_id, encode = answer.request_id, DeltaEncoder(answer.request_id)
     try:
         async with asyncio.timeout(None) as limit:
             answer.on_cut = lambda: limit.reschedule(loop.time())
+            answer.direct = lambda delta: call.try_write(encode(delta))
             async for deltas in answer.deltas():
                 for delta in deltas:
-                    await call.write(wire.delta_message(request_id, delta))
+                    await call.write_bytes(encode(delta))
             await call.write(wire.completed_message(request_id, answer.completed))
     except TimeoutError:
         await refuse(call, answer.error or PdserveError("cut without an error"))
     finally:
-        answer.on_cut = None
+        answer.on_cut = answer.direct = None

@@ -16,7 +16,7 @@ from h2.config import H2Configuration
 from h2.connection import ConnectionState
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes
+from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
 from router.rpc.abuse import Abuse
@@ -99,13 +99,14 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
                 return
             self._names = self._names_of(transport.get_extra_info("peercert") or {})
-        self._h2.local_settings.update(
-            {
+        # Before the connection begins: what is changed later counts once the client agrees.
+        self._h2.local_settings = Settings(
+            client=False,
+            initial_values={
                 SettingCodes.MAX_CONCURRENT_STREAMS: self._limits.calls,
                 SettingCodes.INITIAL_WINDOW_SIZE: self._limits.window_bytes,
                 SettingCodes.MAX_HEADER_LIST_SIZE: self._limits.metadata_bytes,
-                SettingCodes.ENABLE_CONNECT_PROTOCOL: 0,
-            }
+            },
         )
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(self._limits.window_bytes)
