@@ -5,7 +5,8 @@
 Simulated engines on one core, the system under test alone on another; the clients share the
 engines' core, so that what is measured is the system's own CPU time. Every load comes twice: paced,
 each token a message, and saturated, the engines as fast as they can. The time to first token is
-taken on workers of their own that are always free, through the system and past it, in turns.
+taken on workers of their own that are always free, by the same kind of client through the system
+and past it, in turns: past it one engine serves the request whole, through pdserve two do.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.streams.clients import Client, DirectClient, GrpcClient, HttpClient
+from bench.streams.clients import Client, GrpcClient, HttpClient
 from bench.streams.measure import Row, measure
 from bench.streams.processes import Process
-from bench.streams.setting import Load
-from cluster.store.client import connect
+from bench.streams.setting import PROBE, Load
 from cluster.store.embedded import EmbeddedStore
-from cluster.store.registry import Registry
 
-SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx")
+SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx", "ray-serve")
 STREAMS = (1, 100)
 TOKENS_PER_SECOND = 2500.0
 """Of a paced load with a hundred streams or more: what clients on one core can take singly."""
@@ -48,6 +47,8 @@ def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -
     cores = {0}
     if system.startswith("pdserve"):
         return Process("ours", cores, store_url=store_url, **arguments)
+    if system == "ray-serve":
+        return Process("ray_serve", cores, urls=urls, **arguments)
     return Process("minimal", cores, urls=urls, **arguments)
 
 
@@ -57,26 +58,21 @@ def client_of(system: str, process: Process) -> Client:
     return HttpClient(process.said["http"])
 
 
-async def direct(store_url: str) -> DirectClient:
-    from bench.streams.setting import SECRET
-
-    store = await connect(store_url, 5.0)
-    try:
-        workers = await Registry(store, "pdserve").workers()
-    finally:
-        await store.aclose()
-    record = next(w for w in workers if w.worker_id == "x-p")
-    client = DirectClient(record.address, record.worker_id, SECRET)
-    await client.open()
-    return client
+def past_client(system: str, workers: Process) -> Client:
+    """The same kind of client, on a bare worker."""
+    if system == "pdserve-grpc":
+        return GrpcClient(workers.said["grpc"])
+    return HttpClient(workers.said["urls"][PROBE][0])
 
 
 async def one(system: str, load: Load, saturated: bool, store_url: str, workers: Process) -> Row:
     process = start(system, load, store_url, workers.said["urls"])
+    client, past = client_of(system, process), past_client(system, workers)
     try:
-        client, past = client_of(system, process), await direct(store_url)
         return await measure(system, load, saturated, client, past, process)
     finally:
+        await client.close()
+        await past.close()
         process.stop()
 
 
