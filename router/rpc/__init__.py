@@ -5,6 +5,9 @@
     call         one call: what a servicer method sees as its context
     inbox        a call's incoming messages, bounded by flow control
     headers      metadata, deadlines, statuses in their wire form
+    outgoing     what leaves, in one write per turn of the loop
+    opening      what a call's headers ask for
+    alive        whether a silent client is still there
     abuse        what a peer may not do
 
 grpc.aio pays for every message with a wake-up of its poller thread and one of the event loop; that

@@ -11,6 +11,7 @@ import grpc
 
 from router.rpc.headers import BEGIN, Headers, Metadata, trailers
 from router.rpc.inbox import PREFIX, BadMessage, Inbox
+from router.rpc.opening import Opening
 
 if TYPE_CHECKING:
     from router.rpc.connection import Connection
@@ -32,7 +33,6 @@ class Call:
     `write`, `abort`, `invocation_metadata` and `time_remaining` are as of grpc.aio.ServicerContext.
 
     Args:
-        timeout_seconds: of the caller's deadline; None: it set none.
         stream: h2's, for its flow-control window.
         names: in the client's certificate, which TLS verified.
     """
@@ -42,24 +42,22 @@ class Call:
         connection: Connection,
         stream_id: int,
         stream: Any,
-        method: grpc.RpcMethodHandler[Any, Any],
-        metadata: Metadata,
-        timeout_seconds: float | None,
+        asked: Opening,
         inbox: Inbox,
         names: tuple[str, ...],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
-        self._method = method
-        self._metadata = metadata
+        self._method = asked.method
+        self._metadata = asked.metadata
         self.stream_id = stream_id
         self.stream = stream
         self.inbox = inbox
         self.peer_names = names
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
-        if timeout_seconds is not None:
-            self._deadline = self._loop.time() + timeout_seconds
+        if asked.timeout_seconds is not None:
+            self._deadline = self._loop.time() + asked.timeout_seconds
             self._timer = self._loop.call_at(self._deadline + LATE_SECONDS, self._expired)
         self._waiting = bytearray()
         self._drained = asyncio.Event()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
-import grpc
 import h2.connection
 import h2.events as events
 from h2.config import H2Configuration
@@ -20,22 +19,13 @@ from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
 from router.rpc.abuse import Abuse
+from router.rpc.alive import Alive
 from router.rpc.call import Call
-from router.rpc.headers import (
-    BEGIN,
-    CONTENT_TYPE,
-    ENCODINGS,
-    BadHeaders,
-    Headers,
-    metadata,
-    timeout_seconds,
-    trailers,
-)
+from router.rpc.headers import Headers
 from router.rpc.inbox import Inbox
 from router.rpc.limits import Limits
-
-_FRAME = struct.Struct(">BHBBI")
-"""A frame's header: 24 bits of length, type, flags, stream. DATA is type 0."""
+from router.rpc.opening import Methods, Refused, opening
+from router.rpc.outgoing import Outgoing
 
 _HIGH_WATER_BYTES = 256 << 10
 """That wait in the socket's buffer before calls keep what they have for themselves."""
@@ -56,7 +46,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(
         self,
-        methods: Mapping[str, grpc.RpcMethodHandler[Any, Any]],
+        methods: Methods,
         limits: Limits,
         names: Callable[[Mapping[str, Any]], tuple[str, ...]],
         opened: Callable[[Connection], None],
@@ -79,13 +69,11 @@ class Connection(asyncio.Protocol):
         self._abuse = Abuse()
         self.calls: dict[int, Call] = {}
         self._transport: asyncio.Transport | None = None
-        self._out: list[bytes] = []
-        self._flushing = False
+        self._out = Outgoing(self._write, self._abuse.answered)
         self._paused = False
         self._draining = False
-        self._answered = False
-        self._heard = False
-        self._alive: asyncio.TimerHandle | None = None
+        self._closing = False
+        self._alive: Alive | None = None
 
     # --- the transport's side -------------------------------------------------------------------
 
@@ -111,12 +99,12 @@ class Connection(asyncio.Protocol):
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(self._limits.window_bytes)
         self._collect()
-        self._alive = self._loop.call_later(self._limits.keepalive_seconds, self._keep_alive)
+        self._alive = Alive(self._limits, self._ask, self.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         if self._alive is not None:
-            self._alive.cancel()
+            self._alive.stop()
         for call in list(self.calls.values()):
             call.lost()
         self._closed(self)
@@ -129,7 +117,8 @@ class Connection(asyncio.Protocol):
         self._pump()
 
     def data_received(self, data: bytes) -> None:
-        self._heard = True
+        if self._alive is not None:
+            self._alive.heard = True
         try:
             for event in self._h2.receive_data(data):
                 self._handle(event)
@@ -150,8 +139,8 @@ class Connection(asyncio.Protocol):
             self._h2.send_headers(call.stream_id, headers, end_stream=end)
         except ProtocolError:
             return  # The client has closed the stream meanwhile: its reset is on the way to us.
-        self._answered = True
         self._collect()
+        self._out.answered = True
 
     def try_data(self, call: Call, data: bytes) -> bool:
         """Sends all of it as one frame, or nothing."""
@@ -167,13 +156,7 @@ class Connection(asyncio.Protocol):
         # As h2's send_data does it, in a tenth of the time: a token is a frame.
         conn.outbound_flow_control_window -= size
         stream.outbound_flow_control_window -= size
-        out = self._out
-        out.append(_FRAME.pack(size >> 16, size & 0xFFFF, 0, 0, call.stream_id))
-        out.append(data)
-        self._answered = True
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
+        self._out.data(call.stream_id, data)
         return True
 
     def some_data(self, call: Call, data: bytearray) -> int:
@@ -259,46 +242,30 @@ class Connection(asyncio.Protocol):
 
     def _open(self, event: events.RequestReceived) -> None:
         stream_id = event.stream_id
-        pairs = [(str(name), str(value)) for name, value in event.headers]
-        headers = dict(pairs)
-        if not _is_grpc(headers.get("content-type", "")):
-            self._refuse(stream_id, [(":status", "415")])
+        stream = self._h2.streams.get(stream_id)
+        if stream is None or self._closing:
+            return  # It was reset in the same breath.
+        if self._draining:
+            self._reset(stream_id, ErrorCodes.REFUSED_STREAM)  # A client may try another server.
             return
-        method = self._methods.get(headers.get(":path", ""))
-        encoding = headers.get("grpc-encoding", "identity")
-        code = grpc.StatusCode.INTERNAL
         try:
-            if method is None or headers.get(":method") != "POST":
-                code = grpc.StatusCode.UNIMPLEMENTED
-                raise BadHeaders("no such method")
-            if encoding not in ENCODINGS:
-                code = grpc.StatusCode.UNIMPLEMENTED
-                raise BadHeaders("no such grpc-encoding")
-            if sum(len(n) + len(v) + 32 for n, v in pairs) > self._limits.metadata_bytes:
-                code = grpc.StatusCode.RESOURCE_EXHAUSTED
-                raise BadHeaders(f"over {self._limits.metadata_bytes} bytes of metadata")
-            if self._draining:
-                code = grpc.StatusCode.UNAVAILABLE
-                raise BadHeaders("the server is shutting down")
-            left = headers.get("grpc-timeout")
-            timeout = None if left is None else timeout_seconds(left)
-            shown = metadata(pairs)
-        except BadHeaders as error:
-            self._refuse(stream_id, BEGIN + trailers(code.value[0], str(error)))
+            asked = opening(event.headers, self._methods, self._limits.metadata_bytes)
+        except Refused as refused:
+            self._refuse(stream_id, refused.headers)
             return
         inbox = Inbox(
-            self._limits.message_bytes, encoding, lambda size: self._received(stream_id, size)
+            self._limits.message_bytes, asked.encoding, partial(self._received, stream_id)
         )
-        stream = self._h2.streams[stream_id]
-        self.calls[stream_id] = call = Call(
-            self, stream_id, stream, method, shown, timeout, inbox, self._names
-        )
-        if method.request_streaming:
+        self.calls[stream_id] = call = Call(self, stream_id, stream, asked, inbox, self._names)
+        if asked.method.request_streaming:
             call.start()
 
     def _refuse(self, stream_id: int, headers: Headers) -> None:
         """Answers a stream that is no call."""
-        self._h2.send_headers(stream_id, headers, end_stream=True)
+        try:
+            self._h2.send_headers(stream_id, headers, end_stream=True)
+        except ProtocolError:
+            return  # It was reset in the same breath.
         self._reset(stream_id, ErrorCodes.NO_ERROR)
 
     def _reset(self, stream_id: int, code: ErrorCodes) -> None:
@@ -323,55 +290,23 @@ class Connection(asyncio.Protocol):
         """By hand, because h2 takes a connection for closed once it has said so."""
         last = self._h2.highest_inbound_stream_id
         frame = GoAwayFrame(0, last_stream_id=last, error_code=code, additional_data=why)
-        self._out.append(frame.serialize())
-        self._schedule()
+        self._out.put(frame.serialize())
 
-    def _keep_alive(self) -> None:
-        """Asks a client that has said nothing whether it is there; aborts if it does not answer."""
-        if self._transport is None:
-            return
-        if self._heard:
-            self._heard = False
-            wait = self._limits.keepalive_seconds
-            self._alive = self._loop.call_later(wait, self._keep_alive)
-        else:
-            self._h2.ping(b"pdserve?")
-            self._collect()
-            wait = self._limits.keepalive_timeout_seconds
-            self._alive = self._loop.call_later(wait, self._check_alive)
-
-    def _check_alive(self) -> None:
-        if self._heard:
-            self._keep_alive()
-        else:
-            self.abort()
+    def _ask(self) -> None:
+        self._h2.ping(b"pdserve?")
+        self._collect()
 
     def _collect(self) -> None:
         """What h2 has to say, in its place among the DATA frames."""
         if said := self._h2.data_to_send():
-            self._out.append(said)
-            self._schedule()
+            self._out.put(said)
 
-    def _schedule(self) -> None:
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        out, self._out = self._out, []
-        if self._transport is not None and out:
-            if self._answered:
-                self._answered = False
-                self._abuse.answered()
-            self._transport.write(b"".join(out))
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
 
     def _close(self) -> None:
-        self._flush()
+        self._closing = True
+        self._out.flush()
         if self._transport is not None:
             self._transport.close()
-
-
-def _is_grpc(content_type: str) -> bool:
-    more = (CONTENT_TYPE + "+", CONTENT_TYPE + ";")
-    return content_type == CONTENT_TYPE or content_type.startswith(more)
