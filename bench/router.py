@@ -22,7 +22,7 @@ from typing import Any
 from bench.streams.clients import Client, GrpcClient, HttpClient
 from bench.streams.measure import Row, measure
 from bench.streams.processes import Process
-from bench.streams.setting import PROBE, Load
+from bench.streams.setting import PROBE, Disaggregate, Load
 from cluster.store.embedded import EmbeddedStore
 
 SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx", "ray-serve")
@@ -36,10 +36,10 @@ SATURATED_GAP = 1e-4
 LOADS = ("paced", "saturated")
 
 
-def load_of(kind: str, streams: int) -> Load:
+def load_of(kind: str, streams: int, disaggregate: Disaggregate = "always") -> Load:
     """One of LOADS, for so many streams."""
     gap = max(0.01, streams / TOKENS_PER_SECOND)
-    return Load(streams, gap if kind == "paced" else SATURATED_GAP)
+    return Load(streams, gap if kind == "paced" else SATURATED_GAP, disaggregate)
 
 
 def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -> Process:
@@ -76,13 +76,15 @@ async def one(system: str, load: Load, saturated: bool, store_url: str, workers:
         process.stop()
 
 
-def run(systems: list[str], streams: list[int], kinds: list[str]) -> list[Row]:
+def run(
+    systems: list[str], streams: list[int], kinds: list[str], disaggregate: Disaggregate
+) -> list[Row]:
     rows = []
     os.sched_setaffinity(0, {1})
     with tempfile.TemporaryDirectory() as folder:
         for count in streams:
             for kind in kinds:
-                load = load_of(kind, count)
+                load = load_of(kind, count, disaggregate)
                 store = EmbeddedStore.start(Path(folder))
                 workers = Process("workers", {1}, store_url=store.url, load=vars(load))
                 try:
@@ -103,8 +105,9 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--streams", nargs="+", type=int, default=list(STREAMS))
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--disaggregate", choices=("always", "auto", "never"), default="always")
     arguments = parser.parse_args()
-    rows = run(arguments.systems, arguments.streams, arguments.loads)
+    rows = run(arguments.systems, arguments.streams, arguments.loads, arguments.disaggregate)
     if arguments.json:
         print(json.dumps({"rows": [row.values() for row in rows]}))
 

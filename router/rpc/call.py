@@ -61,7 +61,9 @@ class Call:
             self._timer = self._loop.call_at(self._deadline + LATE_SECONDS, self._expired)
         self._waiting = bytearray()
         self._drained = asyncio.Event()
-        self._begun = False
+        self.begun = False
+        """Something of its answer has been sent."""
+
         self._end: Headers | None = None
         self._status: Status = (grpc.StatusCode.OK, "", ())
         self._task: asyncio.Task[None] | None = None
@@ -94,7 +96,7 @@ class Call:
         """Sends a serialised message if it can leave at once; else False, and nothing is sent."""
         if self._waiting or self.ended:
             return False
-        if not self._begun:
+        if not self.begun:
             self._begin()
         return self._connection.try_data(self, PREFIX.pack(0, len(message)) + message)
 
@@ -171,7 +173,7 @@ class Call:
             self._task.cancel()
 
     def _begin(self) -> None:
-        self._begun = True
+        self.begun = True
         self._connection.headers(self, BEGIN)
 
     def _expired(self) -> None:
@@ -234,7 +236,7 @@ class Call:
         self.ended = True
         code, message, extra = self._status
         end = trailers(code.value[0], message, extra)
-        if not self._begun:
+        if not self.begun:
             end = BEGIN + end
         if self._waiting:
             self._end = end

@@ -219,10 +219,13 @@ class Connection(asyncio.Protocol):
                 if (call := self.calls.get(event.stream_id)) and not call.ended:
                     call.half_closed()
             case events.StreamReset():
-                if not self._abuse.reset(self._loop.time()):
+                call = self.calls.get(event.stream_id)
+                # A gateway that goes away cancels thousands at once, which were being answered.
+                useless = call is None or not call.begun
+                if useless and not self._abuse.reset(self._loop.time()):
                     self._go_away(ErrorCodes.ENHANCE_YOUR_CALM, b"too_many_resets")
                     self._close()
-                if call := self.calls.get(event.stream_id):
+                if call is not None:
                     call.lost()
                     if not call.running:
                         self.closed(call)
