@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 
 def rpc_server(config: RouterConfig) -> RpcServer:
     """A server without methods yet."""
-    limits = Limits(config.max_request_bytes, 4 * config.max_running_requests)
+    # Calls that wait take a stream as well, and so do those that cancel others or ask for health.
+    calls = max(100, 4 * config.max_running_requests)
+    limits = Limits(config.max_request_bytes, calls)
     return RpcServer(limits, certificate_names)
 
 
