@@ -5,7 +5,8 @@
 Simulated engines on one core, the system under test alone on another; the clients share the
 engines' core, so that what is measured is the system's own CPU time. Every load comes twice: paced,
 each token a message, and saturated, the engines as fast as they can. The time to first token is
-taken on workers of their own that are always free, through the system and past it, in turns.
+taken on workers of their own that are always free, by the same kind of client through the system
+and past it, in turns: past it one engine serves the request whole, through pdserve two do.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.streams.clients import Client, DirectClient, GrpcClient, HttpClient
+from bench.streams.clients import Client, GrpcClient, HttpClient
 from bench.streams.measure import Row, measure
 from bench.streams.processes import Process
-from bench.streams.setting import Load
-from cluster.store.client import connect
+from bench.streams.setting import PROBE, Disaggregate, Load
 from cluster.store.embedded import EmbeddedStore
-from cluster.store.registry import Registry
 
-SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx")
+SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx", "ray-serve")
 STREAMS = (1, 100)
 TOKENS_PER_SECOND = 2500.0
 """Of a paced load with a hundred streams or more: what clients on one core can take singly."""
@@ -34,10 +33,13 @@ TOKENS_PER_SECOND = 2500.0
 SATURATED_GAP = 1e-4
 
 
-def loads(streams: int) -> tuple[Load, Load]:
-    """Paced and saturated."""
+LOADS = ("paced", "saturated")
+
+
+def load_of(kind: str, streams: int, disaggregate: Disaggregate = "always") -> Load:
+    """One of LOADS, for so many streams."""
     gap = max(0.01, streams / TOKENS_PER_SECOND)
-    return Load(streams, gap), Load(streams, SATURATED_GAP)
+    return Load(streams, gap if kind == "paced" else SATURATED_GAP, disaggregate)
 
 
 def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -> Process:
@@ -45,6 +47,8 @@ def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -
     cores = {0}
     if system.startswith("pdserve"):
         return Process("ours", cores, store_url=store_url, **arguments)
+    if system == "ray-serve":
+        return Process("ray_serve", cores, urls=urls, **arguments)
     return Process("minimal", cores, urls=urls, **arguments)
 
 
@@ -54,40 +58,38 @@ def client_of(system: str, process: Process) -> Client:
     return HttpClient(process.said["http"])
 
 
-async def direct(store_url: str) -> DirectClient:
-    from bench.streams.setting import SECRET
-
-    store = await connect(store_url, 5.0)
-    try:
-        workers = await Registry(store, "pdserve").workers()
-    finally:
-        await store.aclose()
-    record = next(w for w in workers if w.worker_id == "x-p")
-    client = DirectClient(record.address, record.worker_id, SECRET)
-    await client.open()
-    return client
+def past_client(system: str, workers: Process) -> Client:
+    """The same kind of client, on a bare worker."""
+    if system == "pdserve-grpc":
+        return GrpcClient(workers.said["grpc"])
+    return HttpClient(workers.said["urls"][PROBE][0])
 
 
 async def one(system: str, load: Load, saturated: bool, store_url: str, workers: Process) -> Row:
     process = start(system, load, store_url, workers.said["urls"])
+    client, past = client_of(system, process), past_client(system, workers)
     try:
-        client, past = client_of(system, process), await direct(store_url)
         return await measure(system, load, saturated, client, past, process)
     finally:
+        await client.close()
+        await past.close()
         process.stop()
 
 
-def run(systems: list[str], streams: list[int]) -> list[Row]:
+def run(
+    systems: list[str], streams: list[int], kinds: list[str], disaggregate: Disaggregate
+) -> list[Row]:
     rows = []
     os.sched_setaffinity(0, {1})
     with tempfile.TemporaryDirectory() as folder:
         for count in streams:
-            for load in loads(count):
+            for kind in kinds:
+                load = load_of(kind, count, disaggregate)
                 store = EmbeddedStore.start(Path(folder))
                 workers = Process("workers", {1}, store_url=store.url, load=vars(load))
                 try:
                     for system in systems:
-                        saturated = load.gap_seconds == SATURATED_GAP
+                        saturated = kind == "saturated"
                         row = asyncio.run(one(system, load, saturated, store.url, workers))
                         rows.append(row)
                         print(row.text(), flush=True)
@@ -102,8 +104,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--streams", nargs="+", type=int, default=list(STREAMS))
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--disaggregate", choices=("always", "auto", "never"), default="always")
     arguments = parser.parse_args()
-    rows = run(arguments.systems, arguments.streams)
+    rows = run(arguments.systems, arguments.streams, arguments.loads, arguments.disaggregate)
     if arguments.json:
         print(json.dumps({"rows": [row.values() for row in rows]}))
 

@@ -16,10 +16,14 @@ class Answer(Protocol):
     Attributes:
         n: how many completions it has.
         on_cut: called when the consumer is cut off while it may be blocked in a write.
+        direct: may be set to what sends a delta at once, in the event loop's turn that brought it;
+            it returns False if it cannot, and the delta then comes by `deltas`, as do all while
+            the consumer has not come back for more. An answer need not call it.
         error: what it was cut off for, once it has been.
     """
 
     on_cut: Callable[[], None] | None
+    direct: Callable[[Delta], bool] | None
 
     @property
     def request_id(self) -> RequestId: ...

@@ -38,8 +38,22 @@ class OutputBuffer:
         self.on_cut: Callable[[], None] | None = None
         """Called when the request is cut off while its client may be blocked in a write."""
 
+        self.direct: Callable[[Delta], bool] | None = None
+        """As `Answer.direct`: called while the taker waits, nothing else does, and the event loop
+        keeps up."""
+        self._idle = False
+
     def put(self, delta: Delta) -> bool:
         """False if more tokens wait than may: the request is to be cut off."""
+        if (
+            self._idle
+            and self.direct is not None
+            and not self._runs
+            and not (self._pace is not None and self._pace.seconds)
+            and self.direct(delta)
+        ):
+            self._taken = True
+            return True
         same = self._runs and self._runs[-1][-1].index == delta.index
         if same and self._run_tokens < MERGED_TOKENS:
             self._runs[-1].append(delta)
@@ -72,7 +86,11 @@ class OutputBuffer:
             await asyncio.sleep(self._pace.seconds)
         while not self._runs and self._end is None:
             self._wake.clear()
-            await self._wake.wait()
+            self._idle = True
+            try:
+                await self._wake.wait()
+            finally:
+                self._idle = False
         runs, self._runs, self._tokens = self._runs, [], 0
         self._taken = True
         if not runs and isinstance(self._end, PdserveError):

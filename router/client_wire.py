@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,20 +13,8 @@ from pdserve.v1 import common_pb2, inference_pb2
 from router import validate
 from router.admission.offers import SloClass
 from router.generation import Ask, ChatMessage, Guide, Prompt, Sampling, Urgency
-from router.output import (
-    Completed,
-    CompletionReport,
-    Delta,
-    FinishReason,
-    Logprob,
-    TokenLogprobs,
-)
+from router.output import Completed, CompletionReport
 
-_FINISH = {
-    None: common_pb2.FINISH_REASON_UNSPECIFIED,
-    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
-}
 _CLASSES = {
     common_pb2.SLO_CLASS_INTERACTIVE: SloClass.INTERACTIVE,
     common_pb2.SLO_CLASS_STANDARD: SloClass.STANDARD,
@@ -118,30 +105,6 @@ def prompt(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeReques
     raise InvalidRequest("prompt", "is required: text, chat or token_ids")
 
 
-def delta_message(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:
-    """Written in place, unset fields left alone: there is one of these for every token."""
-    response = inference_pb2.GenerateResponse(request_id=request_id)
-    message = response.delta
-    message.SetInParent()
-    if delta.index:
-        message.index = delta.index
-    if delta.offset:
-        message.offset = delta.offset
-    message.token_ids.extend(delta.token_ids)
-    message.text = delta.text
-    if delta.text_offset:
-        message.text_offset = delta.text_offset
-    if delta.logprobs:
-        message.logprobs.extend(_logprobs(delta.logprobs))
-    if delta.finish is not None:
-        message.finish_reason = _FINISH[delta.finish]
-        if isinstance(delta.stop, str):
-            message.stop_string = delta.stop
-        elif delta.stop is not None:
-            message.stop_token_id = delta.stop
-    return response
-
-
 def completed_message(request_id: str, completed: Completed) -> inference_pb2.GenerateResponse:
     message = inference_pb2.Completed(
         usage=inference_pb2.Usage(
@@ -168,19 +131,6 @@ def _completion_report(report: CompletionReport) -> inference_pb2.CompletionRepo
     if report.handoff is not None:
         message.handoff.CopyFrom(common_pb2.HandoffReport(**asdict(report.handoff)))
     return message
-
-
-def _logprobs(entries: Iterable[TokenLogprobs]) -> list[common_pb2.TokenLogprobs]:
-    return [
-        common_pb2.TokenLogprobs(sampled=_logprob(e.sampled), top=map(_logprob, e.top))
-        for e in entries
-    ]
-
-
-def _logprob(entry: Logprob) -> common_pb2.Logprob:
-    return common_pb2.Logprob(
-        token_id=entry.token_id, logprob=entry.logprob, rank=entry.rank, text=entry.text
-    )
 
 
 def _sampling(message: common_pb2.SamplingParams) -> Sampling:

@@ -42,7 +42,7 @@ from router.events import (
     WorkerFailed,
 )
 from router.generation import Sampling
-from router.output import FinishReason, Stage
+from router.output import Delta, FinishReason, Stage
 from router.replay import Replay, how, why_not
 from router.states import TERMINAL, State
 from router.tokens import Contradiction, SentTokens, Source
@@ -124,6 +124,18 @@ class Completion:
                 return self._fail(DeadlineExceeded("the request's deadline passed"))
             case Abort(error):
                 return self._fail(error)
+
+    def more(self, now: float, event: Output) -> Delta | None:
+        """As `Request.more`: the next tokens from the worker that sent those before."""
+        if self.state is not State.DECODING or event.finish is not None:
+            return None
+        leg = self._attempt.leg(event.sequence_id, event.stage)
+        if leg is None or event.stage is Stage.PREFILL or event.report is not None:
+            return None
+        delta = self._sent.more(event, leg.source, self._attempt.base)
+        if delta is not None:
+            self._account.sent(now, delta)
+        return delta
 
     def _placed(self, now: float, event: Placed) -> list[Effect]:
         if self.state is not State.ADMITTED or event.attempt not in (None, self._attempts - 1):

@@ -249,7 +249,7 @@ class Dispatch:
             return
 
         def listener(event: Output | WorkerFailed) -> None:
-            running.step(event, effect.index)
+            running.hear(event, effect.index)
 
         link.start(
             SequenceStart(

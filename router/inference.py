@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
-
-import grpc
 
 from cluster.clock import Clock
 from cluster.errors import PdserveError
@@ -17,13 +14,13 @@ from router import validate
 from router.answer import Answer
 from router.caller import shown_by
 from router.catalog import Catalog
+from router.delta_wire import DeltaEncoder
 from router.dispatch import Dispatch
 from router.intake import Intake
 from router.reception import Reception
 from router.refusal import refuse, refusing
+from router.rpc.call import Call
 from router.tenants import Tenants
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -48,29 +45,29 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._missing = missing
 
     @refusing
-    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+    async def Generate(self, request: inference_pb2.GenerateRequest, call: Call) -> None:
         received_at = self._clock.now()
         try:
-            tenant = self._tenants.identify(shown_by(context))
-            ask = wire.ask(request, received_at, context.time_remaining())
+            tenant = self._tenants.identify(shown_by(call))
+            ask = wire.ask(request, received_at, call.time_remaining())
         except Exception as error:
             self._reception.refused("", request.model, error)
             raise
-        await _answer(await self._reception.receive(tenant, ask), context)
+        await _answer(await self._reception.receive(tenant, ask), call)
 
     @refusing
-    async def Resume(self, request: inference_pb2.ResumeRequest, context: Context) -> None:
-        tenant = self._tenants.identify(shown_by(context))
+    async def Resume(self, request: inference_pb2.ResumeRequest, call: Call) -> None:
+        tenant = self._tenants.identify(shown_by(call))
         wire.refuse_unknown_fields(request)
-        validate.check_timeout(context.time_remaining())
+        validate.check_timeout(call.time_remaining())
         answer = await self._reception.resume(tenant, request.request_id, request.next_offset)
-        await _answer(answer, context)
+        await _answer(answer, call)
 
     @refusing
     async def Cancel(
-        self, request: inference_pb2.CancelRequest, context: Context
+        self, request: inference_pb2.CancelRequest, call: Call
     ) -> inference_pb2.CancelResponse:
-        tenant = self._tenants.identify(shown_by(context))
+        tenant = self._tenants.identify(shown_by(call))
         wire.refuse_unknown_fields(request)
         request_id = validate.check_request_id(request.request_id)
         return inference_pb2.CancelResponse(
@@ -79,9 +76,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     @refusing
     async def Tokenize(
-        self, request: inference_pb2.TokenizeRequest, context: Context
+        self, request: inference_pb2.TokenizeRequest, call: Call
     ) -> inference_pb2.TokenizeResponse:
-        self._tenants.identify(shown_by(context))
+        self._tenants.identify(shown_by(call))
         validate.check_message_count(len(request.chat.messages))
         wire.refuse_unknown_fields(request)
         model = validate.check_model(request.model, self._catalog.names)
@@ -90,9 +87,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     @refusing
     async def ListModels(
-        self, request: inference_pb2.ListModelsRequest, context: Context
+        self, request: inference_pb2.ListModelsRequest, call: Call
     ) -> inference_pb2.ListModelsResponse:
-        self._tenants.identify(shown_by(context))
+        self._tenants.identify(shown_by(call))
         wire.refuse_unknown_fields(request)
         models = []
         for name in self._catalog.names:
@@ -108,26 +105,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ListModelsResponse(models=models)
 
 
-async def _answer(answer: Answer, context: Context) -> None:
+async def _answer(answer: Answer, call: Call) -> None:
     REQUEST_ID.set(answer.request_id)
     try:
-        await _send(answer, context)
+        await _send(answer, call)
     finally:
         answer.leave()
 
 
-async def _send(answer: Answer, context: Context) -> None:
+async def _send(answer: Answer, call: Call) -> None:
     """Writes a request's deltas and its end; ends a write that blocks when the request is cut."""
     loop = asyncio.get_running_loop()
-    request_id = answer.request_id
+    request_id, encode = answer.request_id, DeltaEncoder(answer.request_id)
     try:
         async with asyncio.timeout(None) as limit:
             answer.on_cut = lambda: limit.reschedule(loop.time())
+            answer.direct = lambda delta: call.try_write(encode(delta))
             async for deltas in answer.deltas():
                 for delta in deltas:
-                    await context.write(wire.delta_message(request_id, delta))
-            await context.write(wire.completed_message(request_id, answer.completed))
+                    await call.write_bytes(encode(delta))
+            await call.write(wire.completed_message(request_id, answer.completed))
     except TimeoutError:
-        await refuse(context, answer.error or PdserveError("cut without an error"))
+        await refuse(call, answer.error or PdserveError("cut without an error"))
     finally:
-        answer.on_cut = None
+        answer.on_cut = answer.direct = None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from dataclasses import replace
 
+from cluster.clock import Clock
 from cluster.errors import PdserveError
 from cluster.store.records import RouterRecord
 from router.workers import STORE_TIMEOUT_SECONDS, Registry
@@ -47,3 +50,19 @@ class RouterLease:
                     log.warning("a newer life of %s is registered", self.record.router_id)
         except (PdserveError, TimeoutError) as error:
             log.info("router record not renewed: %s", error)
+
+
+def record_of(
+    router_id: str, incarnation: str, addresses: tuple[str, str], clock: Clock
+) -> RouterRecord:
+    """This process's own, as it starts to serve at its gRPC and HTTP addresses."""
+    grpc_address, http_address = addresses
+    return RouterRecord(
+        router_id,
+        incarnation,
+        grpc_address,
+        http_address,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started_at=clock.wall(),
+    )

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
 from typing import Any
 
-import grpc
 from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster.config import RouterConfig
 from cluster.errors import ConfigError
 from pdserve.v1 import batch_pb2, inference_pb2, operator_pb2
-from router.tls import grpc_credentials, http_context
+from router.caller import certificate_names
+from router.rpc.limits import Limits
+from router.rpc.server import RpcServer
+from router.tls import grpc_context, http_context
 
 LOOPBACK = "127.0.0.1"
-MAX_RESPONSE_BYTES = 16 << 20
 HTTP_SHUTDOWN_SECONDS = 1.0
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 BATCH = batch_pb2.DESCRIPTOR.services_by_name["Batch"].full_name
@@ -28,36 +28,22 @@ OPERATOR = operator_pb2.DESCRIPTOR.services_by_name["Operator"].full_name
 log = logging.getLogger(__name__)
 
 
-def grpc_options(config: RouterConfig) -> Sequence[tuple[str, Any]]:
-    """Message caps, keepalive, and one owner per port."""
-    return (
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", config.max_request_bytes),
-        ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
-        ("grpc.max_metadata_size", 16 << 10),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        # Clients may ping this often to find a dead router; more is taken for abuse.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_concurrent_streams", 4 * config.max_running_requests),
-    )
+def rpc_server(config: RouterConfig) -> RpcServer:
+    """A server without methods yet."""
+    # Calls that wait take a stream as well, and so do those that cancel others or ask for health.
+    calls = max(100, 4 * config.max_running_requests)
+    limits = Limits(config.max_request_bytes, calls)
+    return RpcServer(limits, certificate_names)
 
 
-def bind_grpc(server: grpc.aio.Server, config: RouterConfig) -> int:
+def bind_grpc(server: RpcServer, config: RouterConfig) -> int:
     """The port it listens on. Raises ConfigError if it is taken or TLS cannot work."""
     host = config.host or LOOPBACK
+    context = None if config.tls is None else grpc_context(config.tls)
     try:
-        where = join(host, config.grpc_port)
-        if config.tls is None:
-            port = int(server.add_insecure_port(where))
-        else:
-            port = int(server.add_secure_port(where, grpc_credentials(config.tls)))
-    except RuntimeError:
-        port = 0
-    if not port:
-        raise _taken(host, config.grpc_port, "router.grpc_port")
-    return port
+        return server.bind(host, config.grpc_port, context)
+    except OSError as error:
+        raise _taken(host, config.grpc_port, "router.grpc_port") from error
 
 
 async def bind_http(app: web.Application, config: RouterConfig) -> tuple[web.AppRunner, int]:
@@ -80,13 +66,17 @@ async def bind_http(app: web.Application, config: RouterConfig) -> tuple[web.App
 class Health:
     """grpc.health.v1 and reflection. Operator serves always, the rest once there are workers."""
 
-    def __init__(self, server: grpc.aio.Server) -> None:
+    def __init__(self, server: RpcServer) -> None:
         self._servicer = health.aio.HealthServicer()
         self._serving: bool | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        # The generated functions ask of a server what `RpcServer` has.
+        registered: Any = server
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, registered)
         names = (INFERENCE, BATCH, OPERATOR, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        reflecting = reflection.aio.ReflectionServicer(names)
+        add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+        add_reflection(reflecting, registered)
 
     async def start(self) -> None:
         await self._servicer.set(OPERATOR, health_pb2.HealthCheckResponse.SERVING)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
-
-import grpc
 
 from cluster.errors import NotFound, PdserveError
 from cluster.store.records import RouterRecord, WorkerRecord
@@ -17,6 +14,7 @@ from router.explain import explain_response
 from router.placement import Target
 from router.placer import Placer
 from router.refusal import refusing
+from router.rpc.call import Call
 from router.tenants import Tenants
 from router.validate import check_request_id
 from router.workers import STORE_TIMEOUT_SECONDS, Registry, Workers
@@ -49,9 +47,9 @@ class OperatorServicer(operator_pb2_grpc.OperatorServicer):
     async def GetCluster(
         self,
         request: operator_pb2.GetClusterRequest,
-        context: grpc.aio.ServicerContext[Any, Any],
+        call: Call,
     ) -> operator_pb2.GetClusterResponse:
-        self._tenants.check_operator(shown_by(context))
+        self._tenants.check_operator(shown_by(call))
         refuse_unknown_fields(request)
         workers = await asyncio.gather(*map(self._worker, self._workers.records))
         routers = await self._routers()
@@ -66,7 +64,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServicer):
     async def Explain(
         self,
         request: operator_pb2.ExplainRequest,
-        context: grpc.aio.ServicerContext[Any, Any],
+        call: Call,
     ) -> operator_pb2.ExplainResponse:
         refuse_unknown_fields(request)
         explained = self._placer.explain(check_request_id(request.request_id))

@@ -181,7 +181,16 @@ class PrefixIndex:
 _WAY = np.arange(WAYS)
 
 
+_FEW = 8
+
+
 def _each(bits: int, depth: int, depths: dict[int, int]) -> None:
+    if bits.bit_count() > _FEW:
+        # One pass over the bytes: taking bit after bit off a long number copies it every time.
+        raw = np.frombuffer(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), dtype=np.uint8)
+        holders = np.flatnonzero(np.unpackbits(raw, bitorder="little"))
+        depths.update(dict.fromkeys(holders.tolist(), depth))
+        return
     while bits:
         low = bits & -bits
         depths[low.bit_length() - 1] = depth

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from cluster.errors import InvalidRequest, Overloaded, PdserveError, Status, status_of
+from router.rpc.call import Call
 
 MAX_MESSAGE_CHARS = 1000
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -35,14 +36,14 @@ def shown(error: BaseException) -> tuple[Status, str]:
     return status, f"internal error, reference {reference}"
 
 
-async def refuse(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
+async def refuse(call: Call, error: BaseException) -> None:
     """Ends the call with the status of `error`; raises, as grpc's abort does."""
     status, message = shown(error)
     rich = status_pb2.Status(code=status.grpc_code, message=message)
     for detail in _details(error):
         rich.details.add().Pack(detail)
     trailing = ((_DETAILS_KEY, rich.SerializeToString()),) if rich.details else ()
-    await context.abort(_CODES[status.grpc_code], message, trailing)
+    await call.abort(_CODES[status.grpc_code], message, trailing)
 
 
 def _details(error: BaseException) -> list[Message]:
@@ -68,13 +69,13 @@ def refusing(
     """A servicer method whose errors become statuses."""
 
     @functools.wraps(method)
-    async def wrapped(self: S, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> R:
+    async def wrapped(self: S, request: Any, call: Call) -> R:
         try:
-            return await method(self, request, context)
+            return await method(self, request, call)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await refuse(context, error)
+            await refuse(call, error)
             raise
 
     return wrapped

@@ -16,10 +16,11 @@ from router.events import (
     Fail,
     Finish,
     GiveWay,
+    Output,
     PromptComputed,
 )
 from router.generation import Generation
-from router.output import Completed, CompletionReport, Phases
+from router.output import Completed, CompletionReport, Delta, Phases
 from router.states import TERMINAL, State
 from router.tokens import SentTokens
 
@@ -98,6 +99,15 @@ class Request:
         elif not self.ended:
             self.state = self._least()
         return effects
+
+    def more(self, now: float, event: Output, index: int) -> Delta | None:
+        """As `step` for an output that only goes on: its delta is all that follows from it.
+
+        None: it is not so plain, nothing has happened, and `step` is to take it.
+        """
+        if self.ended or not self._prompt_computed:
+            return None
+        return self.completions[index].more(now, event)
 
     def _take_up(self, before: SentTokens) -> None:
         """A completion that was all sent has no report: the router that served it is gone."""

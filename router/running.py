@@ -12,7 +12,18 @@ from cluster.errors import Overloaded, PdserveError
 from cluster.ids import RequestId
 from cluster.ticket import prompt_digest
 from router.buffer import OutputBuffer
-from router.events import Abort, Cancel, Complete, Deadline, Effect, Emit, Event, Fail
+from router.events import (
+    Abort,
+    Cancel,
+    Complete,
+    Deadline,
+    Effect,
+    Emit,
+    Event,
+    Fail,
+    Output,
+    WorkerFailed,
+)
 from router.generation import Generation
 from router.output import Completed, Delta
 from router.pace import Pace
@@ -80,6 +91,17 @@ class Running:
         finally:
             self._stepping = False
 
+    def hear(self, event: Output | WorkerFailed, index: int) -> None:
+        """What a worker says of completion `index`: for a plain token the short way, as there is
+        one of them for every token."""
+        if isinstance(event, Output) and not self._stepping:
+            delta = self.request.more(self._clock.now(), event, index)
+            if delta is not None:
+                if not self.buffer.put(delta):
+                    self._cut_off()
+                return
+        self.step(event, index)
+
     @property
     def request_id(self) -> RequestId:
         return self.generation.request_id
@@ -107,6 +129,14 @@ class Running:
     @on_cut.setter
     def on_cut(self, cut: Callable[[], None] | None) -> None:
         self.buffer.on_cut = cut
+
+    @property
+    def direct(self) -> Callable[[Delta], bool] | None:
+        return self.buffer.direct
+
+    @direct.setter
+    def direct(self, send: Callable[[Delta], bool] | None) -> None:
+        self.buffer.direct = send
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What is there for the client, again and again until the end; one consumer.
@@ -138,14 +168,17 @@ class Running:
         match effect:
             case Emit(delta):
                 if not self.buffer.put(delta):
-                    slow = "the client reads too slowly: its output buffer is full"
-                    self.step(Abort(Overloaded(slow, SLOW_CLIENT_RETRY_SECONDS)))
+                    self._cut_off()
             case Complete(completed):
                 self._end(completed)
             case Fail(error):
                 self._end(error)
             case _:
                 self._act(self, effect)
+
+    def _cut_off(self) -> None:
+        slow = "the client reads too slowly: its output buffer is full"
+        self.step(Abort(Overloaded(slow, SLOW_CLIENT_RETRY_SECONDS)))
 
     def _end(self, end: Completed | PdserveError) -> None:
         self._deadline.cancel()

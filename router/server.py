@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
-import socket
 from collections.abc import Mapping
 
-import grpc
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
@@ -19,12 +16,12 @@ from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.obs.metrics import RouterMetrics
 from cluster.obs.tracing import tracer_from_environment
-from cluster.store.records import RouterRecord
 from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
 from router.batch.assemble import BatchPart, batch_part
 from router.capacity import Capacities, policy
 from router.catalog import Catalog
+from router.descriptors import allow
 from router.dispatch import Dispatch
 from router.fleet import Fleet
 from router.http.app import HttpApp
@@ -32,8 +29,8 @@ from router.http.generate import GenerateHandlers
 from router.inference import InferenceServicer
 from router.intake import Intake
 from router.joint import JointPlacement
-from router.lease import RouterLease
-from router.listen import LOOPBACK, Health, bind_grpc, bind_http, grpc_options, join
+from router.lease import RouterLease, record_of
+from router.listen import LOOPBACK, Health, bind_grpc, bind_http, join, rpc_server
 from router.observe import Observer
 from router.operator import OperatorServicer
 from router.pace import Pace
@@ -116,6 +113,7 @@ class RouterServer:
 
     async def _start(self) -> None:
         config, clock = self._config, self._clock
+        allow(config.router.max_running_requests + config.router.max_queued_requests)
         store = self._store or await connect(config, self._store_url, self._stack)
         self._fleet = fleet = Fleet(config.placement.prefix_blocks)
         mode = config.placement.disaggregate
@@ -157,7 +155,7 @@ class RouterServer:
             config.classes, self._catalog, intake, self._dispatch, self._resumption, self._observer
         )
         self._reception = reception
-        self._server = grpc.aio.server(options=grpc_options(config.router))
+        self._server = rpc_server(config.router)
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceServicer(
                 tenants,
@@ -181,7 +179,9 @@ class RouterServer:
         runner, port = await bind_http(self._http(tenants, reception), config.router)
         self._stack.push_async_callback(runner.cleanup)
         self.http_address = join(self._host, port)
-        self._lease = RouterLease(store.registry, self._record(), config.store.lease_seconds)
+        addresses = (self.grpc_address, self.http_address)
+        record = record_of(self._router_id, self._incarnation, addresses, clock)
+        self._lease = RouterLease(store.registry, record, config.store.lease_seconds)
         operator_pb2_grpc.add_OperatorServicer_to_server(
             OperatorServicer(
                 config.name,
@@ -297,14 +297,3 @@ class RouterServer:
             self._batch.routes if self._batch is not None else (),
         )
         return built.app
-
-    def _record(self) -> RouterRecord:
-        return RouterRecord(
-            self._router_id,
-            self._incarnation,
-            self.grpc_address,
-            self.http_address,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            started_at=self._clock.wall(),
-        )

@@ -5,18 +5,15 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-import grpc
-
 from cluster.config_clients import TlsConfig
 from cluster.errors import ConfigError
 
 
-def grpc_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+def grpc_context(tls: TlsConfig) -> ssl.SSLContext:
     """Raises ConfigError if a file cannot be read or used."""
-    http_context(tls)  # gRPC says nothing of a key that does not fit.
-    pair = (_read(tls.key_file, "key_file"), _read(tls.cert_file, "cert_file"))
-    ca = _read(tls.client_ca_file, "client_ca_file") if tls.client_ca_file else None
-    return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+    context = http_context(tls)
+    context.set_alpn_protocols(["h2"])
+    return context
 
 
 def http_context(tls: TlsConfig) -> ssl.SSLContext:

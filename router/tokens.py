@@ -87,6 +87,30 @@ class SentTokens:
         self._count(token_ids, text)
         return delta
 
+    def more(self, output: Output, source: Source, base: int) -> Delta | None:
+        """As `take`, of tokens and text that follow right on what was sent; None: they do not.
+
+        Args:
+            base: tokens of the completion that its worker does not count.
+        """
+        tokens, text, count = output.token_ids, output.text, len(self._tokens)
+        if (
+            output.offset + base != count
+            or source.tokens != count
+            or source.chars != self.chars
+            or not tokens
+            or (output.logprobs and len(output.logprobs) != len(tokens))
+        ):
+            return None
+        delta = Delta(self.index, count, tokens, text, output.logprobs, None, None, self.chars)
+        self._tokens.extend(tokens)
+        source.tokens = count + len(tokens)
+        self.chars += len(text)
+        source.chars = self.chars
+        if len(self._head) < _HEAD_CHARS:
+            self._head += text[: _HEAD_CHARS - len(self._head)]
+        return delta
+
     def restore(self, delta: Delta) -> None:
         """Counts as sent what another router has sent. Deltas come in order."""
         self._count(delta.token_ids, delta.text)

@@ -76,10 +76,11 @@ def output_event(
     message: worker_pb2.SequenceOutput, stage: Stage, worker_id: str
 ) -> Output | WorkerFailed:
     """What a worker says of a sequence that it does `stage` of."""
-    if message.HasField("error") or message.finish_reason == common_pb2.FINISH_REASON_ERROR:
+    finish = message.finish_reason
+    if finish == common_pb2.FINISH_REASON_ERROR or message.HasField("error"):
         return WorkerFailed(message.sequence_id, stage, _error(message.error))
     logprobs = _logprobs(message.logprobs) if message.logprobs else ()
-    if not message.finish_reason:
+    if not finish:
         return Output(
             message.sequence_id,
             stage,
@@ -88,7 +89,7 @@ def output_event(
             message.text,
             logprobs,
         )
-    if message.finish_reason == common_pb2.FINISH_REASON_CANCELLED:
+    if finish == common_pb2.FINISH_REASON_CANCELLED:
         lost = Unavailable(f"worker {worker_id} cancelled the sequence")
         return WorkerFailed(message.sequence_id, stage, lost)
     stop = message.WhichOneof("stop")
@@ -99,7 +100,7 @@ def output_event(
         tuple(message.token_ids),
         message.text,
         logprobs,
-        _FINISH.get(message.finish_reason),
+        _FINISH.get(finish),
         getattr(message, stop) if stop else None,
         _report(message.report) if message.HasField("report") else None,
     )

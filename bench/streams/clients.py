@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import aiohttp
 import grpc.aio
 
 from bench.streams.setting import PROMPT
-from cluster.ticket import TicketSigner
-from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 
 @dataclass
@@ -31,6 +29,8 @@ class Client(Protocol):
     async def run(self, model: str, max_tokens: int, seen: Seen) -> float:
         """A stream to its end; seconds to its first token."""
         ...
+
+    async def close(self) -> None: ...
 
 
 class GrpcClient:
@@ -66,6 +66,10 @@ class GrpcClient:
         seen.open -= 1
         seen.wrong += tokens != max_tokens
         return first
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
 
 
 class HttpClient:
@@ -103,50 +107,5 @@ class HttpClient:
         seen.wrong += tokens != max_tokens
         return first
 
-
-class DirectClient:
-    """The worker protocol itself: what is measured against."""
-
-    def __init__(self, address: str, worker_id: str, secret: bytes) -> None:
-        self._address = address
-        self._hello = worker_pb2.Hello(
-            router_id="bench", worker_id=worker_id, incarnation=f"{worker_id}-life"
-        )
-        token = TicketSigner(secret).call_token()
-        self._metadata = (("authorization", f"Bearer {token}"),)
-        self._outgoing: asyncio.Queue[Any] = asyncio.Queue()
-        self._first: dict[str, asyncio.Future[None]] = {}
-        self._count = 0
-
-    async def open(self) -> None:
-        self._channel = grpc.aio.insecure_channel(self._address)
-        stub = worker_pb2_grpc.WorkerStub(self._channel)
-        call = stub.Serve(self._requests(), metadata=self._metadata)
-        await call.initial_metadata()
-        self._reader = asyncio.create_task(self._read(call))
-
-    async def _requests(self) -> Any:
-        yield worker_pb2.RouterMessage(hello=self._hello)
-        while True:
-            yield await self._outgoing.get()
-
-    async def _read(self, call: Any) -> None:
-        async for message in call:
-            for output in message.outputs:
-                if (first := self._first.pop(output.sequence_id, None)) is not None:
-                    first.set_result(None)
-
-    async def run(self, model: str, max_tokens: int, seen: Seen) -> float:
-        self._count += 1
-        name = f"direct-{self._count}"
-        self._first[name] = first = asyncio.get_running_loop().create_future()
-        start = worker_pb2.StartSequence(
-            sequence_id=name,
-            stage=worker_pb2.STAGE_WHOLE,
-            prompt_token_ids=range(8, 60),
-            sampling=common_pb2.SamplingParams(temperature=0, max_tokens=max_tokens),
-        )
-        began = time.perf_counter()
-        self._outgoing.put_nowait(worker_pb2.RouterMessage(start=start))
-        await first
-        return time.perf_counter() - began
+    async def close(self) -> None:
+        await self._session.close()

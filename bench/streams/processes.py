@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -51,9 +52,15 @@ class Process:
             self._child.wait()
 
 
-def serve(body: Body) -> None:
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(body: Body, uvloop: bool = True) -> None:
     """Runs `body` with this process's arguments, says what it returns, waits for the end."""
-    import uvloop
 
     async def main() -> None:
         said, _kept = await body(json.loads(sys.argv[1]))
@@ -61,4 +68,9 @@ def serve(body: Body) -> None:
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
         os._exit(0)  # nothing here is worth an orderly end
 
-    uvloop.run(main())
+    if uvloop:
+        import uvloop as loops
+
+        loops.run(main())
+    else:
+        asyncio.run(main())

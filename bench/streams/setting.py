@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.config import Config
 
@@ -16,16 +16,21 @@ WORKER_ROLES = {"l-p": "prefill", "l-d0": "decode", "l-d1": "decode"}
 PROBE_ROLES = {"x-p": "prefill", "x-d": "decode"}
 
 
+Disaggregate = Literal["always", "auto", "never"]
+
+
 @dataclass(frozen=True)
 class Load:
     """Streams that run at once, each with a token every so often.
 
     Attributes:
         gap_seconds: between a stream's tokens; the engines' step.
+        disaggregate: as the configuration's placement.disaggregate.
     """
 
     streams: int
     gap_seconds: float
+    disaggregate: Disaggregate = "always"
 
     @property
     def tokens_per_second(self) -> float:
@@ -60,6 +65,6 @@ def config(load: Load) -> Config:
             "max_running_requests": 20_000,
             "max_queued_requests": 20_000,
         },
-        placement={"disaggregate": "always"},  # type: ignore[arg-type]
+        placement={"disaggregate": load.disaggregate},  # type: ignore[arg-type]
         classes={"standard": {"ttft_seconds": None, "tpot_seconds": None}},  # type: ignore[arg-type]
     )

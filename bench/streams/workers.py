@@ -1,35 +1,37 @@
-"""The workers: simulated engines behind the worker protocol, and behind HTTP for other systems."""
+"""The workers: simulated engines behind the worker protocol, and bare, behind HTTP and gRPC.
+
+The bare ones are what other systems proxy, and what a first token past any system is measured on.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 from contextlib import aclosing
 from typing import Any
 
+import grpc
 from aiohttp import web
 
 from bench.streams.processes import serve
 from bench.streams.setting import LOAD, PROBE, PROBE_ROLES, SECRET, WORKER_ROLES, Load, config
 from cluster.control.compose import worker_host
 from cluster.engine.protocol import Engine, EngineRequest, Sampling
+from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
 
-class Completions:
-    """`POST /v1/completions` of one engine: a server-sent event per output."""
+class Bare:
+    """One engine's `/v1/completions`, an event per output, and its Inference.Generate."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._count = 0
+        self._count = itertools.count()
 
-    async def __call__(self, request: web.Request) -> web.StreamResponse:
+    async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self._count += 1
-        prompt = [8 + ord(letter) % 500 for letter in body["prompt"][::4]]
-        sampling = Sampling(max_tokens=body["max_tokens"], temperature=0)
-        asked = EngineRequest(f"http-{self._count}", prompt, sampling)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        async with aclosing(self._engine.generate(asked)) as outputs:  # type: ignore[type-var]
+        async with aclosing(self._run(body["prompt"], body["max_tokens"])) as outputs:
             async for output in outputs:
                 chunk = {"choices": [{"text": output.text}], "tokens": len(output.token_ids)}
                 line = json.dumps(chunk, separators=(",", ":"))
@@ -37,11 +39,36 @@ class Completions:
         await response.write(b"data: [DONE]\n\n")
         return response
 
+    async def generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
+        offset = 0
+        async with aclosing(self._run(request.text, request.sampling.max_tokens)) as outputs:
+            async for output in outputs:
+                message = inference_pb2.GenerateResponse()
+                message.delta.offset = offset
+                message.delta.token_ids.extend(output.token_ids)
+                message.delta.text = output.text
+                offset += len(output.token_ids)
+                await context.write(message)
+
+    def _run(self, prompt: str, max_tokens: int) -> Any:
+        token_ids = [8 + ord(letter) % 500 for letter in prompt[::4]]
+        sampling = Sampling(max_tokens=max_tokens, temperature=0)
+        asked = EngineRequest(f"bare-{next(self._count)}", token_ids, sampling)
+        return self._engine.generate(asked)
+
+
+class Front(inference_pb2_grpc.InferenceServicer):
+    """Generate of one bare engine."""
+
+    def __init__(self, bare: Bare) -> None:
+        self.Generate = bare.generate
+
 
 async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
     settings = config(Load(**arguments["load"]))
-    hosts = []
+    kept: list[object] = []
     urls: dict[str, list[str]] = {LOAD: [], PROBE: []}
+    server = grpc.aio.server()
     for model, roles in ((LOAD, WORKER_ROLES), (PROBE, PROBE_ROLES)):
         for worker_id, role in roles.items():
             host = worker_host(
@@ -49,17 +76,23 @@ async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
                 arguments["store_url"], "127.0.0.1",
             )  # fmt: skip
             await host.start()
-            hosts.append(host)
-            if role == "decode":
-                assert host._engine is not None
-                app = web.Application()
-                app.router.add_post("/v1/completions", Completions(host._engine).__call__)
-                runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
-                await runner.setup()
-                site = web.TCPSite(runner, "127.0.0.1", 0, backlog=8192)
-                await site.start()
-                urls[model].append(f"http://127.0.0.1:{runner.addresses[0][1]}")
-    return {"urls": urls}, hosts
+            kept.append(host)
+            if role != "decode":
+                continue
+            assert host._engine is not None
+            bare = Bare(host._engine)
+            app = web.Application()
+            app.router.add_post("/v1/completions", bare.completions)
+            runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0, backlog=8192)
+            await site.start()
+            urls[model].append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+            if model == PROBE:
+                inference_pb2_grpc.add_InferenceServicer_to_server(Front(bare), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    return {"urls": urls, "grpc": address}, [*kept, server]
 
 
 if __name__ == "__main__":

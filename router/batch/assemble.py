@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import grpc
 from aiohttp import web
 
 from cluster.clock import Clock
@@ -19,6 +18,7 @@ from router.batch.serve import LineServer
 from router.batch.servicer import BatchServicer
 from router.http.batches import BatchHandlers
 from router.reception import Reception
+from router.rpc.server import RpcServer
 from router.tenants import Tenants
 
 
@@ -41,7 +41,7 @@ class BatchPart:
 def batch_part(
     config: BatchConfig,
     store: BatchStore,
-    server: grpc.aio.Server,
+    server: RpcServer,
     reception: Reception,
     tenants: Tenants,
     owner: str,

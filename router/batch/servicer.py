@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
-
-import grpc
 
 from cluster.errors import InvalidRequest
 from cluster.store.batch_records import BatchJob
@@ -15,9 +12,8 @@ from router.batch.desk import BatchDesk
 from router.caller import shown_by
 from router.client_wire import refuse_unknown_fields
 from router.refusal import refusing
+from router.rpc.call import Call
 from router.tenants import Tenant, Tenants
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class BatchServicer(batch_pb2_grpc.BatchServicer):
@@ -34,9 +30,9 @@ class BatchServicer(batch_pb2_grpc.BatchServicer):
 
     @refusing
     async def Submit(
-        self, requests: AsyncIterator[batch_pb2.SubmitBatchRequest], context: Context
+        self, requests: AsyncIterator[batch_pb2.SubmitBatchRequest], call: Call
     ) -> batch_pb2.BatchJob:
-        tenant = self._tenant(context)
+        tenant = self._tenant(call)
         header: batch_pb2.BatchHeader | None = None
         content = bytearray()
         async for request in requests:
@@ -55,39 +51,37 @@ class BatchServicer(batch_pb2_grpc.BatchServicer):
         return _job(await self._desk.submit(tenant, header.endpoint, raw_lines, metadata))
 
     @refusing
-    async def Get(self, request: batch_pb2.GetBatchRequest, context: Context) -> batch_pb2.BatchJob:
-        tenant = self._tenant(context)
+    async def Get(self, request: batch_pb2.GetBatchRequest, call: Call) -> batch_pb2.BatchJob:
+        tenant = self._tenant(call)
         refuse_unknown_fields(request)
         return _job(await self._desk.get(tenant, request.batch_id))
 
     @refusing
     async def List(
-        self, request: batch_pb2.ListBatchesRequest, context: Context
+        self, request: batch_pb2.ListBatchesRequest, call: Call
     ) -> batch_pb2.ListBatchesResponse:
-        tenant = self._tenant(context)
+        tenant = self._tenant(call)
         refuse_unknown_fields(request)
         jobs = await self._desk.latest(tenant, request.limit or 20, request.after)
         return batch_pb2.ListBatchesResponse(jobs=map(_job, jobs))
 
     @refusing
-    async def Cancel(
-        self, request: batch_pb2.CancelBatchRequest, context: Context
-    ) -> batch_pb2.BatchJob:
-        tenant = self._tenant(context)
+    async def Cancel(self, request: batch_pb2.CancelBatchRequest, call: Call) -> batch_pb2.BatchJob:
+        tenant = self._tenant(call)
         refuse_unknown_fields(request)
         return _job(await self._desk.cancel(tenant, request.batch_id))
 
     @refusing
-    async def Results(self, request: batch_pb2.BatchResultsRequest, context: Context) -> None:
-        tenant = self._tenant(context)
+    async def Results(self, request: batch_pb2.BatchResultsRequest, call: Call) -> None:
+        tenant = self._tenant(call)
         refuse_unknown_fields(request)
         async for result, failed in self._desk.follow(
             tenant, request.batch_id, not request.no_wait
         ):
-            await context.write(batch_pb2.BatchResult(json=result, failed=failed))
+            await call.write(batch_pb2.BatchResult(json=result, failed=failed))
 
-    def _tenant(self, context: Context) -> Tenant:
-        return self._tenants.identify(shown_by(context))
+    def _tenant(self, call: Call) -> Tenant:
+        return self._tenants.identify(shown_by(call))
 
 
 def _job(job: BatchJob) -> batch_pb2.BatchJob:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from aiohttp import web
 
 from cluster.errors import InvalidRequest
 from router.admission.offers import SloClass
+from router.caller import certificate_names
 from router.generation import Urgency
 from router.tenants import Shown
 
@@ -23,7 +23,7 @@ TPOT_HEADER = "X-Tpot-Target-Seconds"
 def shown_by(request: web.Request) -> Shown:
     """The Authorization header, and the names in the client certificate, which TLS verified."""
     peer = request.transport and request.transport.get_extra_info("peercert")
-    return Shown.from_header(request.headers.get("Authorization"), _names(peer or {}))
+    return Shown.from_header(request.headers.get("Authorization"), certificate_names(peer or {}))
 
 
 def urgency(headers: Mapping[str, str]) -> Urgency:
@@ -54,9 +54,3 @@ def seconds(headers: Mapping[str, str], name: str) -> float | None:
     if not (math.isfinite(value) and value > 0):
         raise InvalidRequest(name, "must be a number of seconds above 0")
     return value
-
-
-def _names(certificate: Mapping[str, Any]) -> Iterator[str]:
-    for attributes in certificate.get("subject", ()):
-        yield from (value for kind, value in attributes if kind == "commonName")
-    yield from (value for _, value in certificate.get("subjectAltName", ()))

@@ -82,6 +82,7 @@ class Reader:
         self._error: PdserveError | None = None
         self._gone = False
         self.on_cut: Callable[[], None] | None = None
+        self.direct: Callable[[Delta], bool] | None = None  # Readers take several at a time.
 
     @property
     def request_id(self) -> RequestId:

@@ -66,3 +66,32 @@ async def test_beyond_the_limit_it_is_cut() -> None:
     assert cuts == [True]
     with pytest.raises(Overloaded):
         await buffer.take()
+
+
+async def test_a_delta_goes_directly_only_while_the_taker_waits_and_nothing_is_in_front() -> None:
+    buffer, sent = OutputBuffer(), []
+    ready = True
+
+    def direct(delta: Delta) -> bool:
+        if ready:
+            sent.append(delta.offset)
+        return ready
+
+    buffer.direct = direct
+    buffer.put(delta(0, 0))
+    assert sent == []  # nobody has come for it yet
+    assert [d.offset for d in await buffer.take()] == [0]
+    buffer.put(delta(0, 1))
+    assert sent == []  # the taker still has what it took in its hands
+    assert [d.offset for d in await buffer.take()] == [1]
+    waiting = asyncio.create_task(buffer.take())
+    await asyncio.sleep(0)
+    buffer.put(delta(0, 2))
+    buffer.put(delta(0, 3))
+    assert sent == [2, 3]
+    ready = False
+    buffer.put(delta(0, 4))
+    ready = True
+    buffer.put(delta(0, 5))  # behind the one that could not go
+    assert sent == [2, 3]
+    assert [(d.offset, len(d.token_ids)) for d in await waiting] == [(4, 2)]

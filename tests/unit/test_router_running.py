@@ -42,9 +42,15 @@ class Desk:
 
 
 class Blocked:
-    """A gRPC context whose client does not read."""
+    """A call whose client does not read."""
+
+    def try_write(self, message: bytes) -> bool:
+        return False
 
     async def write(self, message: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def write_bytes(self, message: bytes) -> None:
         await asyncio.Event().wait()
 
 

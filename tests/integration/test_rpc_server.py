@@ -1,0 +1,286 @@
+"""The gRPC server under clients that behave and clients that do not, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import ConnectionTerminated, ResponseReceived, TrailersReceived
+
+from router.rpc.abuse import PING_STRIKES, RESETS_A_SECOND
+from router.rpc.call import Call
+from router.rpc.limits import Limits
+from router.rpc.server import RpcServer
+
+LIMITS = Limits(1 << 20, 100, keepalive_seconds=60)
+WAIT = 10.0
+
+
+class Methods:
+    """Of a service `t.T`, on bytes."""
+
+    def __init__(self) -> None:
+        self.cancelled = asyncio.Event()
+        self.sent = 0
+
+    async def echo(self, request: bytes, call: Call) -> bytes:
+        return request
+
+    async def slow(self, request: bytes, call: Call) -> bytes:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            self.cancelled.set()
+        return b""
+
+    async def broken(self, request: bytes, call: Call) -> bytes:
+        raise RuntimeError("the secret of the house")
+
+    async def flood(self, request: bytes, call: Call) -> None:
+        try:
+            for _ in range(1000):
+                await call.write(b"x" * 10_000)
+                self.sent += 1
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    async def each(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+        async for request in requests:
+            yield request
+
+    async def count(self, requests: AsyncIterator[bytes], call: Call) -> bytes:
+        return str(sum([len(r) async for r in requests])).encode()
+
+
+@contextlib.asynccontextmanager
+async def serving(limits: Limits = LIMITS) -> AsyncIterator[tuple[Methods, RpcServer, str]]:
+    methods, server = Methods(), RpcServer(limits, lambda _: ())
+    handlers: dict[str, Any] = {
+        "echo": grpc.unary_unary_rpc_method_handler(methods.echo, bytes, bytes),
+        "slow": grpc.unary_unary_rpc_method_handler(methods.slow, bytes, bytes),
+        "broken": grpc.unary_unary_rpc_method_handler(methods.broken, bytes, bytes),
+        "flood": grpc.unary_stream_rpc_method_handler(methods.flood, bytes, bytes),
+        "each": grpc.stream_stream_rpc_method_handler(methods.each, bytes, bytes),
+        "count": grpc.stream_unary_rpc_method_handler(methods.count, bytes, bytes),
+    }
+    server.add_registered_method_handlers("t.T", handlers)
+    port = server.bind("127.0.0.1", 0, None)
+    await server.start()
+    try:
+        yield methods, server, f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0.1)
+
+
+@contextlib.asynccontextmanager
+async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(address, options) as opened:
+        yield opened
+
+
+async def refused(call: Any) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+@pytest.mark.parametrize("size", [0, 1, 16_379, 16_380, 70_000, 1 << 20])
+@pytest.mark.parametrize("compression", [None, grpc.Compression.Gzip])
+async def test_messages_of_any_size_go_both_ways(size: int, compression: Any) -> None:
+    async with serving() as (_, _, address), channel(address) as c:
+        message = bytes(i % 251 for i in range(size))
+        got = await c.unary_unary("/t.T/echo")(message, timeout=WAIT, compression=compression)
+        assert got == message
+
+
+async def test_streams_both_ways_larger_than_any_window() -> None:
+    async with serving() as (_, _, address), channel(address) as c:
+
+        async def requests() -> AsyncIterator[bytes]:
+            for i in range(100):
+                yield bytes((i,)) * 50_000
+
+        got = [m async for m in c.stream_stream("/t.T/each")(requests(), timeout=WAIT)]
+        assert got == [bytes((i,)) * 50_000 for i in range(100)]
+        total = await c.stream_unary("/t.T/count")(requests(), timeout=WAIT)
+        assert total == b"5000000"
+
+
+async def test_statuses() -> None:
+    async with serving() as (_, _, address), channel(address) as c:
+        none = await refused(c.unary_unary("/t.T/none")(b"", timeout=WAIT))
+        assert none.code() is grpc.StatusCode.UNIMPLEMENTED
+        broken = await refused(c.unary_unary("/t.T/broken")(b"", timeout=WAIT))
+        assert broken.code() is grpc.StatusCode.UNKNOWN
+        assert "secret" not in broken.details()
+        large = await refused(c.unary_unary("/t.T/echo")(b"x" * ((1 << 20) + 1), timeout=WAIT))
+        assert large.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        fat = c.unary_unary("/t.T/echo")(b"", timeout=WAIT, metadata=[("k", "v" * 20_000)])
+        assert (await refused(fat)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await c.unary_unary("/t.T/echo")(b"still here", timeout=WAIT) == b"still here"
+
+
+async def test_a_client_that_leaves_cancels_its_method() -> None:
+    async with serving() as (methods, _, address), channel(address) as c:
+        call = c.unary_unary("/t.T/slow")(b"", timeout=WAIT)
+        await asyncio.sleep(0.1)
+        call.cancel()
+        await asyncio.wait_for(methods.cancelled.wait(), WAIT)
+
+
+async def test_a_deadline_ends_a_method_that_does_not_look_at_it() -> None:
+    async with serving() as (methods, _, address), channel(address) as c:
+        error = await refused(c.unary_unary("/t.T/slow")(b"", timeout=0.2))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await asyncio.wait_for(methods.cancelled.wait(), WAIT)
+
+
+class Raw:
+    """A client below gRPC."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self.h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
+        self.h2.initiate_connection()
+        self._events: deque[Any] = deque()
+
+    @classmethod
+    async def connect(cls, address: str) -> Raw:
+        host, port = address.rsplit(":", 1)
+        return cls(*await asyncio.open_connection(host, int(port)))
+
+    def open(self, path: str = "/t.T/echo", content_type: str = "application/grpc") -> int:
+        stream = self.h2.get_next_available_stream_id()
+        self.h2.send_headers(
+            stream,
+            [
+                (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "x"),
+                ("content-type", content_type), ("te", "trailers"),
+            ],
+        )  # fmt: skip
+        return stream
+
+    async def until(self, kind: type[Any]) -> Any:
+        """The next event of that kind; None at the end of the connection."""
+        async with asyncio.timeout(WAIT):
+            while True:
+                while self._events:
+                    if isinstance(event := self._events.popleft(), kind):
+                        return event
+                self._writer.write(self.h2.data_to_send())
+                data = await self._reader.read(65_536)
+                if not data:
+                    return None
+                self._events += self.h2.receive_data(data)
+
+    async def answer(self) -> dict[str, str]:
+        """The headers of the next answer."""
+        return dict((await self.until(ResponseReceived)).headers)
+
+
+async def test_a_client_that_does_not_read_holds_its_own_call_up_and_no_other() -> None:
+    async with serving() as (methods, _, address):
+        raw = await Raw.connect(address)
+        raw.h2.increment_flow_control_window(1 << 25)  # the connection's; streams keep 64 KiB
+        lazy = raw.open("/t.T/flood")
+        raw.h2.send_data(lazy, struct.pack(">BI", 0, 0), end_stream=True)
+        await raw.answer()
+        await asyncio.sleep(0.3)
+        held = methods.sent
+        assert held <= 6
+        other = raw.open("/t.T/echo")
+        raw.h2.send_data(other, struct.pack(">BI", 0, 1) + b"x", end_stream=True)
+        trailers = await raw.until(TrailersReceived)
+        assert (trailers.stream_id, dict(trailers.headers)["grpc-status"]) == (other, "0")
+        assert methods.sent == held
+        raw.h2.increment_flow_control_window(1 << 25, lazy)
+        trailers = await raw.until(TrailersReceived)
+        assert (trailers.stream_id, dict(trailers.headers)["grpc-status"]) == (lazy, "0")
+        assert methods.sent == 1000
+
+
+async def test_a_stop_lets_calls_end_and_then_ends_them() -> None:
+    async with serving() as (methods, server, address), channel(address) as c:
+        lazy = c.unary_stream("/t.T/flood")(b"", timeout=WAIT)
+        slow = asyncio.ensure_future(refused(c.unary_unary("/t.T/slow")(b"", timeout=WAIT)))
+        await asyncio.sleep(0.1)
+        stopping = asyncio.create_task(server.stop(0.5))
+        assert len([m async for m in lazy]) == 1000
+        assert (await slow).code() is grpc.StatusCode.UNAVAILABLE
+        await stopping
+        assert methods.cancelled.is_set()
+
+
+async def test_two_messages_where_one_is_due() -> None:
+    async with serving() as (_, _, address):
+        raw = await Raw.connect(address)
+        stream = raw.open()
+        raw.h2.send_data(stream, struct.pack(">BI", 0, 1) + b"x", end_stream=False)
+        raw.h2.send_data(stream, struct.pack(">BI", 0, 1) + b"y", end_stream=True)
+        assert (await raw.answer())["grpc-status"] == "13"
+
+
+async def test_a_call_without_a_message() -> None:
+    async with serving() as (_, _, address):
+        raw = await Raw.connect(address)
+        raw.h2.end_stream(raw.open())
+        assert (await raw.answer())["grpc-status"] == "13"
+
+
+async def test_needless_pings_end_the_connection() -> None:
+    async with serving() as (_, _, address):
+        raw = await Raw.connect(address)
+        for i in range(PING_STRIKES + 2):
+            raw.h2.ping(bytes((i,)) * 8)
+        goodbye = await raw.until(ConnectionTerminated)
+        assert goodbye.additional_data == b"too_many_pings"
+
+
+async def test_a_rapid_reset_ends_the_connection() -> None:
+    async with serving() as (_, _server, address):
+        raw = await Raw.connect(address)
+        await raw.until(object)
+        for _ in range(RESETS_A_SECOND * 3):
+            raw.h2.reset_stream(raw.open())
+        goodbye = await raw.until(ConnectionTerminated)
+        assert goodbye is None or goodbye.additional_data == b"too_many_resets"
+        async with channel(address) as c:
+            assert await c.unary_unary("/t.T/echo")(b"x", timeout=WAIT) == b"x"
+
+
+async def test_what_is_not_grpc() -> None:
+    async with serving() as (_, _, address):
+        raw = await Raw.connect(address)
+        raw.open(content_type="text/plain")
+        assert (await raw.answer())[":status"] == "415"
+        host, port = address.rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        rest = await asyncio.wait_for(reader.read(), WAIT)
+        assert b"HTTP/1.1" not in rest
+
+
+async def test_a_silent_client_is_asked_and_then_dropped() -> None:
+    limits = Limits(1 << 20, 100, keepalive_seconds=0.1, keepalive_timeout_seconds=0.1)
+    async with serving(limits) as (_, _, address):
+        host, port = address.rsplit(":", 1)
+        reader, _ = await asyncio.open_connection(host, int(port))
+        assert b"pdserve?" in await asyncio.wait_for(_all(reader), WAIT)
+
+
+async def _all(reader: asyncio.StreamReader) -> bytes:
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while part := await reader.read(65_536):
+            data += part
+    return data
