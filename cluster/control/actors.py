@@ -24,7 +24,7 @@ from cluster.control.launch import Launch
 from cluster.control.life_log import redirect_output, tail
 from cluster.control.orphans import become_subreaper, kill_descendants
 from cluster.control.reconcile import Slot
-from cluster.errors import ConfigError, EngineFailed, PdserveError
+from cluster.errors import ConfigError, EngineFailed, PdserveError, Unavailable
 from cluster.store.client import connect
 from cluster.store.clock import ahead_seconds
 
@@ -94,6 +94,16 @@ class _LifeActor:
         """Passes on what may change while the body serves."""
         if self._body is not None:
             self._body.reload(config)
+
+    async def set_role(self, role: str, drain_seconds: float) -> int:
+        """As `WorkerHost.set_role`.
+
+        Raises:
+            Unavailable: it is not up yet.
+        """
+        if self._body is None:
+            raise Unavailable("the worker is not up yet")
+        return int(await self._body.set_role(role, drain_seconds))
 
     async def stop(self, drain_seconds: float) -> None:
         """Drains and ends the body and everything it started."""
