@@ -25,6 +25,7 @@ from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
 from router.batch.assemble import BatchPart, batch_part
 from router.capacity import Capacities, policy
 from router.catalog import Catalog
+from router.demand import DemandReport
 from router.dispatch import Dispatch
 from router.fleet import Fleet
 from router.http.app import HttpApp
@@ -137,7 +138,8 @@ class RouterServer:
         )
         tenants = Tenants(config, self._secret, self._signer.call_token())
         placement = JointPlacement(fleet, mode, random.Random())
-        self._placer = Placer(fleet, placement, config.targets, self.metrics, clock)
+        measured = self._observer.demand.measured
+        self._placer = Placer(fleet, placement, config.targets, self.metrics, clock, measured)
         self._dispatch = Dispatch(
             policy(config),
             Capacities(config.models, self._workers, mode),
@@ -221,6 +223,10 @@ class RouterServer:
         """Takes over the limits, classes and tenants' shares of `config`, and nothing else."""
         self._dispatch.gate.set_policy(policy(config))
         self._reception.set_classes(config.classes)
+
+    def demand(self, mark: tuple[int, int] | None) -> DemandReport:
+        """As `DemandLog.since`."""
+        return self._observer.demand.since(mark)
 
     async def wait_ready(self, timeout: float) -> None:
         """Until every model has a connected prefill and decode worker.

@@ -156,6 +156,10 @@ class WorkerActor(_LifeActor):
 class RouterActor(_LifeActor):
     """One life of a router."""
 
+    async def demand(self, mark: tuple[int, int] | None) -> Any:
+        """As `RouterServer.demand`; None while it is not up."""
+        return self._body.demand(mark) if self._body is not None else None
+
     async def _serve(self, landing: Landing) -> None:
         launch = self._launch
         self._body = _load(launch.router_body)(

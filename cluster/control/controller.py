@@ -14,10 +14,20 @@ from dataclasses import replace
 from cluster.clock import SystemClock
 from cluster.config import Config
 from cluster.control.actors import log_path
-from cluster.control.fleet import End, RayLife, any_gpus, drop_former_groups, hosts, need_of
+from cluster.control.desk import PlanDesk, seen_workers
+from cluster.control.fleet import (
+    End,
+    RayLife,
+    any_gpus,
+    drop_former_groups,
+    hosts,
+    need_of,
+    resource_names,
+)
 from cluster.control.hosts import Placed, avoiding, lacking, preferred
 from cluster.control.launch import Launch
 from cluster.control.life_log import redirect_output
+from cluster.control.plan_loop import PlanLoop, Sight
 from cluster.control.reconcile import (
     DropLease,
     GiveUp,
@@ -29,18 +39,21 @@ from cluster.control.reconcile import (
     SlotState,
     Start,
     Stop,
+    Turn,
     desired_slots,
     ended,
     reconcile,
     renewed,
 )
 from cluster.control.status import ClusterStatus, slot_status
-from cluster.errors import Unavailable
+from cluster.errors import PdserveError, Unavailable
 from cluster.ids import new_incarnation
 from cluster.store.client import connect
+from cluster.store.plans import Plans
 from cluster.store.registry import Members, Registry
 
 INTERVAL_SECONDS = 0.5
+TURN_AGAIN_SECONDS = 5.0
 
 
 class Controller:
@@ -56,9 +69,14 @@ class Controller:
         self._lives: dict[str, RayLife] = {}
         self._tails: dict[str, tuple[str, ...]] = {}
         self._stops: set[asyncio.Task[None]] = set()
+        self._turns: set[asyncio.Task[None]] = set()
         self._leaving: set[str] = set()
         self._members: Members | None = None
         self._registry: Registry | None = None
+        self._plans: Plans | None = None
+        self._desk = PlanDesk(launch.config)
+        self._plan_loop = PlanLoop(self._desk, self._clock, self._sight, resource_names)
+        self._planning: asyncio.Task[None] | None = None
         self._loop: asyncio.Task[None] | None = None
         self._stopping = False
         drop_former_groups(launch.config.name)
@@ -92,10 +110,17 @@ class Controller:
         `config` differs from the one before in fields of `config_changes.LIVE` only. Slots that had
         been given up get another try.
         """
-        self._launch = replace(self._launch, config=config)
-        self._desired = desired_slots(config)
+        self._desk.reload(config)
+        if self._desk.ready:
+            self._desired = self._desk.slots()
         self._slots = renewed(self._slots, self._desired)
         print("the configuration was reloaded", flush=True)
+        await self._tell_routers()
+
+    async def _tell_routers(self) -> None:
+        """The configuration, with the targets that a person has set, goes to all of them."""
+        config = self._desk.config
+        self._launch = replace(self._launch, config=config)
         routers = (s.slot.slot_id for s in self._slots.values() if s.slot.kind == "router")
         lives = [self._lives[slot_id] for slot_id in routers if slot_id in self._lives]
         await asyncio.gather(*(life.reload(config) for life in lives))
@@ -121,10 +146,10 @@ class Controller:
         A life that is not ready has nothing to drain and is killed.
         """
         self._stopping = True
-        if self._loop is not None:
-            self._loop.cancel()
+        for task in filter(None, (self._loop, self._planning)):
+            task.cancel()
             with suppress(asyncio.CancelledError):
-                await self._loop
+                await task
         await asyncio.gather(*self._stops)
         deadline = self._clock.now() + drain_seconds
         for kind in ("router", "worker"):
@@ -145,6 +170,8 @@ class Controller:
             if self._loop is not None and not self._loop.cancelled():
                 print(f"the loop failed and goes on: {self._loop.exception()!r}", flush=True)
             self._loop = asyncio.create_task(self._run(), name="reconcile")
+        if self._planning is None:
+            self._planning = asyncio.create_task(self._plan_loop.run(), name="planning")
 
     async def _run(self) -> None:
         while True:
@@ -158,6 +185,9 @@ class Controller:
         await self._note_places()
         with suppress(Unavailable):
             await self._observe()
+            await self._steer()
+        if not self._desk.ready:
+            return  # what people have set is not known yet, and no worker could register
         actions = reconcile(
             self._clock.now(),
             self._desired,
@@ -170,6 +200,8 @@ class Controller:
                     self._start(slot)
                 case Stop(slot_id):
                     self._later(self._slots[slot_id].slot)
+                case Turn(slot_id, incarnation, role):
+                    self._turn(slot_id, incarnation, role)
                 case Kill(slot_id, _, reason):
                     await self._lives[slot_id].kill()
                     self._bury(slot_id, End(reason))
@@ -206,6 +238,7 @@ class Controller:
             if self._registry is None:
                 client = await connect(self._launch.store_url, store.connect_timeout_seconds)
                 self._registry = Registry(client, self._launch.config.name)
+                self._plans = Plans(client, self._launch.config.name)
             self._members = await self._registry.members()
         except Unavailable:
             self._members = None
@@ -214,11 +247,72 @@ class Controller:
             *((w.worker_id, w.incarnation) for w in self._members.workers if w.state == "ready"),
             *((r.router_id, r.incarnation) for r in self._members.routers if r.state == "ready"),
         }
+        roles = {(w.worker_id, w.incarnation): w.role for w in self._members.workers}
         for slot_id, state in self._slots.items():
             life = state.life
-            if life and life.phase == "starting" and (slot_id, life.incarnation) in ready:
-                alive = replace(life, phase="ready", ready_at=self._clock.now())
-                self._slots[slot_id] = replace(state, life=alive)
+            if life is None:
+                continue
+            role = roles.get((slot_id, life.incarnation), life.role)
+            if life.phase == "starting" and (slot_id, life.incarnation) in ready:
+                life = replace(life, phase="ready", ready_at=self._clock.now())
+            if life is not state.life or role != life.role:
+                self._slots[slot_id] = replace(state, life=replace(life, role=role))
+
+    async def _steer(self) -> None:
+        """What people have asked for since, one step of what is set, and the slots for that."""
+        desk, plans = self._desk, self._plans
+        if plans is None:
+            return
+        if not desk.ready:
+            await desk.load(plans)
+        orders = await desk.take_orders(plans)
+        if desk.config != self._launch.config:
+            await self._tell_routers()
+        states = list(self._slots.values())
+        seen = seen_workers(self._clock.now(), desk.config, desk.state, states)
+        await desk.settle(plans, seen)
+        self._want(desk.slots())
+        await desk.keep(plans)
+        if orders and self._members is not None:
+            await desk.publish(plans, self._members.workers)
+
+    def _want(self, slots: tuple[Slot, ...]) -> None:
+        self._desired = slots
+        for slot in slots:
+            state = self._slots.get(slot.slot_id, SlotState(slot))
+            self._slots[slot.slot_id] = replace(state, slot=slot)
+        wanted = {slot.slot_id for slot in slots}
+        for slot_id, state in list(self._slots.items()):
+            if slot_id not in wanted and state.life is None:
+                del self._slots[slot_id]
+
+    def _sight(self) -> Sight:
+        return Sight(self._plans, self._members, self._slots, self._lives)
+
+    def _turn(self, slot_id: str, incarnation: str, role: str) -> None:
+        """Has a life take its slot's role; tries again later where it did not."""
+        self._note_turn(slot_id, incarnation, None)
+        drain = self._launch.config.planner.flip_drain_seconds
+
+        async def turn() -> None:
+            again = 0.0
+            try:
+                left = await self._lives[slot_id].set_role(role, drain)
+                print(f"{slot_id}: is {role} now, {left} sequences went on", flush=True)
+            except PdserveError as error:
+                again = self._clock.now() + TURN_AGAIN_SECONDS
+                print(f"{slot_id}: did not become {role}: {error}", flush=True)
+            finally:
+                self._note_turn(slot_id, incarnation, again)
+
+        task = asyncio.create_task(turn(), name=f"turn {slot_id}")
+        self._turns.add(task)
+        task.add_done_callback(self._turns.discard)
+
+    def _note_turn(self, slot_id: str, incarnation: str, turns_at: float | None) -> None:
+        state = self._slots.get(slot_id)
+        if state is not None and state.life is not None and state.life.incarnation == incarnation:
+            self._slots[slot_id] = replace(state, life=replace(state.life, turns_at=turns_at))
 
     def _observed(self) -> Observed:
         members = self._members or Members((), ())

@@ -168,7 +168,7 @@ def desired_slots(config: Config) -> tuple[Slot, ...]:
     slots = [
         Slot(
             "worker",
-            f"{model.name.replace('/', '-')}-{role}-{index}",
+            worker_id(model.name, role, index),
             model.name,
             role,
             pool,
@@ -183,6 +183,11 @@ def desired_slots(config: Config) -> tuple[Slot, ...]:
         for index in range(config.router.pool.replicas)
     )
     return (*slots, *routers)
+
+
+def worker_id(model: str, role: str, index: int) -> str:
+    """A slot's name; the role is the one that it began with."""
+    return f"{model.replace('/', '-')}-{role}-{index}"
 
 
 def renewed(states: Mapping[str, SlotState], desired: Iterable[Slot]) -> dict[str, SlotState]:

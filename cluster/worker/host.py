@@ -249,7 +249,7 @@ class WorkerHost:
             raise
         await asyncio.sleep(SETTLE_SECONDS)
         left = await self._servicer.drain(drain_seconds)
-        if self._stopping or self._record.state != "draining":
+        if self._stopping or self.record.state != "draining":
             raise Unavailable(f"worker {self._record.worker_id} ends")
         self._servicer.change_role(role, self._faces(role))
         self._holdings.change_role(role)
