@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Protocol
 
@@ -49,6 +49,8 @@ class Observer:
         self._clock = clock
         self._entries: asyncio.Queue[JournalEntry] = asyncio.Queue(JOURNAL_QUEUE)
         self.demand = DemandLog()
+        self.readers: list[Callable[[Running], None]] = []
+        """Hear of every request at its end."""
 
     def received(self, running: Running) -> None:
         generation = running.generation
@@ -87,6 +89,8 @@ class Observer:
     def ended(self, running: Running, end: Completed | PdserveError) -> None:
         generation = running.generation
         self.demand.computed(running.key)
+        for hears in self.readers:
+            hears(running)
         status = "OK" if isinstance(end, Completed) else status_of(end).name
         self.metrics.requests.labels(generation.model, status).inc()
         tokens = self.metrics.request_tokens
@@ -214,6 +218,7 @@ class Observer:
             state=running.request.state.value,
             router_id=self._router_id,
             prompt_tokens=len(generation.prompt_token_ids),
+            slo_class=generation.slo.slo_class.value,
             received_at=running.received_wall,
             updated_at=self._clock.wall(),
         )

@@ -39,7 +39,9 @@ from router.observe import Observer
 from router.operator import OperatorServicer
 from router.pace import Pace
 from router.placer import Placer
+from router.plan_metrics import PlanMetrics
 from router.reception import Reception
+from router.recording import Recording
 from router.resume.service import Resumption
 from router.store import Store, connect
 from router.tenants import Tenants
@@ -193,6 +195,9 @@ class RouterServer:
                 self._dispatch,
                 tenants,
                 self._placer,
+                store.plans,
+                self._catalog.names,
+                Recording(self._observer, store.journal),
             ),
             self._server,
         )
@@ -269,6 +274,9 @@ class RouterServer:
             if self._batch is not None:
                 self._batch_work = tasks.create_task(self._batch.runner.run(), name="batch")
             tasks.create_task(self._pace.run(), name="pace")
+            if store.plans is not None:
+                metrics = PlanMetrics(self.metrics.registry)
+                tasks.create_task(metrics.follow(store.plans), name="plan metrics")
 
     async def _report_health(self) -> None:
         while True:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from cluster.clock import SystemClock
 from cluster.config import Config
 from cluster.control.actors import log_path
-from cluster.control.desk import PlanDesk, seen_workers
+from cluster.control.desk import PlanDesk
 from cluster.control.fleet import (
     End,
     RayLife,
@@ -32,7 +32,6 @@ from cluster.control.reconcile import (
     DropLease,
     GiveUp,
     Kill,
-    Lease,
     Life,
     Observed,
     Slot,
@@ -45,15 +44,15 @@ from cluster.control.reconcile import (
     reconcile,
     renewed,
 )
+from cluster.control.registered import as_registered, as_wanted, leases
+from cluster.control.seen import seen_workers
 from cluster.control.status import ClusterStatus, slot_status
-from cluster.errors import PdserveError, Unavailable
+from cluster.control.store_view import StoreView
+from cluster.control.turning import Turns
+from cluster.errors import Unavailable
 from cluster.ids import new_incarnation
-from cluster.store.client import connect
-from cluster.store.plans import Plans
-from cluster.store.registry import Members, Registry
 
 INTERVAL_SECONDS = 0.5
-TURN_AGAIN_SECONDS = 5.0
 
 
 class Controller:
@@ -61,23 +60,22 @@ class Controller:
 
     def __init__(self, launch: Launch, namespace: str) -> None:
         redirect_output(log_path(launch, "controller"))
-        self._launch = launch
-        self._namespace = namespace
+        self._launch, self._namespace = launch, namespace
         self._clock = SystemClock()
         self._desired = desired_slots(launch.config)
         self._slots = {slot.slot_id: SlotState(slot) for slot in self._desired}
         self._lives: dict[str, RayLife] = {}
         self._tails: dict[str, tuple[str, ...]] = {}
         self._stops: set[asyncio.Task[None]] = set()
-        self._turns: set[asyncio.Task[None]] = set()
         self._leaving: set[str] = set()
-        self._members: Members | None = None
-        self._registry: Registry | None = None
-        self._plans: Plans | None = None
+        self._store = StoreView(launch.store_url, lambda: self._launch.config)
         self._desk = PlanDesk(launch.config)
+        self._turns = Turns(
+            self._slots, self._clock, lambda: self._launch.config.planner.flip_drain_seconds
+        )
         self._plan_loop = PlanLoop(self._desk, self._clock, self._sight, resource_names)
-        self._planning: asyncio.Task[None] | None = None
         self._loop: asyncio.Task[None] | None = None
+        self._planning: asyncio.Task[None] | None = None
         self._stopping = False
         drop_former_groups(launch.config.name)
 
@@ -90,14 +88,14 @@ class Controller:
         self._ensure_running()
         now = self._clock.now()
         return ClusterStatus(
-            store_reachable=self._members is not None,
+            store_reachable=self._store.members is not None,
             stopping=self._stopping,
             slots=tuple(
                 slot_status(
                     now,
                     state,
                     self._lives.get(slot_id),
-                    self._members,
+                    self._store.members,
                     self._tails.get(slot_id, ()),
                 )
                 for slot_id, state in sorted(self._slots.items())
@@ -113,7 +111,9 @@ class Controller:
         self._desk.reload(config)
         if self._desk.ready:
             self._desired = self._desk.slots()
-        self._slots = renewed(self._slots, self._desired)
+        slots = renewed(self._slots, self._desired)
+        self._slots.clear()
+        self._slots.update(slots)
         print("the configuration was reloaded", flush=True)
         await self._tell_routers()
 
@@ -156,12 +156,12 @@ class Controller:
             left = max(0.0, deadline - self._clock.now())
             slots = [state.slot for state in self._slots.values() if state.slot.kind == kind]
             await asyncio.gather(*(self._end(slot, left) for slot in slots))
-        if self._registry is not None:
+        if self._store.known:
             with suppress(Unavailable):
                 await self._observe()
                 for action in reconcile(self._clock.now(), (), self._observed()):
                     if isinstance(action, DropLease):
-                        await self._drop(action.lease)
+                        await self._store.drop(action.lease)
 
     def _ensure_running(self) -> None:
         if self._stopping:
@@ -200,8 +200,8 @@ class Controller:
                     self._start(slot)
                 case Stop(slot_id):
                     self._later(self._slots[slot_id].slot)
-                case Turn(slot_id, incarnation, role):
-                    self._turn(slot_id, incarnation, role)
+                case Turn(slot_id):
+                    self._turns.start(self._lives[slot_id], action)
                 case Kill(slot_id, _, reason):
                     await self._lives[slot_id].kill()
                     self._bury(slot_id, End(reason))
@@ -211,7 +211,7 @@ class Controller:
                     print(f"{slot_id}: gave up: {reason}", flush=True)
                 case DropLease(lease):
                     with suppress(Unavailable):
-                        await self._drop(lease)
+                        await self._store.drop(lease)
 
     async def _note_places(self) -> None:
         """Which lives have got their host, and what keeps the others from getting one."""
@@ -233,34 +233,12 @@ class Controller:
 
     async def _observe(self) -> None:
         """Reads the registry; a life is ready once its own record says so."""
-        store = self._launch.config.store
-        try:
-            if self._registry is None:
-                client = await connect(self._launch.store_url, store.connect_timeout_seconds)
-                self._registry = Registry(client, self._launch.config.name)
-                self._plans = Plans(client, self._launch.config.name)
-            self._members = await self._registry.members()
-        except Unavailable:
-            self._members = None
-            raise
-        ready = {
-            *((w.worker_id, w.incarnation) for w in self._members.workers if w.state == "ready"),
-            *((r.router_id, r.incarnation) for r in self._members.routers if r.state == "ready"),
-        }
-        roles = {(w.worker_id, w.incarnation): w.role for w in self._members.workers}
-        for slot_id, state in self._slots.items():
-            life = state.life
-            if life is None:
-                continue
-            role = roles.get((slot_id, life.incarnation), life.role)
-            if life.phase == "starting" and (slot_id, life.incarnation) in ready:
-                life = replace(life, phase="ready", ready_at=self._clock.now())
-            if life is not state.life or role != life.role:
-                self._slots[slot_id] = replace(state, life=replace(life, role=role))
+        members = await self._store.read()
+        self._slots |= as_registered(self._clock.now(), self._slots, members)
 
     async def _steer(self) -> None:
         """What people have asked for since, one step of what is set, and the slots for that."""
-        desk, plans = self._desk, self._plans
+        desk, plans = self._desk, self._store.plans
         if plans is None:
             return
         if not desk.ready:
@@ -271,56 +249,19 @@ class Controller:
         states = list(self._slots.values())
         seen = seen_workers(self._clock.now(), desk.config, desk.state, states)
         await desk.settle(plans, seen)
-        self._want(desk.slots())
+        self._desired = desk.slots()
+        wanted = as_wanted(self._slots, self._desired)
+        self._slots.clear()
+        self._slots.update(wanted)
         await desk.keep(plans)
-        if orders and self._members is not None:
-            await desk.publish(plans, self._members.workers)
-
-    def _want(self, slots: tuple[Slot, ...]) -> None:
-        self._desired = slots
-        for slot in slots:
-            state = self._slots.get(slot.slot_id, SlotState(slot))
-            self._slots[slot.slot_id] = replace(state, slot=slot)
-        wanted = {slot.slot_id for slot in slots}
-        for slot_id, state in list(self._slots.items()):
-            if slot_id not in wanted and state.life is None:
-                del self._slots[slot_id]
+        if orders and self._store.members is not None:
+            await desk.publish(plans, self._store.members.workers)
 
     def _sight(self) -> Sight:
-        return Sight(self._plans, self._members, self._slots, self._lives)
-
-    def _turn(self, slot_id: str, incarnation: str, role: str) -> None:
-        """Has a life take its slot's role; tries again later where it did not."""
-        self._note_turn(slot_id, incarnation, None)
-        drain = self._launch.config.planner.flip_drain_seconds
-
-        async def turn() -> None:
-            again = 0.0
-            try:
-                left = await self._lives[slot_id].set_role(role, drain)
-                print(f"{slot_id}: is {role} now, {left} sequences went on", flush=True)
-            except PdserveError as error:
-                again = self._clock.now() + TURN_AGAIN_SECONDS
-                print(f"{slot_id}: did not become {role}: {error}", flush=True)
-            finally:
-                self._note_turn(slot_id, incarnation, again)
-
-        task = asyncio.create_task(turn(), name=f"turn {slot_id}")
-        self._turns.add(task)
-        task.add_done_callback(self._turns.discard)
-
-    def _note_turn(self, slot_id: str, incarnation: str, turns_at: float | None) -> None:
-        state = self._slots.get(slot_id)
-        if state is not None and state.life is not None and state.life.incarnation == incarnation:
-            self._slots[slot_id] = replace(state, life=replace(state.life, turns_at=turns_at))
+        return Sight(self._store.plans, self._store.members, self._slots, self._lives)
 
     def _observed(self) -> Observed:
-        members = self._members or Members((), ())
-        leases = (
-            *(Lease("worker", w.worker_id, w.incarnation) for w in members.workers),
-            *(Lease("router", r.router_id, r.incarnation) for r in members.routers),
-        )
-        return Observed(tuple(self._slots.values()), leases)
+        return Observed(tuple(self._slots.values()), leases(self._store.members))
 
     def _start(self, slot: Slot) -> None:
         incarnation = new_incarnation()
@@ -365,10 +306,3 @@ class Controller:
     def _is_stopping(self, slot_id: str) -> bool:
         life = self._slots[slot_id].life
         return life is not None and life.phase == "stopping"
-
-    async def _drop(self, lease: Lease) -> None:
-        assert self._registry is not None
-        remove = (
-            self._registry.remove_worker if lease.kind == "worker" else self._registry.remove_router
-        )
-        await remove(lease.slot_id, lease.incarnation)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.clock import Clock
-from cluster.control.desk import PlanDesk, seen_workers
+from cluster.control.desk import PlanDesk
 from cluster.control.reconcile import SlotState
+from cluster.control.seen import seen_workers
 from cluster.control.traffic import Life, Look
 from cluster.errors import Unavailable
 from cluster.store.plans import Plans

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.control import controller as module
+from cluster.control import store_view, turning
 from cluster.control.controller import Controller
 from cluster.control.fleet import End
 from cluster.control.hosts import NODE_ID, Host, Need
@@ -151,7 +152,8 @@ def controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Controller:
         "redirect_output": lambda _: None,
         "INTERVAL_SECONDS": 0.01,
     }.items():
-        monkeypatch.setattr(module, name, fake)
+        owner = module if hasattr(module, name) else store_view
+        monkeypatch.setattr(owner, name, fake)
     launch = Launch(config(), b"s" * 32, "", tmp_path, embedded=False)
     return Controller(launch, "n")
 
@@ -245,7 +247,7 @@ async def test_a_flip_by_hand_keeps_the_life_and_is_kept(controller: Controller)
 async def test_a_turn_that_fails_is_tried_again(
     controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TURN_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(turning, "AGAIN_SECONDS", 0.05)
     await controller.reload(config(prefill=2))
     await until(controller, lambda s: s.ready and len(s.slots) == 4)
     FAILING["turn"] = True
