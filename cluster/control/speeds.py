@@ -66,11 +66,12 @@ def with_capacity(performance: Performance, kv_tokens: int) -> Performance:
 
 
 def _simulated(simulation: SimulationConfig, chunk: int, name: str) -> Performance:
-    """The engine's own timing model, a step's fixed part spread over its chunk."""
+    """The engine's own timing model. A prompt takes ⌈tokens/chunk⌉ steps, which is half a step more
+    than tokens/chunk on average, and one at least."""
     timing = Timing.of(simulation)
     decode = DecodeCost(timing.base, timing.d, timing.c)
     return Performance(
-        PrefillCost(timing.base, timing.a + timing.base / chunk, timing.b / 2, timing.base),
+        PrefillCost(timing.base / 2, timing.a + timing.base / chunk, timing.b / 2, timing.base),
         decode,
         decode,
         NO_LIMIT,
