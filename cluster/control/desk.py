@@ -213,7 +213,7 @@ class PlanDesk:
         """Carries a decision out, or only keeps what it would do; logs it where it says more than
         the one before it."""
         state, actions = carried_out(self.state, name, decision.actions)
-        if acted:
+        if acted and actions:
             self._state = state
         record = DecisionRecord(
             self._next_number(),
