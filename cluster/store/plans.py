@@ -8,14 +8,19 @@ never carried out. The log keeps the latest `KEPT_DECISIONS` of each model.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 
 from cluster.errors import Unavailable, error_from_code
 from cluster.store.client import store_errors
 from cluster.store.plan_records import DecisionRecord, Order, PlanState, PlanView, Reply
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 KEPT_DECISIONS = 500
 POLL_SECONDS = 0.05
@@ -31,20 +36,20 @@ class Plans:
         self._prefix = f"pdserve:{{{cluster_name}}}:plan"
 
     async def state(self) -> PlanState | None:
-        """None before any was kept."""
+        """None before any was kept, or if another version of pdserve wrote it."""
         with store_errors():
             raw = await self._client.get(f"{self._prefix}:state")
-        return PlanState.from_json(raw) if raw else None
+        return _read(PlanState.from_json, raw)
 
     async def keep_state(self, state: PlanState) -> None:
         with store_errors():
             await self._client.set(f"{self._prefix}:state", state.to_json())
 
     async def view(self) -> PlanView | None:
-        """None before any was published."""
+        """None before any was published, or if another version of pdserve wrote it."""
         with store_errors():
             raw = await self._client.get(f"{self._prefix}:view")
-        return PlanView.from_json(raw) if raw else None
+        return _read(PlanView.from_json, raw)
 
     async def publish(self, view: PlanView) -> None:
         with store_errors():
@@ -62,7 +67,8 @@ class Plans:
         """The model's latest decisions, newest first."""
         with store_errors():
             raws = await self._client.lrange(self._log(model), 0, count - 1)
-        return [DecisionRecord.from_json(raw) for raw in raws]
+        found = (_read(DecisionRecord.from_json, raw) for raw in raws)
+        return [decision for decision in found if decision is not None]
 
     async def order(self, order: Order, timeout: float) -> str:
         """Has the controller carry out an order; what it did, in words.
@@ -99,8 +105,8 @@ class Plans:
                 if mark is None:
                     return None
                 raw = await self._client.getdel(f"{self._prefix}:order:{mark}")
-            if raw:
-                return mark, Order.from_json(raw)
+            if (order := _read(Order.from_json, raw)) is not None:
+                return mark, order
 
     async def answer(self, mark: str, reply: Reply) -> None:
         """To whoever gave the order."""
@@ -109,3 +115,14 @@ class Plans:
 
     def _log(self, model: str) -> str:
         return f"{self._prefix}:decisions:{model}"
+
+
+def _read(parse: Callable[[str], T], raw: str | None) -> T | None:
+    """Versions meet while a cluster is renewed: what one cannot read is no reason to end."""
+    if not raw:
+        return None
+    try:
+        return parse(raw)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        log.warning("left unread, another version may have written it: %r", error)
+        return None

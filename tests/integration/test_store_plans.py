@@ -94,3 +94,17 @@ async def test_an_order_that_nobody_waits_for_is_not_carried_out(plans: Plans) -
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_what_another_version_wrote_is_left_unread(plans: Plans) -> None:
+    client, prefix = plans._client, plans._prefix
+    for raw in ('{"workers": [{"shape": "round"}]}', "not JSON", "[]", '{"models": 1, "at": 2}'):
+        await client.set(f"{prefix}:state", raw)
+        await client.set(f"{prefix}:view", raw)
+        assert await plans.state() is None and await plans.view() is None
+    await plans.log(DECISION)
+    await client.lpush(f"{prefix}:decisions:m", '{"number": 8}')
+    assert await plans.decisions("m", 5) == [DECISION]
+    await client.set(f"{prefix}:order:a", '{"kind": "dance", "with": "me"}')
+    await client.lpush(f"{prefix}:orders", "a")
+    assert await plans.next_order() is None
