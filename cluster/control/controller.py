@@ -44,8 +44,7 @@ from cluster.control.reconcile import (
     reconcile,
     renewed,
 )
-from cluster.control.registered import as_registered, as_wanted, leases
-from cluster.control.seen import seen_workers
+from cluster.control.registered import as_placed, as_registered, as_wanted, leases
 from cluster.control.status import ClusterStatus, slot_status
 from cluster.control.store_view import StoreView
 from cluster.control.turning import Turns
@@ -66,8 +65,8 @@ class Controller:
         self._slots = {slot.slot_id: SlotState(slot) for slot in self._desired}
         self._lives: dict[str, RayLife] = {}
         self._tails: dict[str, tuple[str, ...]] = {}
-        self._stops: set[asyncio.Task[None]] = set()
         self._leaving: set[str] = set()
+        self._stops: set[asyncio.Task[None]] = set()
         self._store = StoreView(launch.store_url, lambda: self._launch.config)
         self._desk = PlanDesk(launch.config)
         self._turns = Turns(
@@ -76,7 +75,7 @@ class Controller:
         self._plan_loop = PlanLoop(self._desk, self._clock, self._sight, resource_names)
         self._loop: asyncio.Task[None] | None = None
         self._planning: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._steering, self._stopping = asyncio.Lock(), False
         drop_former_groups(launch.config.name)
 
     async def pid(self) -> int:
@@ -111,10 +110,10 @@ class Controller:
         self._desk.reload(config)
         if self._desk.ready:
             self._desired = self._desk.slots()
-        slots = renewed(self._slots, self._desired)
-        self._slots.clear()
-        self._slots.update(slots)
+        self._know(renewed(self._slots, self._desired))
         print("the configuration was reloaded", flush=True)
+        with suppress(Unavailable):
+            await self._steer()  # so that whoever asks next sees what is wanted now
         await self._tell_routers()
 
     async def _tell_routers(self) -> None:
@@ -216,11 +215,8 @@ class Controller:
     async def _note_places(self) -> None:
         """Which lives have got their host, and what keeps the others from getting one."""
         waiting = {slot_id: life for slot_id, life in self._lives.items() if not life.node_id}
-        for slot_id, running in self._lives.items():
-            life = self._slots[slot_id].life
-            if life is not None and life.placed_at is None and running.node_id:
-                placed = replace(life, placed_at=self._clock.now())
-                self._slots[slot_id] = replace(self._slots[slot_id], life=placed)
+        placed = {slot_id for slot_id, life in self._lives.items() if life.node_id}
+        self._slots |= as_placed(self._clock.now(), self._slots, placed)
         known = hosts() if waiting else []
         for slot_id, running in waiting.items():
             lacks = lacking(running.need, known)
@@ -241,21 +237,18 @@ class Controller:
         desk, plans = self._desk, self._store.plans
         if plans is None:
             return
-        if not desk.ready:
-            await desk.load(plans)
-        orders = await desk.take_orders(plans)
+        async with self._steering:
+            orders = await desk.steer(plans, self._clock.now(), self._slots.values())
+            self._desired = desk.slots()
+            self._know(as_wanted(self._slots, self._desired))
         if desk.config != self._launch.config:
             await self._tell_routers()
-        states = list(self._slots.values())
-        seen = seen_workers(self._clock.now(), desk.config, desk.state, states)
-        await desk.settle(plans, seen)
-        self._desired = desk.slots()
-        wanted = as_wanted(self._slots, self._desired)
-        self._slots.clear()
-        self._slots.update(wanted)
-        await desk.keep(plans)
         if orders and self._store.members is not None:
             await desk.publish(plans, self._store.members.workers)
+
+    def _know(self, slots: dict[str, SlotState]) -> None:
+        self._slots.clear()  # in place: others mark in it
+        self._slots.update(slots)
 
     def _sight(self) -> Sight:
         return Sight(self._store.plans, self._store.members, self._slots, self._lives)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from cluster.config import Config
 from cluster.control.model_planner import ModelPlanner, numbers, targets_of
 from cluster.control.orders import obeyed
-from cluster.control.reconcile import Slot
+from cluster.control.reconcile import Slot, SlotState
+from cluster.control.seen import seen_workers
 from cluster.control.speeds import speed_of, with_capacity
 from cluster.control.traffic import Look, TrafficBook
 from cluster.control.wanted import (
@@ -104,6 +105,16 @@ class PlanDesk:
             state = self._state
             await plans.keep_state(state)
             self._kept = state
+
+    async def steer(self, plans: Plans, now: float, slots: Collection[SlotState]) -> list[Order]:
+        """Reads the state if need be, takes orders, goes one step towards what is set, and keeps
+        the state; the orders that were carried out. Raises Unavailable: the store is out."""
+        if not self.ready:
+            await self.load(plans)
+        orders = await self.take_orders(plans)
+        await self.settle(plans, seen_workers(now, self.config, self.state, list(slots)))
+        await self.keep(plans)
+        return orders
 
     # --- people ---------------------------------------------------------------------------------
 

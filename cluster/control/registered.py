@@ -32,6 +32,18 @@ def as_registered(
     return changed
 
 
+def as_placed(
+    now: float, slots: Mapping[str, SlotState], placed: Iterable[str]
+) -> dict[str, SlotState]:
+    """The slots whose life has got its host since."""
+    changed = {}
+    for slot_id in placed:
+        state = slots[slot_id]
+        if state.life is not None and state.life.placed_at is None:
+            changed[slot_id] = replace(state, life=replace(state.life, placed_at=now))
+    return changed
+
+
 def as_wanted(slots: Mapping[str, SlotState], wanted: Iterable[Slot]) -> dict[str, SlotState]:
     """All wanted slots, with what is known of them; others while something lives in them."""
     after = {slot_id: state for slot_id, state in slots.items() if state.life is not None}
