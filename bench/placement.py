@@ -114,6 +114,7 @@ class Replay:
 
         def end() -> None:
             seen = Observed(
+                arrival.prompt,
                 max(1, arrival.prompt - served.cached),
                 served.first_at - served.started_at,
                 served.tokens,

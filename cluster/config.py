@@ -26,6 +26,7 @@ from cluster.config_clients import (
 from cluster.config_errors import explain
 from cluster.config_files import default_cluster, read_yaml, with_secret_files
 from cluster.config_models import MIB, ModelConfig, PoolConfig, Section, WorkerPoolConfig
+from cluster.config_planner import PlannerConfig
 from cluster.errors import ConfigError
 from cluster.ports import ANY, Ports
 
@@ -229,6 +230,7 @@ class Config(BaseSettings):
     ] = CredentialsConfig()
     placement: PlacementConfig = PlacementConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
+    planner: PlannerConfig = PlannerConfig()
     secret: Annotated[
         SecretStr | None,
         Field(description="Signs tickets and internal calls; unset: drawn at every start."),
@@ -288,8 +290,9 @@ class Config(BaseSettings):
         router = self.router.model_copy(update={"tls": tls and tls.beside(base)})
         tenants = [tenant.beside(base) for tenant in self.tenants]
         operator = self.operator.beside(base)
-        changed = {"models": models, "router": router, "tenants": tenants, "operator": operator}
-        return self.model_copy(update=changed)
+        clients = {"tenants": tenants, "operator": operator, "router": router}
+        planner = self.planner.beside(base)
+        return self.model_copy(update={**clients, "models": models, "planner": planner})
 
     def model(self, name: str) -> ModelConfig:
         """The model called `name`. Raises KeyError."""

@@ -25,6 +25,8 @@ LIVE = (
     "tenants.*.weight",
     "tenants.*.limits.*",
     "lifecycle.*",
+    "planner.*",
+    "planner.budget.*.*",
 )
 """Fields that a running cluster takes over with `pdserve reload`; `*` is a model or tenant by name,
 or a field."""

@@ -52,6 +52,11 @@ class Curves:
         self._logs[row] = self._logs[learned].mean(axis=0) if learned else self._prior
         self._seen[row] = 0
 
+    def adopt(self, row: int, like: list[int]) -> None:
+        """A worker that has not done this yet is about to: as `reset`."""
+        if not self._seen[row].any():
+            self.reset(row, like)
+
     def at(self, size: float, rows: slice | NDArray[np.intp]) -> Floats:
         """Seconds at one size, for many rows."""
         knot, part = self._locate(size)

@@ -194,6 +194,7 @@ class Dispatch:
                 if link := self._workers.link(worker):
                     link.cancel(sequence)
             case PromptComputed():
+                self._observer.prompt_computed(running)
                 self.gate.first_token(running.key)
 
     def _place(self, running: Running, place: Place) -> None:

@@ -116,7 +116,7 @@ class Fleet:
         self.size = max(self.size, slot + 1)
         for name in _FLOATS:
             getattr(self, name)[slot] = 0.0
-        same = [i for i, v in enumerate(self.views) if v is not None and v.model == view.model]
+        same = self._of_model(view.model)
         for curves in (self.prefill, self.step, self.exposed):
             curves.reset(slot, same)
         self._repace(slot)
@@ -126,9 +126,23 @@ class Fleet:
 
     def update(self, slot: int, view: WorkerView) -> None:
         """It became ready, lost its connection, changed its role."""
-        self.views[slot] = view
+        before, self.views[slot] = self.views[slot], view
+        if before is not None and before.role != view.role:
+            self._change_role(slot, view.model)
         self.kv_tokens[slot] = view.kv_tokens or np.inf
         self.version += 1
+
+    def _change_role(self, slot: int, model: str) -> None:
+        """What its former role made of its time says nothing of the new one; what that takes,
+        others may know."""
+        self.work[slot] = 0.0
+        same = self._of_model(model)
+        for curves in (self.prefill, self.step, self.exposed):
+            curves.adopt(slot, same)
+        self._repace(slot)
+
+    def _of_model(self, model: str) -> list[int]:
+        return [i for i, v in enumerate(self.views) if v is not None and v.model == model]
 
     def leave(self, slot: int) -> None:
         if (view := self.views[slot]) is not None:

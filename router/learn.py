@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from router.demand import DecodeStep, PrefillStep
 from router.fleet import Fleet, Share
 from router.output import CompletionReport, Stage
 from router.placement import Candidate
+
+MAX_BUSY_SHARE = 0.5
+"""Of a worker's time that prompts take: beside more, a decode's pace says little of its own."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Observed:
         decode: from its second token to its last one of `tokens`.
     """
 
+    prompt: int
     uncached: int
     prefill: float
     tokens: int
@@ -32,6 +37,7 @@ class Observed:
         """What a router saw."""
         phases, handoff = report.phases, report.handoff
         return cls(
+            prompt_tokens,
             max(1, prompt_tokens - report.cached_prompt_tokens),
             phases.prefill,
             report.tokens,
@@ -64,6 +70,25 @@ def learn(
         if seen.exposed is not None:
             fleet.saw_exposed(rest.slot, seen.moved, seen.exposed)
     fleet.saw_output(model, seen.tokens)
+
+
+def steps_of(
+    fleet: Fleet, now: float, model: str, shares: Mapping[Stage, Share], seen: Observed
+) -> Iterator[PrefillStep | DecodeStep]:
+    """What the planner's model of a worker can learn from: prompts and decodes that nothing else
+    on their worker slowed much."""
+    first = shares.get(Stage.PREFILL) or shares[Stage.WHOLE]
+    rest = shares.get(Stage.DECODE) or shares.get(Stage.WHOLE)
+    if seen.prefill > 0 and not first.batch and not fleet.queue[first.slot]:
+        yield PrefillStep(model, seen.uncached, seen.prompt - seen.uncached, seen.prefill)
+    gaps = seen.tokens - 2
+    if rest is None or gaps <= 0 or seen.decode <= 0:
+        return
+    busy = float(fleet.busy(now)[rest.slot])
+    if busy < MAX_BUSY_SHARE:
+        batch = 1.0 + (rest.batch + max(0.0, float(fleet.decodes[rest.slot]))) / 2
+        context = batch * (seen.prompt + seen.tokens / 2)
+        yield DecodeStep(model, batch, context, seen.decode / gaps * (1.0 - busy))
 
 
 def _lives(fleet: Fleet, share: Share, chosen: Candidate) -> bool:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Protocol
 
 from cluster.clock import Clock
-from cluster.errors import PdserveError, Unavailable, status_of
+from cluster.errors import Overloaded, PdserveError, Unavailable, status_of
 from cluster.obs.metrics import RouterMetrics
 from cluster.obs.tracing import NoTracer, Tracer
 from cluster.store.records import JournalEntry
 from router.admission.offers import SloClass
 from router.attainment import ATTAINED, missed
-from router.generation import Slo
+from router.demand import DemandLog, Kind
+from router.generation import Generation, Slo
 from router.output import Completed, CompletionReport, Handoff
 from router.running import Running
 from router.spans import overlap, request_spans
@@ -47,12 +48,22 @@ class Observer:
         self._router_id = router_id
         self._clock = clock
         self._entries: asyncio.Queue[JournalEntry] = asyncio.Queue(JOURNAL_QUEUE)
+        self.demand = DemandLog()
+        self.readers: list[Callable[[Running], None]] = []
+        """Hear of every request at its end."""
 
     def received(self, running: Running) -> None:
+        generation = running.generation
+        prompt, allowed = len(generation.prompt_token_ids), generation.max_tokens
+        now, kind = self._clock.now(), _kind(generation)
+        self.demand.arrived(now, running.key, kind, prompt, allowed * generation.sampling.n)
         self._journal(self._entry(running))
 
     def retried(self, running: Running) -> None:
         self.metrics.retries.labels(running.generation.model).inc()
+
+    def prompt_computed(self, running: Running) -> None:
+        self.demand.computed(running.key)
 
     def load(self, running: int, queued: Mapping[SloClass, int]) -> None:
         self.metrics.running_requests.set(running)
@@ -72,9 +83,14 @@ class Observer:
             self.metrics.tenant_requests.labels(tenant, status).inc()
         if slo is not None and isinstance(error, PdserveError):
             self._attainment(model, slo, error)
+            if model and isinstance(error, Overloaded):
+                self.demand.refused(self._clock.now(), (model, slo.slo_class.value))
 
     def ended(self, running: Running, end: Completed | PdserveError) -> None:
         generation = running.generation
+        self.demand.computed(running.key)
+        for hears in self.readers:
+            hears(running)
         status = "OK" if isinstance(end, Completed) else status_of(end).name
         self.metrics.requests.labels(generation.model, status).inc()
         tokens = self.metrics.request_tokens
@@ -103,6 +119,10 @@ class Observer:
             tokens.labels(generation.model, "cached").inc(end.cached_prompt_tokens)
             for report in end.completions:
                 self._completion(generation.model, report)
+            allowed = generation.max_tokens * generation.sampling.n
+            cached = end.cached_prompt_tokens / max(1, len(generation.prompt_token_ids))
+            used = end.completion_tokens / allowed
+            self.demand.completed(_kind(generation), used, min(1.0, cached))
             first = end.completions[0]
             fields["ttft_seconds"] = round(first.ttft_seconds, 6)
             entry = replace(entry, phases=asdict(first.phases))
@@ -161,6 +181,8 @@ class Observer:
         if reason is None:
             return
         self.metrics.slo_requests.labels(model, slo.slo_class).inc()
+        if model:
+            self.demand.counted((model, slo.slo_class.value), reason == ATTAINED)
         if reason == ATTAINED:
             self.metrics.slo_attained.labels(model, slo.slo_class).inc()
         else:
@@ -196,6 +218,7 @@ class Observer:
             state=running.request.state.value,
             router_id=self._router_id,
             prompt_tokens=len(generation.prompt_token_ids),
+            slo_class=generation.slo.slo_class.value,
             received_at=running.received_wall,
             updated_at=self._clock.wall(),
         )
@@ -205,3 +228,7 @@ class Observer:
             self._entries.put_nowait(entry)
         except asyncio.QueueFull:
             self.metrics.journal_dropped.inc()
+
+
+def _kind(generation: Generation) -> Kind:
+    return generation.model, generation.slo.slo_class.value

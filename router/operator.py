@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 
 from cluster.errors import NotFound, PdserveError
+from cluster.store.plans import Plans
 from cluster.store.records import RouterRecord, WorkerRecord
-from pdserve.v1 import operator_pb2, operator_pb2_grpc, worker_pb2
+from pdserve.v1 import operator_pb2, worker_pb2
 from router.caller import shown_by
 from router.client_wire import refuse_unknown_fields
 from router.dispatch import Dispatch
 from router.explain import explain_response
 from router.placement import Target
 from router.placer import Placer
+from router.recording import Recording
 from router.refusal import refusing
 from router.rpc.call import Call
+from router.steering import SteeringServicer
 from router.tenants import Tenants
 from router.validate import check_request_id
 from router.workers import STORE_TIMEOUT_SECONDS, Registry, Workers
@@ -22,7 +25,7 @@ from router.workers import STORE_TIMEOUT_SECONDS, Registry, Workers
 DESCRIBE_TIMEOUT_SECONDS = 2.0
 
 
-class OperatorServicer(operator_pb2_grpc.OperatorServicer):
+class OperatorServicer(SteeringServicer):
     """GetCluster, from the registry and from the workers themselves; Explain, from placement."""
 
     def __init__(
@@ -34,7 +37,11 @@ class OperatorServicer(operator_pb2_grpc.OperatorServicer):
         dispatch: Dispatch,
         tenants: Tenants,
         placer: Placer,
+        plans: Plans | None,
+        models: list[str],
+        recording: Recording,
     ) -> None:
+        super().__init__(plans, tenants, models, recording)
         self._placer = placer
         self._cluster = cluster
         self._router = router
@@ -66,6 +73,7 @@ class OperatorServicer(operator_pb2_grpc.OperatorServicer):
         request: operator_pb2.ExplainRequest,
         call: Call,
     ) -> operator_pb2.ExplainResponse:
+        self._tenants.check_operator(shown_by(call))
         refuse_unknown_fields(request)
         explained = self._placer.explain(check_request_id(request.request_id))
         if not explained:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from cluster.clock import Clock
 from cluster.config import TargetsConfig
 from cluster.errors import PdserveError
 from cluster.obs.metrics import RouterMetrics
+from router.demand import DecodeStep, PrefillStep
 from router.events import Place
 from router.fleet import Fleet, Share
 from router.generation import Generation
-from router.learn import Observed, learn, shares_of
+from router.learn import Observed, learn, shares_of, steps_of
 from router.output import Completed, CompletionReport, Stage
 from router.placement import Decision, Demand, Placement, Unplaced
 
@@ -52,6 +54,7 @@ class Placer:
 
     Args:
         targets: of requests whose own are looser.
+        measured: hears what the workers' steps took.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class Placer:
         targets: TargetsConfig,
         metrics: RouterMetrics,
         clock: Clock,
+        measured: Callable[[PrefillStep | DecodeStep], None] = lambda _: None,
     ) -> None:
+        self._measured = measured
         self._fleet = fleet
         self._placement = placement
         self._targets = targets
@@ -139,7 +144,10 @@ class Placer:
     ) -> Explained:
         chosen = explained.decision.chosen
         seen = Observed.of(report, len(generation.prompt_token_ids))
-        learn(self._fleet, self._clock.now(), generation.model, chosen, shares, seen)
+        now = self._clock.now()
+        learn(self._fleet, now, generation.model, chosen, shares, seen)
+        for step in steps_of(self._fleet, now, generation.model, shares, seen):
+            self._measured(step)
         ttft = report.ttft_seconds - report.phases.queue
         errors = self._metrics.prediction_error
         errors.labels("ttft").observe(abs(ttft - chosen.ttft_seconds))

@@ -21,6 +21,7 @@ from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
 from router.batch.assemble import BatchPart, batch_part
 from router.capacity import Capacities, policy
 from router.catalog import Catalog
+from router.demand import DemandReport
 from router.descriptors import allow
 from router.dispatch import Dispatch
 from router.fleet import Fleet
@@ -35,7 +36,9 @@ from router.observe import Observer
 from router.operator import OperatorServicer
 from router.pace import Pace
 from router.placer import Placer
+from router.plan_metrics import PlanMetrics
 from router.reception import Reception
+from router.recording import Recording
 from router.resume.service import Resumption
 from router.store import Store, connect
 from router.tenants import Tenants
@@ -135,7 +138,8 @@ class RouterServer:
         )
         tenants = Tenants(config, self._secret, self._signer.call_token())
         placement = JointPlacement(fleet, mode, random.Random())
-        self._placer = Placer(fleet, placement, config.targets, self.metrics, clock)
+        measured = self._observer.demand.measured
+        self._placer = Placer(fleet, placement, config.targets, self.metrics, clock, measured)
         self._dispatch = Dispatch(
             policy(config),
             Capacities(config.models, self._workers, mode),
@@ -191,6 +195,9 @@ class RouterServer:
                 self._dispatch,
                 tenants,
                 self._placer,
+                store.plans,
+                self._catalog.names,
+                Recording(self._observer, store.journal),
             ),
             self._server,
         )
@@ -221,6 +228,10 @@ class RouterServer:
         """Takes over the limits, classes and tenants' shares of `config`, and nothing else."""
         self._dispatch.gate.set_policy(policy(config))
         self._reception.set_classes(config.classes)
+
+    def demand(self, mark: tuple[int, int] | None) -> DemandReport:
+        """As `DemandLog.since`."""
+        return self._observer.demand.since(mark)
 
     async def wait_ready(self, timeout: float) -> None:
         """Until every model has a connected prefill and decode worker.
@@ -263,6 +274,9 @@ class RouterServer:
             if self._batch is not None:
                 self._batch_work = tasks.create_task(self._batch.runner.run(), name="batch")
             tasks.create_task(self._pace.run(), name="pace")
+            if store.plans is not None:
+                metrics = PlanMetrics(self.metrics.registry)
+                tasks.create_task(metrics.follow(store.plans), name="plan metrics")
 
     async def _report_health(self) -> None:
         while True:

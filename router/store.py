@@ -11,6 +11,7 @@ from cluster.store import journal as store_journal
 from cluster.store import registry as store_registry
 from cluster.store.batches import Batches
 from cluster.store.files import Files
+from cluster.store.plans import Plans
 from cluster.store.streams import Streams
 from router.batch.assemble import BatchStore
 from router.observe import Journal
@@ -19,12 +20,14 @@ from router.workers import Registry
 
 @dataclass(frozen=True)
 class Store:
-    """Its parts. Without streams nothing is resumable, without batch there are no batch jobs."""
+    """Its parts. Without streams nothing is resumable, without batch there are no batch jobs,
+    without plans nothing is planned."""
 
     registry: Registry
     journal: Journal
     streams: Streams | None = None
     batch: BatchStore | None = None
+    plans: Plans | None = None
 
 
 async def connect(config: Config, url: str, stack: contextlib.AsyncExitStack) -> Store:
@@ -37,4 +40,5 @@ async def connect(config: Config, url: str, stack: contextlib.AsyncExitStack) ->
         store_journal.Journal(client, name),
         Streams(client, name),
         BatchStore(Batches(client, name, config.batch.max_stored_bytes), Files(client, name)),
+        Plans(client, name),
     )

@@ -118,6 +118,17 @@ class Tenants:
             raise _refusal(shown)
         return self._tenants[found[0]]
 
+    def check_steering(self, shown: Shown) -> None:
+        """Raises Unauthenticated unless the caller may change the cluster, or read its requests'
+        lengths: without credentials nobody may, whoever else is let in."""
+        if not self._operator.opens(_digest_of(shown), shown.identities):
+            if shown.token is None and not shown.identities:
+                raise Unauthenticated(
+                    "this call needs the operator's credentials: run it where the cluster runs, or "
+                    "configure `operator` and set PDSERVE_TOKEN"
+                )
+            raise _refusal(shown)
+
     def check_operator(self, shown: Shown) -> None:
         """Raises Unauthenticated unless the caller may call the Operator API."""
         if self._guarded and not self._operator.opens(_digest_of(shown), shown.identities):

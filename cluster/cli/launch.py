@@ -42,6 +42,7 @@ class Cluster:
         self._ray_runs = False
         self._controller: Any = None
         self._token = ""
+        self._routed: tuple[str, str] | None = None
 
     @property
     def config(self) -> Config:
@@ -99,7 +100,15 @@ class Cluster:
                 self._progress.show(slot.slot_id, slot.state, slot.detail or on)
             elif status.stopping:
                 self._progress.show(slot.slot_id, "gone")
+        self._follow_router(status)
         return status
+
+    def _follow_router(self, status: ClusterStatus) -> None:
+        """A router's next life may have other ports: the commands here must find it."""
+        serving = [s for s in status.slots if s.kind == "router" and s.state == "ready"]
+        known = [(s.grpc_address, s.http_address) for s in serving]
+        if self._routed is not None and known and self._routed not in known:
+            self._publish("ready", *known[0])
 
     async def reload(self, config: Config) -> None:
         """Hands another configuration to the controller. Raises Unavailable if it is not there."""
@@ -220,6 +229,7 @@ class Cluster:
         shutdown.cancel()
 
     def _publish(self, state: str, grpc: str = "", http: str = "") -> None:
+        self._routed = (grpc, http) if state == "ready" else None
         pid = os.getppid()  # the guardian: it goes last
         started = psutil.Process(pid).create_time()
         self._rundir.write(RunState(self._config.name, pid, started, state, grpc, http))

@@ -11,6 +11,8 @@ import typer
 
 from cluster.cli.batch_app import batch_app
 from cluster.cli.config import config_commands
+from cluster.cli.plan_app import add_planning
+from cluster.cli.steer_app import add_steering
 from cluster.cli.terminal import DEBUG, EXIT_INTERRUPTED, EXIT_OK, Terminal
 from cluster.errors import InvalidRequest, PdserveError
 
@@ -142,72 +144,6 @@ def doctor(file: File = None, as_json: Json = False) -> None:
     _exit(command.run(terminal, Config.load(file), as_json))
 
 
-Trace = Annotated[
-    Path,
-    typer.Option(help="Azure's CSV, Mooncake's JSON lines, or our own request log."),
-]
-Model = Annotated[str, typer.Option(help="A known model's name, or a directory with config.json.")]
-Gpu = Annotated[str, typer.Option(help="A100, H100, H200, B200, L40S or CPU.")]
-Slo = Annotated[str, typer.Option(help="Targets in seconds: ttft=0.5,tpot=0.05")]
-Share = Annotated[float, typer.Option(help="Of all requests that are to meet them.")]
-TensorParallel = Annotated[int, typer.Option(min=1, help="GPUs per worker.")]
-Chunk = Annotated[int, typer.Option(min=32, help="Tokens per engine step.")]
-ProfileFile = Annotated[
-    Path | None, typer.Option("--profile", help="What a worker was measured to take.")
-]
-
-
-@app.command()
-def plan(
-    trace: Trace,
-    model: Model,
-    gpu: Gpu,
-    gpus: Annotated[int, typer.Option(help="GPUs in all.")],
-    slo: Slo,
-    share: Share = 0.9,
-    tensor_parallel: TensorParallel = 1,
-    chunk: Chunk = 2048,
-    price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU and hour.")] = None,
-    profile: ProfileFile = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Directory for four SVG plots.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Which prefill:decode ratio, or none at all, serves this traffic best on these GPUs."""
-    from cluster.cli import plan as command
-
-    asked = command.Asked(
-        trace, model, gpu, gpus, slo, share, tensor_parallel, chunk, price, profile, seed
-    )
-    _exit(command.run(terminal, asked, plot, as_json))
-
-
-@app.command()
-def simulate(
-    trace: Trace,
-    model: Model,
-    gpu: Gpu,
-    slo: Slo,
-    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 0,
-    decode: Annotated[int, typer.Option(min=0, help="Decode workers.")] = 0,
-    both: Annotated[int, typer.Option(min=0, help="Workers of both roles.")] = 0,
-    rate: Annotated[float | None, typer.Option(help="Requests/s; unset: the trace's own.")] = None,
-    tensor_parallel: TensorParallel = 1,
-    chunk: Chunk = 2048,
-    profile: ProfileFile = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    as_json: Json = False,
-) -> None:
-    """Replay a trace against simulated workers."""
-    from cluster.cli import simulate as command
-    from cluster.cli.plan import Asked
-
-    workers = (prefill, decode, both)
-    gpus = sum(workers) * tensor_parallel
-    asked = Asked(trace, model, gpu, gpus, slo, 0.9, tensor_parallel, chunk, None, profile, seed)
-    _exit(command.run(terminal, asked, workers, rate, as_json))
-
-
 @app.command("drain-host")
 def drain_host(
     file: File = None,
@@ -226,6 +162,18 @@ def drain_host(
 
 
 app.add_typer(batch_app(terminal, lambda address, name: _address(address, name)), name="batch")
+add_planning(
+    app,
+    terminal,
+    lambda address, name: _address(address, name),
+    lambda address, name: _operator_token(address, name),
+)
+add_steering(
+    app,
+    terminal,
+    lambda address, name: _address(address, name),
+    lambda address, name: _operator_token(address, name),
+)
 
 
 def main() -> NoReturn:

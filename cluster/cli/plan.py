@@ -23,14 +23,15 @@ from cluster.planner.roofline import roofline
 from cluster.planner.shape import ModelShape, load_shape
 from cluster.simulator.engine import EngineLimits
 from cluster.simulator.goodput import Goal
-from cluster.simulator.traces import read_trace
+from cluster.simulator.traces import checked, read_trace
+from cluster.simulator.workload import Arrival
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The command line's options."""
+    """The command line's options; `trace` is a file, or what a cluster's journal holds."""
 
-    trace: Path
+    trace: Path | tuple[Arrival, ...]
     model: str
     gpu: str
     gpus: int
@@ -83,7 +84,11 @@ def ask(asked: Asked) -> tuple[Question, int]:
         raise InvalidRequest("share", f"{asked.share:g} is not between 0 and 1")
     shape, gpu = load_shape(asked.model), hardware(asked.gpu)
     worker = worker_performance(shape, gpu, asked.tensor_parallel, asked.profile)
-    trace = read_trace(asked.trace, shape.max_model_len, asked.seed)
+    if isinstance(asked.trace, Path):
+        trace = read_trace(asked.trace, shape.max_model_len, asked.seed)
+    else:
+        numbered = list(enumerate(asked.trace, start=1))
+        trace = checked("the cluster's journal", numbered, shape.max_model_len)
     question = Question(
         shape,
         gpu,

@@ -24,7 +24,7 @@ from cluster.control.launch import Launch
 from cluster.control.life_log import redirect_output, tail
 from cluster.control.orphans import become_subreaper, kill_descendants
 from cluster.control.reconcile import Slot
-from cluster.errors import ConfigError, EngineFailed, PdserveError
+from cluster.errors import ConfigError, EngineFailed, PdserveError, Unavailable
 from cluster.store.client import connect
 from cluster.store.clock import ahead_seconds
 
@@ -95,6 +95,16 @@ class _LifeActor:
         if self._body is not None:
             self._body.reload(config)
 
+    async def set_role(self, role: str, drain_seconds: float) -> int:
+        """As `WorkerHost.set_role`.
+
+        Raises:
+            Unavailable: it is not up yet.
+        """
+        if self._body is None:
+            raise Unavailable("the worker is not up yet")
+        return int(await self._body.set_role(role, drain_seconds))
+
     async def stop(self, drain_seconds: float) -> None:
         """Drains and ends the body and everything it started."""
         self._stopping = True
@@ -145,6 +155,10 @@ class WorkerActor(_LifeActor):
 
 class RouterActor(_LifeActor):
     """One life of a router."""
+
+    async def demand(self, mark: tuple[int, int] | None) -> Any:
+        """As `RouterServer.demand`; None while it is not up."""
+        return self._body.demand(mark) if self._body is not None else None
 
     async def _serve(self, landing: Landing) -> None:
         launch = self._launch

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from cluster.config import Config, ModelConfig
 from cluster.engine.protocol import Engine
 from cluster.store.registry import Registry
 from cluster.ticket import TicketSigner
 from cluster.worker.host import Faces, WorkerHost
-from cluster.worker.sequence import Identity
+from cluster.worker.sequence import Identity, Stage
 from cluster.worker.whole import WholeFace
 from decode_worker.servicer import DecodeFace
 from prefill_worker.peers import Peers
@@ -40,13 +41,17 @@ def worker_host(
         threads = engine_threads(config, model, role)
         return VllmEngine(model, config.handoff, worker_id, incarnation, secret, host, threads)
 
-    def make_faces(engine: Engine, me: Identity, signer: TicketSigner, registry: Registry) -> Faces:
-        whole = WholeFace(engine)
-        faces: Faces = {"whole": whole}
-        if role in ("prefill", "both"):
-            faces["prefill"] = PrefillFace(engine, me, signer, Peers(registry))
-        if role in ("decode", "both"):
-            faces["decode"] = DecodeFace(engine, me, signer)
+    def make_faces(
+        engine: Engine, me: Identity, signer: TicketSigner, registry: Registry
+    ) -> Callable[[str], Faces]:
+        made: Faces = {"whole": WholeFace(engine), "decode": DecodeFace(engine, me, signer)}
+
+        def faces(role: str) -> Faces:
+            if role != "decode" and "prefill" not in made:  # its view of the peers costs a task
+                made["prefill"] = PrefillFace(engine, me, signer, Peers(registry))
+            stages: tuple[Stage, ...] = ("prefill", "decode") if role == "both" else (_stage(role),)
+            return {stage: made[stage] for stage in ("whole", *stages)}
+
         return faces
 
     return WorkerHost(
@@ -61,6 +66,10 @@ def worker_host(
         make_engine,
         make_faces,
     )
+
+
+def _stage(role: str) -> Stage:
+    return "prefill" if role == "prefill" else "decode"
 
 
 def engine_threads(config: Config, model: ModelConfig, role: str) -> int:

@@ -14,31 +14,42 @@ from dataclasses import replace
 from cluster.clock import SystemClock
 from cluster.config import Config
 from cluster.control.actors import log_path
-from cluster.control.fleet import End, RayLife, any_gpus, drop_former_groups, hosts, need_of
+from cluster.control.desk import PlanDesk
+from cluster.control.fleet import (
+    End,
+    RayLife,
+    any_gpus,
+    drop_former_groups,
+    hosts,
+    need_of,
+    resource_names,
+)
 from cluster.control.hosts import Placed, avoiding, lacking, preferred
 from cluster.control.launch import Launch
 from cluster.control.life_log import redirect_output
+from cluster.control.plan_loop import PlanLoop, Sight
 from cluster.control.reconcile import (
     DropLease,
     GiveUp,
     Kill,
-    Lease,
     Life,
     Observed,
     Slot,
     SlotState,
     Start,
     Stop,
+    Turn,
     desired_slots,
     ended,
     reconcile,
     renewed,
 )
+from cluster.control.registered import as_placed, as_registered, as_wanted, leases
 from cluster.control.status import ClusterStatus, slot_status
+from cluster.control.store_view import StoreView
+from cluster.control.turning import Turns
 from cluster.errors import Unavailable
 from cluster.ids import new_incarnation
-from cluster.store.client import connect
-from cluster.store.registry import Members, Registry
 
 INTERVAL_SECONDS = 0.5
 
@@ -48,19 +59,23 @@ class Controller:
 
     def __init__(self, launch: Launch, namespace: str) -> None:
         redirect_output(log_path(launch, "controller"))
-        self._launch = launch
-        self._namespace = namespace
+        self._launch, self._namespace = launch, namespace
         self._clock = SystemClock()
         self._desired = desired_slots(launch.config)
         self._slots = {slot.slot_id: SlotState(slot) for slot in self._desired}
         self._lives: dict[str, RayLife] = {}
         self._tails: dict[str, tuple[str, ...]] = {}
-        self._stops: set[asyncio.Task[None]] = set()
         self._leaving: set[str] = set()
-        self._members: Members | None = None
-        self._registry: Registry | None = None
+        self._stops: set[asyncio.Task[None]] = set()
+        self._store = StoreView(launch.store_url, lambda: self._launch.config)
+        self._desk = PlanDesk(launch.config)
+        self._turns = Turns(
+            self._slots, self._clock, lambda: self._launch.config.planner.flip_drain_seconds
+        )
+        self._plan_loop = PlanLoop(self._desk, self._clock, self._sight, resource_names)
         self._loop: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._planning: asyncio.Task[None] | None = None
+        self._steering, self._stopping = asyncio.Lock(), False
         drop_former_groups(launch.config.name)
 
     async def pid(self) -> int:
@@ -72,14 +87,14 @@ class Controller:
         self._ensure_running()
         now = self._clock.now()
         return ClusterStatus(
-            store_reachable=self._members is not None,
+            store_reachable=self._store.members is not None,
             stopping=self._stopping,
             slots=tuple(
                 slot_status(
                     now,
                     state,
                     self._lives.get(slot_id),
-                    self._members,
+                    self._store.members,
                     self._tails.get(slot_id, ()),
                 )
                 for slot_id, state in sorted(self._slots.items())
@@ -92,10 +107,19 @@ class Controller:
         `config` differs from the one before in fields of `config_changes.LIVE` only. Slots that had
         been given up get another try.
         """
-        self._launch = replace(self._launch, config=config)
-        self._desired = desired_slots(config)
-        self._slots = renewed(self._slots, self._desired)
+        self._desk.reload(config)
+        if self._desk.ready:
+            self._desired = self._desk.slots()
+        self._know(renewed(self._slots, self._desired))
         print("the configuration was reloaded", flush=True)
+        with suppress(Unavailable):
+            await self._steer()  # so that whoever asks next sees what is wanted now
+        await self._tell_routers()
+
+    async def _tell_routers(self) -> None:
+        """The configuration, with the targets that a person has set, goes to all of them."""
+        config = self._desk.config
+        self._launch = replace(self._launch, config=config)
         routers = (s.slot.slot_id for s in self._slots.values() if s.slot.kind == "router")
         lives = [self._lives[slot_id] for slot_id in routers if slot_id in self._lives]
         await asyncio.gather(*(life.reload(config) for life in lives))
@@ -121,22 +145,22 @@ class Controller:
         A life that is not ready has nothing to drain and is killed.
         """
         self._stopping = True
-        if self._loop is not None:
-            self._loop.cancel()
+        for task in filter(None, (self._loop, self._planning)):
+            task.cancel()
             with suppress(asyncio.CancelledError):
-                await self._loop
+                await task
         await asyncio.gather(*self._stops)
         deadline = self._clock.now() + drain_seconds
         for kind in ("router", "worker"):
             left = max(0.0, deadline - self._clock.now())
             slots = [state.slot for state in self._slots.values() if state.slot.kind == kind]
             await asyncio.gather(*(self._end(slot, left) for slot in slots))
-        if self._registry is not None:
+        if self._store.known:
             with suppress(Unavailable):
                 await self._observe()
                 for action in reconcile(self._clock.now(), (), self._observed()):
                     if isinstance(action, DropLease):
-                        await self._drop(action.lease)
+                        await self._store.drop(action.lease)
 
     def _ensure_running(self) -> None:
         if self._stopping:
@@ -145,6 +169,8 @@ class Controller:
             if self._loop is not None and not self._loop.cancelled():
                 print(f"the loop failed and goes on: {self._loop.exception()!r}", flush=True)
             self._loop = asyncio.create_task(self._run(), name="reconcile")
+        if self._planning is None:
+            self._planning = asyncio.create_task(self._plan_loop.run(), name="planning")
 
     async def _run(self) -> None:
         while True:
@@ -158,6 +184,9 @@ class Controller:
         await self._note_places()
         with suppress(Unavailable):
             await self._observe()
+            await self._steer()
+        if not self._desk.ready:
+            return  # what people have set is not known yet, and no worker could register
         actions = reconcile(
             self._clock.now(),
             self._desired,
@@ -170,6 +199,8 @@ class Controller:
                     self._start(slot)
                 case Stop(slot_id):
                     self._later(self._slots[slot_id].slot)
+                case Turn(slot_id):
+                    self._turns.start(self._lives[slot_id], action)
                 case Kill(slot_id, _, reason):
                     await self._lives[slot_id].kill()
                     self._bury(slot_id, End(reason))
@@ -179,16 +210,13 @@ class Controller:
                     print(f"{slot_id}: gave up: {reason}", flush=True)
                 case DropLease(lease):
                     with suppress(Unavailable):
-                        await self._drop(lease)
+                        await self._store.drop(lease)
 
     async def _note_places(self) -> None:
         """Which lives have got their host, and what keeps the others from getting one."""
         waiting = {slot_id: life for slot_id, life in self._lives.items() if not life.node_id}
-        for slot_id, running in self._lives.items():
-            life = self._slots[slot_id].life
-            if life is not None and life.placed_at is None and running.node_id:
-                placed = replace(life, placed_at=self._clock.now())
-                self._slots[slot_id] = replace(self._slots[slot_id], life=placed)
+        placed = {slot_id for slot_id, life in self._lives.items() if life.node_id}
+        self._slots |= as_placed(self._clock.now(), self._slots, placed)
         known = hosts() if waiting else []
         for slot_id, running in waiting.items():
             lacks = lacking(running.need, known)
@@ -201,32 +229,32 @@ class Controller:
 
     async def _observe(self) -> None:
         """Reads the registry; a life is ready once its own record says so."""
-        store = self._launch.config.store
-        try:
-            if self._registry is None:
-                client = await connect(self._launch.store_url, store.connect_timeout_seconds)
-                self._registry = Registry(client, self._launch.config.name)
-            self._members = await self._registry.members()
-        except Unavailable:
-            self._members = None
-            raise
-        ready = {
-            *((w.worker_id, w.incarnation) for w in self._members.workers if w.state == "ready"),
-            *((r.router_id, r.incarnation) for r in self._members.routers if r.state == "ready"),
-        }
-        for slot_id, state in self._slots.items():
-            life = state.life
-            if life and life.phase == "starting" and (slot_id, life.incarnation) in ready:
-                alive = replace(life, phase="ready", ready_at=self._clock.now())
-                self._slots[slot_id] = replace(state, life=alive)
+        members = await self._store.read()
+        self._slots |= as_registered(self._clock.now(), self._slots, members)
+
+    async def _steer(self) -> None:
+        """What people have asked for since, one step of what is set, and the slots for that."""
+        desk, plans = self._desk, self._store.plans
+        if plans is None:
+            return
+        async with self._steering:
+            orders = await desk.steer(plans, self._clock.now(), self._slots.values())
+            self._desired = desk.slots()
+            self._know(as_wanted(self._slots, self._desired))
+        if desk.config != self._launch.config:
+            await self._tell_routers()
+        if orders and self._store.members is not None:
+            await desk.publish(plans, self._store.members.workers)
+
+    def _know(self, slots: dict[str, SlotState]) -> None:
+        self._slots.clear()  # in place: others mark in it
+        self._slots.update(slots)
+
+    def _sight(self) -> Sight:
+        return Sight(self._store.plans, self._store.members, self._slots, self._lives)
 
     def _observed(self) -> Observed:
-        members = self._members or Members((), ())
-        leases = (
-            *(Lease("worker", w.worker_id, w.incarnation) for w in members.workers),
-            *(Lease("router", r.router_id, r.incarnation) for r in members.routers),
-        )
-        return Observed(tuple(self._slots.values()), leases)
+        return Observed(tuple(self._slots.values()), leases(self._store.members))
 
     def _start(self, slot: Slot) -> None:
         incarnation = new_incarnation()
@@ -271,10 +299,3 @@ class Controller:
     def _is_stopping(self, slot_id: str) -> bool:
         life = self._slots[slot_id].life
         return life is not None and life.phase == "stopping"
-
-    async def _drop(self, lease: Lease) -> None:
-        assert self._registry is not None
-        remove = (
-            self._registry.remove_worker if lease.kind == "worker" else self._registry.remove_router
-        )
-        await remove(lease.slot_id, lease.incarnation)

@@ -22,7 +22,7 @@ from cluster.control.actors import Failure, RouterActor, Where, WorkerActor
 from cluster.control.hosts import Host, Need
 from cluster.control.launch import Launch
 from cluster.control.reconcile import Slot
-from cluster.errors import ConfigError, PdserveError
+from cluster.errors import ConfigError, PdserveError, Unavailable
 
 STOP_GRACE_SECONDS = 15.0
 """What a stop may take beyond its drain."""
@@ -61,6 +61,11 @@ def hosts() -> list[Host]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def resource_names() -> list[str]:
+    """Of the Ray cluster's resources."""
+    return list(ray.cluster_resources())
 
 
 def any_gpus() -> bool:
@@ -136,6 +141,28 @@ class RayLife:
         if self._actor is not None:
             with suppress(RayError):
                 await self._actor.reload.remote(config)
+
+    async def set_role(self, role: str, drain_seconds: float) -> int:
+        """As `WorkerHost.set_role`. Raises Unavailable."""
+        if self._actor is None:
+            raise Unavailable("the worker has no process yet")
+        try:
+            async with asyncio.timeout(drain_seconds + STOP_GRACE_SECONDS):
+                return int(await self._actor.set_role.remote(role, drain_seconds))
+        except TimeoutError:
+            raise Unavailable("the worker did not say that it has changed its role") from None
+        except RayError as error:
+            raise Unavailable(
+                _explain(error).reason if isinstance(error, RayTaskError) else _first_line(error)
+            ) from error
+
+    async def demand(self, mark: tuple[int, int] | None) -> Any:
+        """A router's `DemandReport`; None if it cannot say."""
+        if self._actor is None:
+            return None
+        with suppress(RayError):
+            return await self._actor.demand.remote(mark)
+        return None
 
     async def kill(self) -> None:
         """Ends it now. Its process group goes with it."""

@@ -54,6 +54,9 @@ class Life:
     Attributes:
         started_at: when it was asked for.
         placed_at: when it got its host; before that it waits, without limit, for one with room.
+        role: of a worker, as it has registered it; empty before that.
+        turns_at: it is told to take its slot's role from then on: now, or after a try that failed;
+            None: it is being told.
     """
 
     incarnation: str
@@ -61,6 +64,8 @@ class Life:
     started_at: float
     ready_at: float | None = None
     placed_at: float | None = None
+    role: str = ""
+    turns_at: float | None = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,15 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """Have the life take its slot's role; what runs on it goes on."""
+
+    slot_id: str
+    incarnation: str
+    role: str
+
+
+@dataclass(frozen=True)
 class Kill:
     """End the life now."""
 
@@ -146,7 +160,7 @@ class DropLease:
     lease: Lease
 
 
-Action = Start | Stop | Kill | GiveUp | DropLease
+Action = Start | Stop | Turn | Kill | GiveUp | DropLease
 
 
 def desired_slots(config: Config) -> tuple[Slot, ...]:
@@ -154,7 +168,7 @@ def desired_slots(config: Config) -> tuple[Slot, ...]:
     slots = [
         Slot(
             "worker",
-            f"{model.name.replace('/', '-')}-{role}-{index}",
+            worker_id(model.name, role, index),
             model.name,
             role,
             pool,
@@ -169,6 +183,11 @@ def desired_slots(config: Config) -> tuple[Slot, ...]:
         for index in range(config.router.pool.replicas)
     )
     return (*slots, *routers)
+
+
+def worker_id(model: str, role: str, index: int) -> str:
+    """A slot's name; the role is the one that it began with."""
+    return f"{model.replace('/', '-')}-{role}-{index}"
 
 
 def renewed(states: Mapping[str, SlotState], desired: Iterable[Slot]) -> dict[str, SlotState]:
@@ -230,6 +249,9 @@ def reconcile(
 
 def _fill(now: float, slot: Slot, state: SlotState, start_timeout: float) -> Action | None:
     life = state.life
+    if life is not None and life.phase == "ready" and life.role not in ("", slot.role):
+        due = life.turns_at is not None and now >= life.turns_at
+        return Turn(slot.slot_id, life.incarnation, slot.role) if due else None
     if life is not None:
         placed = life.placed_at is not None and life.phase == "starting"
         late = placed and now - (life.placed_at or 0.0) > start_timeout

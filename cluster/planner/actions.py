@@ -47,9 +47,18 @@ class _Ledger:
     used: Counter[str]
     actions: list[Action] = field(default_factory=list)
     moved: set[str] = field(default_factory=set)
+    promised: set[str] = field(default_factory=set)
+    """Of these, those that do not move in this decision: they still serve where they were."""
 
-    def end(self, role: Role, reason: str) -> bool:
-        """Removes a worker of the pool that does not just change its role; False if none is."""
+    def serving(self, role: Role) -> int:
+        """Workers of the pool once this decision is carried out."""
+        return sum(w.worker_id not in self.promised for w in self.pools[role])
+
+    def end(self, role: Role, reason: str, least: int) -> bool:
+        """Removes a worker of the pool that does not just change its role; False if none is, or if
+        fewer than `least` would serve."""
+        if self.serving(role) <= least:
+            return False
         for worker in self.pools[role]:
             if worker.worker_id not in self.moved:
                 self.pools[role].remove(worker)
@@ -145,6 +154,8 @@ def _flip(policy: Policy, wish: Wish, ledger: _Ledger) -> None:
         if flips < most:  # else it is promised: nothing is started in its place, nor is it ended
             ledger.actions.append(Flip(worker.worker_id, role))
             flips += 1
+        else:
+            ledger.promised.add(worker.worker_id)
 
 
 def _add(policy: Policy, wish: Wish, ledger: _Ledger) -> None:
@@ -161,17 +172,17 @@ def _remove(policy: Policy, wish: Wish, ledger: _Ledger) -> None:
         reasons += [(role, NOT_NEEDED)] * surplus
     removed = 0
     for role, reason in reasons[: policy.max_step]:
-        removed += ledger.end(role, reason)
+        removed += ledger.end(role, reason, min(policy.minimum, wish.want.of(role)))
     over = sum(
         max(0, ledger.used[node_type] - gpus // policy.worker_gpus)
         for node_type, gpus in policy.budget.items()
     )
     while removed < min(over, policy.max_step):
         # The pool that exceeds its want most gives way, but each keeps its minimum.
-        roles = [r for r in ROLES if len(ledger.pools[r]) > policy.minimum]
+        roles = [r for r in ROLES if ledger.serving(r) > policy.minimum]
         if not roles:
             return
         role = max(roles, key=lambda r: len(ledger.pools[r]) - wish.want.of(r))
-        if not ledger.end(role, "over the budget"):
+        if not ledger.end(role, "over the budget", policy.minimum):
             return
         removed += 1

@@ -44,12 +44,14 @@ class Hysteresis:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self._needs: deque[_Needs] = deque()
+        self._conversion: Counts | None = None
         self._shrunk_at = -math.inf
         self._damping = 1.0
 
     def forget(self) -> None:
         """What was needed says nothing any more: of other targets, another mode, another clock."""
         self._needs.clear()
+        self._conversion = None
 
     def wish(
         self,
@@ -82,7 +84,13 @@ class Hysteresis:
             keep = lend if lend.total <= policy.max_workers else needed
         # Until every worker has a role of this mode, all of them are wanted in it.
         other = have.prefill or have.decode if _mode(needed) else have.both
-        want = _largest(needed, _converted(have, needed)) if other else needed
+        # The roles that they get are settled once: needs that waver meanwhile would have one turned
+        # to a pool that has no use for it when it arrives.
+        if not other:
+            self._conversion = None
+        elif self._conversion is None or self._conversion.total != have.total:
+            self._conversion = _converted(have, needed)
+        want = _largest(needed, self._conversion) if self._conversion else needed
         keep = _largest(keep, want) if other else keep
         for role, workers in manual.items():
             reasons.append(f"{role} is held at {workers} by hand until it is released")

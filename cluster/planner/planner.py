@@ -245,6 +245,10 @@ class Planner:
         """
         least = self.policy.minimum
         whole, split = size_whole(load, most, least), size_split(load, most, least)
+        if self.policy.disaggregate == "never":
+            self._whole = True
+            reasons.append("placement.disaggregate is never: aggregated workers only")
+            return whole
         if split is None:
             self._whole = True
             reasons.append(f"{most} worker(s) cannot be split into two pools")
@@ -255,10 +259,13 @@ class Planner:
                 self._whole = _better(whole, split, 0.0)
         if self._manual:
             self._whole = "both" in self._manual
+        if self.policy.disaggregate == "always":
+            self._whole = False
         now, other = (whole, split) if self._whole else (split, whole)
         self._modes.append((now, other))
         steady = (
-            len(self._modes) == MODE_STEPS
+            self.policy.disaggregate == "auto"
+            and len(self._modes) == MODE_STEPS
             and load.rate > 0
             and not self._manual
             and all(_better(o, n, self.policy.mode_gain) for n, o in self._modes)

@@ -104,6 +104,7 @@ class Policy:
         headroom: standard deviations of the forecast's error that are planned for.
         mode_gain: share of the workers that a change between split and aggregated must save.
         stale_after: seconds after which a measurement is none.
+        disaggregate: whether prefill and decode may, must or must not be on two workers.
     """
 
     budget: Mapping[str, int]
@@ -117,6 +118,7 @@ class Policy:
     headroom: float = 1.5
     mode_gain: float = 0.15
     stale_after: float = 30.0
+    disaggregate: Literal["auto", "always", "never"] = "auto"
 
     @property
     def max_workers(self) -> int:

@@ -94,6 +94,7 @@ class JournalEntry:
     error: str = ""
     tenant: str = "default"
     phases: dict[str, float] = field(default_factory=dict)
+    slo_class: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))

@@ -3,7 +3,8 @@
 A member is one JSON record under `pdserve:{cluster}:worker:<id>` that expires with its lease, plus
 its id in an index set, so that nothing ever scans the key space. The braces are a hash tag: all
 keys of a cluster share a slot. A `fence` beside each record remembers the newest life seen for
-`FENCE_LEASES` leases, so that a frozen process that wakes up cannot put its former self back.
+`FENCE_LEASES` leases, so that a frozen process that wakes up cannot put its former self back, and
+the newest epoch of that life, so that a late write cannot put its former role back.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ POLL_SECONDS = 0.5
 FENCE_LEASES = 5
 
 # A life is (started_at, incarnation), compared in that order. KEYS: record, fence, index.
-# ARGV: id, incarnation, started_at, record, lease ms, fence ms, channel.
+# ARGV: id, incarnation, started_at, record, lease ms, fence ms, channel, epoch. 0: superseded by a
+# newer life; 2: the life itself has gone on to a newer epoch, and nothing was written.
 _PUT = """
 local fence = redis.call('GET', KEYS[2])
 if fence then
-  local at, life = string.match(fence, '^(%S+) (.*)$')
+  local at, life, epoch = string.match(fence, '^(%S+) (%S+) ?(%d*)$')
   at = tonumber(at)
   local mine = tonumber(ARGV[3])
   if at > mine or (at == mine and life > ARGV[2]) then return 0 end
+  if life == ARGV[2] and (tonumber(epoch) or 0) > tonumber(ARGV[8]) then return 2 end
 end
-redis.call('SET', KEYS[2], ARGV[3] .. ' ' .. ARGV[2], 'PX', ARGV[6])
+redis.call('SET', KEYS[2], ARGV[3] .. ' ' .. ARGV[2] .. ' ' .. ARGV[8], 'PX', ARGV[6])
 local before = redis.call('GET', KEYS[1])
 redis.call('SET', KEYS[1], ARGV[4], 'PX', ARGV[5])
 redis.call('SADD', KEYS[3], ARGV[1])
@@ -93,7 +96,8 @@ class Registry:
     async def put_worker(self, record: WorkerRecord, lease_seconds: float) -> bool:
         """Writes the record and starts its lease anew.
 
-        False if a newer life holds the slot: nothing was written, and this life is over.
+        False if a newer life holds the slot: nothing was written, and this life is over. A record
+        of an epoch that the life has left behind is not written either.
         """
         return await self._write("worker", record.worker_id, record, lease_seconds)
 
@@ -175,6 +179,7 @@ class Registry:
                     _ms(lease_seconds),
                     _ms(lease_seconds * FENCE_LEASES),
                     self._channel,
+                    record.epoch if isinstance(record, WorkerRecord) else 0,
                 ],
             )
         return bool(done)

@@ -46,6 +46,12 @@ class HoldingsMetrics:
     def stop(self) -> None:
         self._task.cancel()
 
+    def change_role(self, role: str) -> None:
+        """Under another label from now on; nothing is left under the former one."""
+        for gauge in (PINNED, LEAKED, AHEAD, WAITING, BLOCKS_USED):
+            gauge.remove_by_labels({"role": self._role})
+        self._role = role
+
     async def _watch(self) -> None:
         look = True
         while True:

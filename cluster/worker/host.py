@@ -8,7 +8,6 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import aclosing
 from dataclasses import replace
 from typing import Literal
 
@@ -18,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from cluster.config import Config, ModelConfig
-from cluster.engine.protocol import Engine, EngineInfo, EngineRequest, Guide, Sampling
+from cluster.engine.protocol import Engine, EngineInfo
 from cluster.errors import ConfigError, EngineFailed, PdserveError, Unavailable
 from cluster.ports import take
 from cluster.store.client import connect
@@ -29,6 +28,7 @@ from cluster.worker.holdings import HoldingsMetrics
 from cluster.worker.membership import Membership
 from cluster.worker.sequence import Face, Identity, Stage
 from cluster.worker.servicer import WorkerServicer
+from cluster.worker.warm_up import warm_up
 from pdserve.v1 import worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,12 @@ MAX_MESSAGE_BYTES = 64 << 20
 Faces = dict[Stage, Face]
 MakeEngine = Callable[[ModelConfig, str, str, bytes, str], Engine]
 """Of model, worker id, incarnation, secret and host."""
-MakeFaces = Callable[[Engine, Identity, TicketSigner, Registry], Faces]
+MakeFaces = Callable[[Engine, Identity, TicketSigner, Registry], Callable[[str], Faces]]
+"""The faces that a role shows."""
+
+SETTLE_SECONDS = 0.3
+"""After an announcement: within this the routers have heard it, and send nothing of the former kind
+any more. A router that has not is refused, and places its sequence elsewhere."""
 
 
 class WorkerHost:
@@ -86,11 +91,13 @@ class WorkerHost:
             detail="starting",
         )
         self._engine: Engine | None = None
+        self._faces: Callable[[str], Faces] = lambda _: {}
         self._membership: Membership | None = None
         self._server: grpc.aio.Server | None = None
         self._servicer: WorkerServicer | None = None
         self._holdings: HoldingsMetrics | None = None
         self._stopped = asyncio.Event()
+        self._stopping = False
 
     @property
     def record(self) -> WorkerRecord:
@@ -123,12 +130,13 @@ class WorkerHost:
         self._refuse_unservable(info)
         if not info.simulated:
             await self._announce("starting", "warming up")
-            await _warm_up(self._engine, info)
+            await warm_up(self._engine, info)
         me = Identity(record.worker_id, record.incarnation, info.layout)
         signer = TicketSigner(self._secret)
+        self._faces = self._make_faces(self._engine, me, signer, registry)
         self._servicer = WorkerServicer(
             self._engine,
-            self._make_faces(self._engine, me, signer, registry),
+            self._faces(record.role),
             me,
             signer,
             record.model,
@@ -216,8 +224,42 @@ class WorkerHost:
         await self._announce_if_possible("failed", cause)
         raise EngineFailed(cause)
 
+    async def set_role(self, role: str, drain_seconds: float) -> int:
+        """Takes another role with the engine as it is: weights loaded, KV where it is.
+
+        While it drains it takes no work. What still runs after `drain_seconds` is not touched: it
+        goes on to its end beside the new role's work. The registry gets the role under the next
+        epoch, so that nothing written late can put the former one back.
+
+        Returns:
+            The sequences that were still running.
+
+        Raises:
+            Unavailable: it is not ready or about to stop, or the store is out; the role is as it
+                was.
+        """
+        if role == self._record.role:
+            return 0
+        if self._servicer is None or self._holdings is None or self._record.state != "ready":
+            raise Unavailable(f"worker {self._record.worker_id} is {self._record.state}")
+        try:
+            await self._announce("draining", f"becomes {role}")
+        except Unavailable:
+            await self._announce_if_possible("ready", "")
+            raise
+        await asyncio.sleep(SETTLE_SECONDS)
+        left = await self._servicer.drain(drain_seconds)
+        if self._stopping or self.record.state != "draining":
+            raise Unavailable(f"worker {self._record.worker_id} ends")
+        self._servicer.change_role(role, self._faces(role))
+        self._holdings.change_role(role)
+        self._record = replace(self._record, role=role, epoch=self._record.epoch + 1)
+        await self._announce_if_possible("ready", "")  # else with the next renewal
+        return left
+
     async def stop(self, drain_seconds: float) -> None:
         """Drains, then ends every part; harmless if it never started."""
+        self._stopping = True
         if self._servicer is not None and self._membership is not None:
             self._servicer.draining = True
             await self._announce_if_possible("draining", "stopping")
@@ -233,7 +275,7 @@ class WorkerHost:
             await self._membership.withdraw()
 
     async def _announce_if_possible(
-        self, state: Literal["draining", "failed"], detail: str
+        self, state: Literal["ready", "draining", "failed"], detail: str
     ) -> None:
         """What must go on also while the store is out."""
         try:
@@ -247,19 +289,3 @@ class WorkerHost:
         assert self._membership is not None
         self._record = replace(self._record, state=state, detail=detail)
         await self._membership.announce(self._record)
-
-
-async def _warm_up(engine: Engine, info: EngineInfo) -> None:
-    """Runs every sampling path once, so that no user's first request pays for it."""
-    prompt = [1 % info.vocab_size] * min(2 * info.block_size, info.max_model_len - 4)
-    plain = Sampling(max_tokens=2, temperature=0, ignore_eos=True)
-    drawn = replace(
-        plain, temperature=1.0, top_p=0.9, top_k=5, seed=1, presence_penalty=0.5, logprobs=1
-    )
-    guided = replace(plain, guide=Guide(regex="[0-9]*"))
-    for i, sampling in enumerate((plain, drawn, guided)):
-        request = EngineRequest(f"warm-up-{i}", prompt, sampling, cache_salt="warm-up")
-        async with aclosing(engine.generate(request)) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                if output.finish_reason == "error":
-                    raise EngineFailed("the engine failed its warm-up")

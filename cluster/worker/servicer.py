@@ -50,11 +50,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         self._role = role
         self._running: set[asyncio.Task[None]] = set()
         self.draining = False
+        """No new sequence is taken."""
 
     @property
     def busy(self) -> bool:
         """Sequences run now."""
         return bool(self._running)
+
+    def change_role(self, role: str, faces: Mapping[Stage, Face]) -> None:
+        """Other stages from now on; what runs goes on to its end."""
+        self._role = role
+        self._faces = faces
+        self.draining = False
 
     async def Serve(
         self, request_iterator: AsyncIterator[worker_pb2.RouterMessage], context: Any

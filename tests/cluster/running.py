@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,6 +116,19 @@ class RunningCluster:
                     return
             time.sleep(0.2)
         raise AssertionError(f"not ready in time:\n{self.log.read_text()}")
+
+    def find_router(self, seconds: float = 30) -> None:
+        """Waits until a router answers where `pdserve up` says; after one has died."""
+        state_file = self.folder / "run" / self.name / "state.json"
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            state = json.loads(state_file.read_text())
+            self.grpc_address, self.http_address = state["grpc_address"], state["http_address"]
+            with suppress(grpc.RpcError):
+                if all(worker.connected for worker in self.view().workers):
+                    return
+            time.sleep(0.2)
+        raise AssertionError(f"no router answers at {self.grpc_address}")
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, list[str]]:
         """Ends it; its exit status, and the processes it left behind."""

@@ -8,7 +8,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.planner.actions import after, counted, plan_actions, serving
@@ -52,7 +52,12 @@ def fits(policy: Policy, seen: tuple[WorkerSeen, ...], decision: object) -> None
         assert len(seen) + added <= policy.max_workers
 
 
+def _starting(*roles: str) -> tuple[WorkerSeen, ...]:
+    return tuple(WorkerSeen(f"w{i}", role, "starting") for i, role in enumerate(roles))  # type: ignore[arg-type]
+
+
 @settings(max_examples=60, deadline=None)
+@example(_starting("prefill", "prefill", "both", "both"), [0.0], 2, 2)
 @given(workers, st.lists(rates, min_size=1, max_size=25), st.integers(1, 12), st.integers(1, 3))
 def test_whatever_is_seen_the_bounds_hold(
     seen: tuple[WorkerSeen, ...], history: list[float], budget: int, minimum: int

@@ -56,6 +56,17 @@ def test_help_lists_every_command_without_importing_the_heavy_parts(pdserve) -> 
         "batch",
         "reload",
         "drain-host",
+        "plan",
+        "simulate",
+        "recommend",
+        "explain",
+        "scale",
+        "flip",
+        "drain",
+        "release",
+        "targets",
+        "record",
+        "profile",
     ):
         assert f" {command} " in done.stdout
     code = (

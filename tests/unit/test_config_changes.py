@@ -102,3 +102,28 @@ def test_admission_takes_another_limit_over_between_two_requests() -> None:
     admission.set_policy(0.0, policy(limited(2)))
     admission.pump(0.0, {})
     assert (admission.running, admission.queued) == (2, 1)
+
+
+def test_the_planners_settings_and_budgets_reload_live() -> None:
+    def with_planner(**planner: object) -> Config:
+        return Config.model_validate({"models": [{"name": "m", "path": "/m"}], "planner": planner})
+
+    old = with_planner()
+    h100 = {"name": "h100", "gpus": 8, "labels": {"gpu": "H100"}}
+    new = with_planner(mode="act", interval_seconds=2, budget=[h100], season_seconds=60)
+    found = changes(flatten(old), flatten(new))
+    assert {change.path for change in found} >= {
+        "planner.mode", "planner.budget.h100.gpus", "planner.budget.h100.labels"}  # fmt: skip
+    assert all(change.live for change in found)
+    more = with_planner(mode="act", budget=[{**h100, "gpus": 16}])
+    assert [c.path for c in changes(flatten(new), flatten(more)) if "gpus" in c.path] == [
+        "planner.budget.h100.gpus"
+    ]
+    json.dumps(flatten(new))  # it is kept on disk
+
+
+def test_an_impossible_planner_is_refused() -> None:
+    twice = [{"name": "a", "gpus": 1}, {"name": "a", "gpus": 2}]
+    for planner in ({"mode": "dream"}, {"budget": twice}, {"share": 1.0}, {"interval_seconds": 0}):
+        with pytest.raises(ValueError, match="planner"):
+            Config.model_validate({"models": [{"name": "m", "path": "/m"}], "planner": planner})

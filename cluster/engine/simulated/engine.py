@@ -190,6 +190,7 @@ class SimulatedEngine:
             if step is None:
                 self._wake.clear()
                 await self._wake.wait()
+                ends = 0.0  # what idled makes no step shorter
                 continue
             # A step that began as the last one ended is not made longer by a late timer.
             late = now - ends

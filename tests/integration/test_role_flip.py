@@ -1,0 +1,72 @@
+"""A worker changes its role under load: nothing is lost, nothing is reloaded, answers are exact."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import Unavailable
+from cluster.store.client import connect
+from cluster.store.registry import Registry
+from tests.integration.simulated import answer, config, simulated_cluster
+
+ROLES = {"w-0": "prefill", "w-1": "prefill", "w-2": "prefill", "w-3": "decode"}
+
+
+async def test_roles_change_under_load(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    split = config(placement={"disaggregate": "always"})
+    async with simulated_cluster(tmp_path, ROLES, split) as cluster:
+        engine = cluster.hosts["w-0"]._engine
+        prompts = [[rng.randrange(800) for _ in range(rng.randrange(1, 900))] for _ in range(150)]
+
+        async def ask(i: int) -> tuple[list[int], str, str]:
+            await asyncio.sleep(i * 0.02)
+            tokens, completed = await cluster.generate(prompts[i], max_tokens=20 + i % 60)
+            (report,) = completed.completions
+            return tokens, report.prefill_worker, report.decode_worker
+
+        asked = [asyncio.create_task(ask(i)) for i in range(len(prompts))]
+        await asyncio.sleep(0.8)
+        await cluster.hosts["w-0"].set_role("decode", 5.0)
+        turned = sum(task.done() for task in asked)
+        await cluster.hosts["w-1"].set_role("decode", 0.0)  # what runs there goes on
+        await cluster.hosts["w-0"].set_role("prefill", 5.0)
+        answers = await asyncio.gather(*asked)
+        assert [tokens for tokens, _, _ in answers] == [
+            answer(p, 20 + i % 60) for i, p in enumerate(prompts)
+        ]
+        assert "w-0" in {decode for _, _, decode in answers[turned:]}
+        assert "w-1" in {decode for _, _, decode in answers}
+        assert "w-0" in {prefill for _, prefill, _ in answers[-20:]}
+        record = cluster.hosts["w-0"].record
+        assert (record.role, record.epoch, record.state) == ("prefill", 2, "ready")
+        assert cluster.hosts["w-0"]._engine is engine
+        metrics = cluster.router.metrics.registry
+        assert not metrics.get_sample_value("pdserve_retries_total", {"model": "made-up"})
+        for host in cluster.hosts.values():
+            held = await host._engine.holdings()  # type: ignore[union-attr]
+            assert (held.ledger, held.blocks_used) == ((), 0)
+
+        client = await connect(cluster.store.url, 2.0)
+        registry = Registry(client, split.name)
+        late = replace(record, role="decode", epoch=1)
+        assert await registry.put_worker(late, 10.0)  # no newer life: nobody has to end
+        assert (await registry.get_worker("w-0")).role == "prefill"  # type: ignore[union-attr]
+        await client.aclose()
+
+
+async def test_a_flip_without_the_store_changes_nothing(tmp_path: Path) -> None:
+    async with simulated_cluster(tmp_path, ROLES, config()) as cluster:
+        host = cluster.hosts["w-0"]
+        assert await host.set_role("prefill", 1.0) == 0
+        cluster.store.stop()
+        with pytest.raises(Unavailable, match="store"):
+            await host.set_role("decode", 1.0)
+        assert (host.record.role, host.record.epoch, host.record.state) == ("prefill", 0, "ready")
+        tokens, _ = await cluster.generate([1, 2, 3], max_tokens=4)
+        assert tokens == answer([1, 2, 3], 4)
