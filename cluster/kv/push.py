@@ -95,7 +95,8 @@ class Push:
     ready: deque[Ready] = field(default_factory=deque)
     first_token: int | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _read: dict[int, tuple[tuple[int, ...], Stamp, BlockIndex]] = field(default_factory=dict)
+    _indexes: dict[int, tuple[Stamp, BlockIndex]] = field(default_factory=dict)
+    _checks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def add(self, ready: Ready) -> None:
         """More to send."""
@@ -156,8 +157,8 @@ class Push:
             if reply.done():
                 raise HandoffRefused(_refusal(reply.result()))
         checksum = await outbound.flush()
-        for ids, stamp, _ in self._read.values():
-            self._check(ids, stamp)
+        for check in self._checks:
+            await check
         await outbound.send(
             Commit(self.sent.frames, self.first_token, self.order.num_tokens, checksum)
         )
@@ -195,12 +196,13 @@ class Push:
         await self.milestones.reached(group[-1].fence)
         self.sent.first_frame_at = self.sent.first_frame_at or time.monotonic()
         head = group[0]
-        self._check(head.block_ids, head.stamp)
         index = self._index(head, outbound)
         skip = max(0, grant.held_tokens // self.cache.tokens - head.first_block)
         step = max(1, outbound.frame_bytes // (len(group) * self._head_bytes))
         for start in range(skip, len(head.block_ids), step):
             part = index[start : start + step]
+            read = head.block_ids[start : start + step], head.stamp[start : start + step]
+            self._check(*read)
             size = len(group) * len(part) * self._head_bytes
             if self.sent.bytes + size > grant.credit_bytes:
                 raise HandoffRefused("decode granted less than the prompt needs")
@@ -209,7 +211,7 @@ class Push:
                 self._fill(buffer, group, part, outbound)
                 filled = self.cache.mark(outbound.stream)
                 if filled is None:
-                    self._check(head.block_ids, head.stamp)
+                    self._check(*read)
             except BaseException:
                 outbound.discard(buffer)
                 raise
@@ -217,17 +219,21 @@ class Push:
                 self.sent.frames, head.layer, len(group), head.first_block + start, len(part)
             )
             await outbound.send_blocks(run, buffer, seed_of(self.order.handoff_id), filled)
+            if filled is not None:
+                check = asyncio.create_task(self._check_read(outbound, filled, *read))
+                check.add_done_callback(lambda task: task.cancelled() or task.exception())
+                self._checks.append(check)
             self.sent.frames += 1
             self.sent.bytes += size
             self.sent.last_frame_at = time.monotonic()
 
     def _index(self, ready: Ready, outbound: Outbound) -> BlockIndex:
-        """Of the blocks of a step, made once; all that was read is checked again at the end."""
-        known = self._read.get(id(ready.stamp))
+        """Of the blocks of a step, made once."""
+        known = self._indexes.get(id(ready.stamp))
         if known is None:
             index = self.cache.index(ready.block_ids, outbound.stream)
-            known = self._read[id(ready.stamp)] = (ready.block_ids, ready.stamp, index)
-        return known[2]
+            known = self._indexes[id(ready.stamp)] = (ready.stamp, index)
+        return known[1]
 
     def _fill(
         self, buffer: Buffer, group: list[Ready], index: BlockIndex, outbound: Outbound
@@ -237,6 +243,14 @@ class Push:
         self.cache.gather(
             layers, index, source, buffer.payload, plain=plain, stream=outbound.stream
         )
+
+    async def _check_read(
+        self, outbound: Outbound, filled: Fence, ids: tuple[int, ...], stamp: Stamp
+    ) -> None:
+        """As soon as they have been read: a block may be another's soon afterwards, and be right.
+        So it is with a sliding window, when the prompt goes on behind it."""
+        await outbound.reached(filled)
+        self._check(ids, stamp)
 
     def _check(self, ids: tuple[int, ...], stamp: Stamp) -> None:
         if not self.generations.still(ids, stamp):

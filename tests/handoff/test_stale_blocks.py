@@ -85,6 +85,28 @@ async def test_a_block_reused_between_two_chunks(prefill: Prefill, decode: Decod
     await both_refused(prefill, decode, ticket.handoff_id)
 
 
+async def test_a_block_dealt_anew_after_it_was_read_is_no_fault(
+    prefill: Prefill, decode: Decode
+) -> None:
+    """As with a sliding window, which gives blocks back while the prompt goes on behind it."""
+    ticket = make_ticket(2 * TOKENS)
+    wire = sign(ticket)
+    decode.reserve(ticket, wire, (5, 6))
+    prefill.offer(ticket, wire, decode.agent.address, (1,))
+    await decode.until(lambda: decode.frames(ticket) > 0)
+    read = contents(prefill, (1,))
+    prefill.agent.generations.renew([1])
+    stamp = prefill.agent.generations.stamp((2,))
+    offer, sender = Offer(ticket.handoff_id, 1, (2,)), prefill.agent.sender
+    prefill.agent.post(lambda: sender.offer(offer))
+    for layer in range(LAYERS):
+        prefill.agent.post(lambda layer=layer: sender.layer_ready(layer, ((offer, stamp),)))  # type: ignore[misc]
+    prefill.release(ticket, token=42)
+    assert (await decode.result(ticket.handoff_id)).ok
+    assert torch.equal(contents(decode, (5,)), read)
+    assert torch.equal(contents(decode, (6,)), contents(prefill, (2,)))
+
+
 async def test_blocks_dealt_anew_elsewhere_disturb_nothing(
     prefill: Prefill, decode: Decode
 ) -> None:

@@ -57,6 +57,9 @@ class GrpcOutbound:
         checksum = host_checksum(buffer.payload, seed)
         await self._write(buffer.seal(replace(run, checksum=checksum)))
 
+    async def reached(self, filled: Fence) -> None:
+        raise AssertionError("nothing is queued on a device")
+
     async def flush(self) -> int:
         return 0
 
@@ -141,6 +144,9 @@ class StagedOutbound(GrpcOutbound):
 
     def _give_back(self, slot: Slot, filled: Fence | None) -> None:
         self._milestones.then(filled, lambda _: self._staging.give_back(slot))
+
+    async def reached(self, filled: Fence) -> None:
+        await self._milestones.reached(filled)
 
     async def flush(self) -> int:
         if self._last is not None:

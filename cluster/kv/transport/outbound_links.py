@@ -149,6 +149,9 @@ class NcclOutbound:
         payload = Payload(self._handoff_id, run, buffer.payload.numel(), summed)
         self._sent.append(self._link.send(payload, buffer, filled))
 
+    async def reached(self, filled: Fence) -> None:
+        await self._link.link.reached(filled)
+
     async def flush(self) -> int:
         fetched = None if self._sum is None else self._sum.fetch()
         link = self._link.link

@@ -62,6 +62,10 @@ class Outbound(Protocol):
         """Sends a buffer as soon as `filled` is reached; may return before that."""
         ...
 
+    async def reached(self, filled: Fence) -> None:
+        """Waits for the device. Raises HandoffRefused if the way to the peer broke before."""
+        ...
+
     async def flush(self) -> int:
         """Waits until every buffer has been filled; returns the checksum for the commit.
 
