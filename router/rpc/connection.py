@@ -120,7 +120,11 @@ class Connection(asyncio.Protocol):
         if self._alive is not None:
             self._alive.heard = True
         try:
-            for event in self._h2.receive_data(data):
+            received = self._h2.receive_data(data)
+            # The client counts by its new settings once it has our word for them: that goes first,
+            # before calls use a window that has grown.
+            self._collect()
+            for event in received:
                 self._handle(event)
         except (ProtocolError, UnicodeDecodeError) as error:
             log.debug("a client broke HTTP/2: %s", error)

@@ -162,7 +162,7 @@ async def slowly(worker: FakeWorker, start: worker_pb2.StartSequence, send: Send
     for i in range(start.sampling.max_tokens):
         await worker.gate.wait()
         send(token_output(start, i))
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.04)  # the test acts before the last one
 
 
 async def some(call: Any, count: int) -> list[Any]:

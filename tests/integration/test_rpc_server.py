@@ -13,7 +13,8 @@ import grpc
 import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import ConnectionTerminated, ResponseReceived, TrailersReceived
+from h2.events import ConnectionTerminated, DataReceived, ResponseReceived, TrailersReceived
+from h2.settings import SettingCodes
 
 from router.rpc.abuse import PING_STRIKES, RESETS_A_SECOND
 from router.rpc.call import Call
@@ -219,6 +220,21 @@ async def test_a_stop_lets_calls_end_and_then_ends_them() -> None:
         assert (await slow).code() is grpc.StatusCode.UNAVAILABLE
         await stopping
         assert methods.cancelled.is_set()
+
+
+async def test_a_window_that_grows_is_used_after_its_acknowledgement() -> None:
+    """Until then the client counts by the old one, and what overflows it ends the connection."""
+    async with serving() as (methods, _, address):
+        raw = await Raw.connect(address)
+        raw.h2.increment_flow_control_window(1 << 25)  # the connection's; streams keep 64 KiB
+        lazy = raw.open("/t.T/flood")
+        raw.h2.send_data(lazy, struct.pack(">BI", 0, 0), end_stream=True)
+        await raw.answer()
+        await asyncio.sleep(0.2)
+        held = methods.sent
+        raw.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1 << 22})
+        while methods.sent < held + 100:
+            assert await raw.until(DataReceived) is not None, "the connection has ended"
 
 
 async def test_two_messages_where_one_is_due() -> None:

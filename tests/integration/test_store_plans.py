@@ -85,8 +85,12 @@ async def test_an_order_that_nobody_waits_for_is_not_carried_out(plans: Plans) -
         await plans.order(Order("drain", worker_id="w"), 0.1)
     await asyncio.sleep(0.1)
     assert await plans.next_order() is None
-    waiting = [asyncio.create_task(plans.order(Order("drain"), 3.0)) for _ in range(MAX_ORDERS + 9)]
-    await asyncio.sleep(0.5)
+    waiting = [
+        asyncio.create_task(plans.order(Order("drain"), 30.0)) for _ in range(MAX_ORDERS + 9)
+    ]
+    async with asyncio.timeout(20):
+        while len(await plans._client.keys("*:plan:order:*")) < len(waiting):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     taken = 0
     while await plans.next_order() is not None:
         taken += 1
