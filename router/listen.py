@@ -67,7 +67,7 @@ class Health:
     """grpc.health.v1 and reflection. Operator serves always, the rest once there are workers."""
 
     def __init__(self, server: RpcServer) -> None:
-        self._servicer = health.aio.HealthServicer()
+        self._servicer = _Servicer()
         self._serving: bool | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         # The generated functions ask of a server what `RpcServer` has.
@@ -111,3 +111,26 @@ def _taken(host: str, port: int, setting: str) -> ConfigError:
 def join(host: str, port: int) -> str:
     """host:port, with the brackets that IPv6 needs."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class _Servicer(health.aio.HealthServicer):
+    """Writes without the lock that the library's own holds meanwhile: a watcher that does not read
+    would hold up every change of health, and the router's end."""
+
+    async def Watch(self: Any, request: Any, context: Any) -> None:
+        service, last = request.service, None
+        condition = self._server_watchers[service]
+        self._watcher_count_by_service[service] += 1
+        unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        try:
+            while True:
+                async with condition:
+                    while (status := self._server_status.get(service, unknown)) == last:
+                        await condition.wait()
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+                last = status
+        finally:
+            self._watcher_count_by_service[service] -= 1
+            if self._watcher_count_by_service[service] == 0:
+                del self._server_watchers[service]
+                del self._watcher_count_by_service[service]

@@ -67,6 +67,7 @@ class Call:
         self._end: Headers | None = None
         self._status: Status = (grpc.StatusCode.OK, "", ())
         self._task: asyncio.Task[None] | None = None
+        self._entered = self._cancelled = False
         self.ended = False
         """Its status is on the way, or nobody waits for it."""
 
@@ -115,6 +116,16 @@ class Call:
     def start(self) -> None:
         """Calls the method."""
         self._task = self._loop.create_task(self._run())
+        self._task.add_done_callback(self._unentered)
+
+    def _unentered(self, _: asyncio.Task[None]) -> None:
+        if not self._entered:  # Cancelled before its first step: `_run` has not seen it.
+            self._finish()
+
+    def _cancel(self) -> None:
+        if self._task is not None and not self._cancelled:
+            self._cancelled = True
+            self._task.cancel()
 
     @property
     def running(self) -> bool:
@@ -155,11 +166,12 @@ class Call:
 
     def give_up(self, code: grpc.StatusCode, why: str) -> asyncio.Task[None] | None:
         """Ends it from outside; the method is cancelled. Returns what to wait for."""
-        self._status = (code, why, ())
+        if not self._cancelled:
+            self._status = (code, why, ())
         if self._task is None:
             self._finish()
         else:
-            self._task.cancel()
+            self._cancel()
         return self._task
 
     def lost(self) -> None:
@@ -169,8 +181,7 @@ class Call:
         self._drained.set()
         if self._timer is not None:
             self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
+        self._cancel()
 
     def _begin(self) -> None:
         self.begun = True
@@ -180,14 +191,14 @@ class Call:
         self.give_up(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's deadline passed")
 
     def _unreadable(self, error: BadMessage) -> None:
-        code = grpc.StatusCode.INTERNAL
-        if error.too_large:
-            code = grpc.StatusCode.RESOURCE_EXHAUSTED
-        self.give_up(code, str(error))
+        self.give_up(_code(error), str(error))
 
     async def _run(self) -> None:
+        self._entered = True
         try:
             await self._serve()
+        except BadMessage as error:
+            self._status = (_code(error), str(error), ())
         except (grpc.aio.AbortError, asyncio.CancelledError):
             # Whoever ended it has set the status; nobody else cancels this task.
             if self._status[0] is grpc.StatusCode.OK:
@@ -243,3 +254,8 @@ class Call:
             self._timer = self._loop.call_later(LINGER_SECONDS, self._connection.reset, self)
         else:
             self._connection.finish(self, end)
+
+
+def _code(error: BadMessage) -> grpc.StatusCode:
+    too_large = error.too_large
+    return grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INTERNAL

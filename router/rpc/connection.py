@@ -12,7 +12,7 @@ from typing import Any, cast
 import h2.connection
 import h2.events as events
 from h2.config import H2Configuration
-from h2.connection import ConnectionState
+from h2.connection import ConnectionInputs, ConnectionState
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes, Settings
@@ -20,7 +20,7 @@ from hyperframe.frame import GoAwayFrame
 
 from router.rpc.abuse import Abuse
 from router.rpc.alive import Alive
-from router.rpc.call import Call
+from router.rpc.call import LINGER_SECONDS, Call
 from router.rpc.headers import Headers
 from router.rpc.inbox import Inbox
 from router.rpc.limits import Limits
@@ -71,6 +71,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._out = Outgoing(self._write, self._abuse.answered)
         self._paused = False
+        self._grown = False
         self._draining = False
         self._closing = False
         self._alive: Alive | None = None
@@ -96,6 +97,13 @@ class Connection(asyncio.Protocol):
                 SettingCodes.MAX_HEADER_LIST_SIZE: self._limits.metadata_bytes,
             },
         )
+        # A GOAWAY of the client's ends nothing that runs, nor the frames that come with it.
+        machine = self._h2.state_machine
+        goes_on = (ConnectionState.SERVER_OPEN, ConnectionInputs.RECV_GOAWAY)
+        machine._transitions = {
+            **machine._transitions,
+            goes_on: (None, ConnectionState.SERVER_OPEN),
+        }
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(self._limits.window_bytes)
         self._collect()
@@ -111,9 +119,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        if self._transport is not None:
+            self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         self._paused = False
+        if self._transport is not None and not self._closing:
+            self._transport.resume_reading()
         self._pump()
 
     def data_received(self, data: bytes) -> None:
@@ -126,6 +138,9 @@ class Connection(asyncio.Protocol):
             self._collect()
             for event in received:
                 self._handle(event)
+            if self._grown:
+                self._grown = False
+                self._pump()
         except (ProtocolError, UnicodeDecodeError) as error:
             log.debug("a client broke HTTP/2: %s", error)
             self._collect()
@@ -189,6 +204,7 @@ class Connection(asyncio.Protocol):
     def closed(self, call: Call) -> None:
         """A call has ended."""
         self.calls.pop(call.stream_id, None)
+        call.inbox.drop()
         if self._draining and not self.calls:
             self._close()
 
@@ -233,8 +249,12 @@ class Connection(asyncio.Protocol):
                     call.lost()
                     if not call.running:
                         self.closed(call)
-            case events.WindowUpdated(stream_id=0) | events.RemoteSettingsChanged():
-                self._pump()
+            case events.WindowUpdated(stream_id=0):
+                self._grown = True
+            case events.RemoteSettingsChanged():
+                self._grown = True
+                if self._h2.encoder.header_table_size > 4096:
+                    self._h2.encoder.header_table_size = 4096
             case events.WindowUpdated():
                 if call := self.calls.get(event.stream_id):
                     call.pump()
@@ -300,6 +320,9 @@ class Connection(asyncio.Protocol):
         self._out.put(frame.serialize())
 
     def _ask(self) -> None:
+        if self._closing:
+            self.abort()  # What it was sent last has not left.
+            return
         self._h2.ping(b"pdserve?")
         self._collect()
 
@@ -315,5 +338,6 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         self._closing = True
         self._out.flush()
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.close()
+            self._loop.call_later(LINGER_SECONDS, self.abort)

@@ -42,7 +42,7 @@ class Inbox:
         self._received = received
         self._bytes = bytearray()
         self._held = 0
-        self._messages: deque[tuple[bytes, int]] = deque()
+        self._messages: deque[tuple[int, bytes, int]] = deque()
         self._filled = asyncio.Event()
         self.ended = False
         """The peer sends nothing more."""
@@ -67,7 +67,7 @@ class Inbox:
                 break
             message = bytes(self._bytes[PREFIX.size : end])
             del self._bytes[:end]
-            self._messages.append((self._unpacked(packed, message), self._held))
+            self._messages.append((packed, message, self._held))
             self._held = 0
             self._filled.set()
         if self._held:  # Of a message that is still coming: its size limit bounds it.
@@ -83,10 +83,19 @@ class Inbox:
 
     def take(self) -> bytes:
         """The next message that waits."""
-        message, flow = self._messages.popleft()
+        packed, message, flow = self._messages.popleft()
         if flow:
             self._received(flow)
-        return message
+        return self._unpacked(packed, message)
+
+    def drop(self) -> None:
+        """Nobody takes what waits: its bytes may come again, of other calls."""
+        flow = self._held + sum(flow for _, _, flow in self._messages)
+        self._messages.clear()
+        self._bytes.clear()
+        self._held = 0
+        if flow:
+            self._received(flow)
 
     async def next(self) -> bytes | None:
         """The next message, None after the last."""
