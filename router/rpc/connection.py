@@ -9,14 +9,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
-import h2.connection
 import h2.events as events
-from h2.config import H2Configuration
-from h2.connection import ConnectionInputs, ConnectionState
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes, Settings
-from hyperframe.frame import GoAwayFrame
 
 from router.rpc.abuse import Abuse
 from router.rpc.alive import Alive
@@ -26,6 +21,7 @@ from router.rpc.inbox import Inbox
 from router.rpc.limits import Limits
 from router.rpc.opening import Methods, Refused, opening
 from router.rpc.outgoing import Outgoing
+from router.rpc.protocol import bound_header_table, goaway, server_side
 
 _HIGH_WATER_BYTES = 256 << 10
 """That wait in the socket's buffer before calls keep what they have for themselves."""
@@ -58,14 +54,7 @@ class Connection(asyncio.Protocol):
         self._names: tuple[str, ...] = ()
         self._opened, self._closed = opened, closed
         self._loop = asyncio.get_running_loop()
-        self._h2 = h2.connection.H2Connection(
-            H2Configuration(
-                client_side=False,
-                header_encoding="utf-8",
-                validate_outbound_headers=False,
-                normalize_outbound_headers=False,
-            )
-        )
+        self._h2 = server_side(limits)
         self._abuse = Abuse()
         self.calls: dict[int, Call] = {}
         self._transport: asyncio.Transport | None = None
@@ -88,22 +77,6 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
                 return
             self._names = self._names_of(transport.get_extra_info("peercert") or {})
-        # Before the connection begins: what is changed later counts once the client agrees.
-        self._h2.local_settings = Settings(
-            client=False,
-            initial_values={
-                SettingCodes.MAX_CONCURRENT_STREAMS: self._limits.calls,
-                SettingCodes.INITIAL_WINDOW_SIZE: self._limits.window_bytes,
-                SettingCodes.MAX_HEADER_LIST_SIZE: self._limits.metadata_bytes,
-            },
-        )
-        # A GOAWAY of the client's ends nothing that runs, nor the frames that come with it.
-        machine = self._h2.state_machine
-        goes_on = (ConnectionState.SERVER_OPEN, ConnectionInputs.RECV_GOAWAY)
-        machine._transitions = {
-            **machine._transitions,
-            goes_on: (None, ConnectionState.SERVER_OPEN),
-        }
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(self._limits.window_bytes)
         self._collect()
@@ -253,15 +226,12 @@ class Connection(asyncio.Protocol):
                 self._grown = True
             case events.RemoteSettingsChanged():
                 self._grown = True
-                if self._h2.encoder.header_table_size > 4096:
-                    self._h2.encoder.header_table_size = 4096
+                bound_header_table(self._h2)
             case events.WindowUpdated():
                 if call := self.calls.get(event.stream_id):
                     call.pump()
             case events.ConnectionTerminated():
-                # It opens no more calls, which h2 takes for an end of those that run.
-                self._h2.state_machine.state = ConnectionState.SERVER_OPEN
-                self._draining = True
+                self._draining = True  # It opens no more calls; those that run go on.
             case events.PingReceived():
                 if not self._abuse.pinged(self._loop.time()):
                     self._go_away(ErrorCodes.ENHANCE_YOUR_CALM, b"too_many_pings")
@@ -314,10 +284,7 @@ class Connection(asyncio.Protocol):
             call.pump()
 
     def _go_away(self, code: ErrorCodes, why: bytes) -> None:
-        """By hand, because h2 takes a connection for closed once it has said so."""
-        last = self._h2.highest_inbound_stream_id
-        frame = GoAwayFrame(0, last_stream_id=last, error_code=code, additional_data=why)
-        self._out.put(frame.serialize())
+        self._out.put(goaway(self._h2, code, why))
 
     def _ask(self) -> None:
         if self._closing:

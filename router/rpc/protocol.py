@@ -1,0 +1,57 @@
+"""h2's side of a connection, where its own ways do not fit a server of long calls."""
+
+from __future__ import annotations
+
+from h2.config import H2Configuration
+from h2.connection import ConnectionInputs, ConnectionState, H2Connection
+from h2.errors import ErrorCodes
+from h2.settings import SettingCodes, Settings
+from hyperframe.frame import GoAwayFrame
+
+from router.rpc.limits import Limits
+
+HEADER_TABLE_BYTES = 4096
+"""HTTP/2's default. A client may ask for more, and what refusals quote of it would be kept in it."""
+
+
+def server_side(limits: Limits) -> H2Connection:
+    """Before the connection begins: settings that are changed later count once the client agrees.
+
+    A client's GOAWAY ends nothing that runs, nor the frames that come with it, as h2 would have it.
+    """
+    protocol = H2Connection(
+        H2Configuration(
+            client_side=False,
+            header_encoding="utf-8",
+            validate_outbound_headers=False,
+            normalize_outbound_headers=False,
+        )
+    )
+    protocol.local_settings = Settings(
+        client=False,
+        initial_values={
+            SettingCodes.MAX_CONCURRENT_STREAMS: limits.calls,
+            SettingCodes.INITIAL_WINDOW_SIZE: limits.window_bytes,
+            SettingCodes.MAX_HEADER_LIST_SIZE: limits.metadata_bytes,
+        },
+    )
+    machine = protocol.state_machine
+    goes_on = (ConnectionState.SERVER_OPEN, ConnectionInputs.RECV_GOAWAY)
+    machine._transitions = {
+        **machine._transitions,
+        goes_on: (None, ConnectionState.SERVER_OPEN),
+    }
+    return protocol
+
+
+def bound_header_table(protocol: H2Connection) -> None:
+    """After the client's settings."""
+    if protocol.encoder.header_table_size > HEADER_TABLE_BYTES:
+        protocol.encoder.header_table_size = HEADER_TABLE_BYTES
+
+
+def goaway(protocol: H2Connection, code: ErrorCodes, why: bytes) -> bytes:
+    """The frame. By hand, because h2 takes a connection for closed once it has said so."""
+    last = protocol.highest_inbound_stream_id
+    frame = GoAwayFrame(0, last_stream_id=last, error_code=code, additional_data=why)
+    return bytes(frame.serialize())
