@@ -11,7 +11,7 @@ from hyperframe.frame import GoAwayFrame
 from router.rpc.limits import Limits
 
 HEADER_TABLE_BYTES = 4096
-"""HTTP/2's default. A client may ask for more, and what refusals quote of it would be kept in it."""
+"""HTTP/2's default. A client may ask for more; what refusals quote of it would be kept there."""
 
 
 def server_side(limits: Limits) -> H2Connection:
