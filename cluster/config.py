@@ -20,13 +20,13 @@ from cluster.config_clients import (
     CredentialsConfig,
     ResumeConfig,
     TenantConfig,
-    TlsConfig,
     check_callers,
 )
 from cluster.config_errors import explain
 from cluster.config_files import default_cluster, read_yaml, with_secret_files
 from cluster.config_models import MIB, ModelConfig, PoolConfig, Section, WorkerPoolConfig
 from cluster.config_planner import PlannerConfig
+from cluster.config_servers import RouterConfig, WorkerConfig
 from cluster.errors import ConfigError
 from cluster.ports import ANY, Ports
 
@@ -41,53 +41,7 @@ __all__ = [
     "WorkerPoolConfig",
 ]
 
-Port = Annotated[int, Field(ge=0, le=65535)]
 Role = Literal["prefill", "decode", "both"]
-
-
-class RouterConfig(Section):
-    """The routers' servers and limits."""
-
-    host: Annotated[
-        str | None,
-        Field(
-            description="Interface to listen on: a name, an address, a network such as 10.0.0.0/8,"
-            " or 0.0.0.0; unset: loopback, or on a Ray cluster of several hosts the host's own"
-            " address in it."
-        ),
-    ] = None
-    pool: Annotated[PoolConfig, Field(description="Each router is one process.")] = PoolConfig()
-    grpc_port: Annotated[Port, Field(description="0 takes a free one.")] = 50051
-    http_port: Annotated[Port, Field(description="0 takes a free one.")] = 8000
-    max_request_bytes: Annotated[
-        int, Field(ge=1024, description="Largest request message or body, bytes.")
-    ] = 8 * MIB
-    max_running_requests: Annotated[
-        int, Field(ge=1, description="Requests placed at once; more wait.")
-    ] = 1024
-    max_queued_requests: Annotated[
-        int, Field(ge=0, description="Requests of a class waiting; more are refused.")
-    ] = 1024
-    default_timeout_seconds: Annotated[
-        float, Field(gt=0, description="Deadline of HTTP requests that set none.")
-    ] = 600.0
-    tls: Annotated[TlsConfig | None, Field(description="Unset: both ports are in clear.")] = None
-
-
-class WorkerConfig(Section):
-    """The workers' own servers: routers' streams and metrics."""
-
-    host: Annotated[
-        str | None,
-        Field(
-            description="Interface to listen on: a name, an address or a network (10.0.0.0/8);"
-            " unset: loopback, or on a Ray cluster of several hosts the host's own address in it."
-        ),
-    ] = None
-    ports: Annotated[
-        Ports, Field(description="Port of a worker's gRPC, a range where hosts carry several.")
-    ] = ANY
-    metrics_ports: Annotated[Ports, Field(description="The same for its metrics over HTTP.")] = ANY
 
 
 class StoreConfig(Section):
@@ -255,8 +209,8 @@ class Config(BaseSettings):
         slots = [name.replace("/", "-") for name in names]  # as their workers are called
         if alike := sorted(name for name in names if slots.count(name.replace("/", "-")) > 1):
             raise ValueError(f"models: {', '.join(alike)} differ in / and - only: rename one")
-        if self.router.grpc_port and self.router.grpc_port == self.router.http_port:
-            raise ValueError("router: grpc_port and http_port must differ")
+        if ports := self.router.same_ports():
+            raise ValueError(f"router: {ports} must differ")
         if not self.router.pool.replicas:
             raise ValueError("router.pool.replicas: needs one at least")
         check_callers(self.tenants, self.operator, self.router.tls)

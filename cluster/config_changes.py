@@ -22,8 +22,10 @@ LIVE = (
     "classes.*.*",
     "classes.batch_share",
     "classes.interactive_deadline_seconds",
-    "tenants.*.weight",
+    "tenants",
+    "tenants.*.*",
     "tenants.*.limits.*",
+    "operator.*",
     "lifecycle.*",
     "planner.*",
     "planner.budget.*.*",
@@ -86,11 +88,11 @@ def _named(path: str, pattern: str) -> bool:
 
 def _why_not(path: str, old: Flat, new: Flat) -> str:
     section = path.partition(".")[0]
-    if section in ("models", "tenants"):
+    if section == "models":
         for kind, flat, other in (("new", new, old), ("gone", old, new)):
-            for name in _names(flat, section) - _names(other, section):
-                if path.startswith(f"{section}.{name}."):
-                    return f"a {section.removesuffix('s')} that is {kind} needs a restart"
+            for name in _models(flat) - _models(other):
+                if path.startswith(f"models.{name}."):
+                    return f"a model that is {kind} needs a restart"
     if is_live(path):
         return ""
     if section == "models":
@@ -100,10 +102,9 @@ def _why_not(path: str, old: Flat, new: Flat) -> str:
     return "it is read at the start only: restart the cluster"
 
 
-def _names(flat: Flat, section: str) -> set[str]:
-    ends = {"models": ".path", "tenants": ".weight"}[section]
-    start = f"{section}."
-    return {p[len(start) : -len(ends)] for p in flat if p.startswith(start) and p.endswith(ends)}
+def _models(flat: Flat) -> set[str]:
+    start, end = "models.", ".path"
+    return {p[len(start) : -len(end)] for p in flat if p.startswith(start) and p.endswith(end)}
 
 
 def _walk(value: Any, path: str, flat: Flat) -> None:

@@ -178,7 +178,7 @@ class BatchConfig(Section):
 
 
 class TlsConfig(Section):
-    """TLS of the routers' two ports."""
+    """TLS of the routers' ports."""
 
     cert_file: Annotated[Path, Field(description="The chain, PEM.")]
     key_file: Annotated[Path, Field(description="Its key, PEM.")]

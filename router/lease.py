@@ -53,15 +53,13 @@ class RouterLease:
 
 
 def record_of(
-    router_id: str, incarnation: str, addresses: tuple[str, str], clock: Clock
+    router_id: str, incarnation: str, addresses: tuple[str, str, str], clock: Clock
 ) -> RouterRecord:
-    """This process's own, as it starts to serve at its gRPC and HTTP addresses."""
-    grpc_address, http_address = addresses
+    """This process's own, as it starts to serve at its gRPC, HTTP and Operator addresses."""
     return RouterRecord(
         router_id,
         incarnation,
-        grpc_address,
-        http_address,
+        *addresses,
         host=socket.gethostname(),
         pid=os.getpid(),
         started_at=clock.wall(),

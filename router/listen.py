@@ -1,10 +1,10 @@
-"""Binding of the router's two ports."""
+"""Binding of the router's ports."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
@@ -36,14 +36,15 @@ def rpc_server(config: RouterConfig) -> RpcServer:
     return RpcServer(limits, certificate_names)
 
 
-def bind_grpc(server: RpcServer, config: RouterConfig) -> int:
-    """The port it listens on. Raises ConfigError if it is taken or TLS cannot work."""
-    host = config.host or LOOPBACK
+def bind_grpc(server: RpcServer, config: RouterConfig, setting: str = "grpc_port") -> int:
+    """The port it listens on, as `setting` says. Raises ConfigError if it is taken or TLS cannot
+    work."""
+    host, wanted = config.host or LOOPBACK, getattr(config, setting)
     context = None if config.tls is None else grpc_context(config.tls)
     try:
-        return server.bind(host, config.grpc_port, context)
+        return server.bind(host, wanted, context)
     except OSError as error:
-        raise _taken(host, config.grpc_port, "router.grpc_port") from error
+        raise _taken(host, wanted, f"router.{setting}") from error
 
 
 async def bind_http(app: web.Application, config: RouterConfig) -> tuple[web.AppRunner, int]:
@@ -64,22 +65,26 @@ async def bind_http(app: web.Application, config: RouterConfig) -> tuple[web.App
 
 
 class Health:
-    """grpc.health.v1 and reflection. Operator serves always, the rest once there are workers."""
+    """grpc.health.v1 and reflection of one server. Operator serves always, the rest – and the
+    server as such, where there is a rest – once there are workers."""
 
-    def __init__(self, server: RpcServer) -> None:
+    def __init__(self, server: RpcServer, services: Sequence[str]) -> None:
         self._servicer = _Servicer()
         self._serving: bool | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        rest = [name for name in services if name != OPERATOR]
+        self._always = [name for name in ("", *services) if name == OPERATOR or not (name or rest)]
+        self._with_workers = ["", *rest] if rest else []
         # The generated functions ask of a server what `RpcServer` has.
         registered: Any = server
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, registered)
-        names = (INFERENCE, BATCH, OPERATOR, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflecting = reflection.aio.ReflectionServicer(names)
         add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
         add_reflection(reflecting, registered)
 
     async def start(self) -> None:
-        await self._servicer.set(OPERATOR, health_pb2.HealthCheckResponse.SERVING)
+        for name in self._always:
+            await self._servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self.set(False)
 
     async def set(self, serving: bool) -> None:
@@ -92,7 +97,7 @@ class Health:
             if serving
             else health_pb2.HealthCheckResponse.NOT_SERVING
         )
-        for name in ("", INFERENCE, BATCH):
+        for name in self._with_workers:
             await self._servicer.set(name, status)
 
     async def stop(self) -> None:

@@ -59,10 +59,11 @@ class OperatorServicer(SteeringServicer):
         self._tenants.check_operator(shown_by(call))
         refuse_unknown_fields(request)
         workers = await asyncio.gather(*map(self._worker, self._workers.records))
+        waiting = await self._waiting({worker.worker_id for worker in workers})
         routers = await self._routers()
         return operator_pb2.GetClusterResponse(
             cluster=self._cluster,
-            workers=workers,
+            workers=[*workers, *waiting],
             routers=routers,
             store_reachable=self._workers.store_reachable,
         )
@@ -80,6 +81,25 @@ class OperatorServicer(SteeringServicer):
             raise NotFound(f"this router does not remember a request {request.request_id}")
         return explain_response(explained)
 
+    async def _waiting(self, registered: set[str]) -> list[operator_pb2.WorkerStatus]:
+        """Those that are wanted and have not registered; none while the store is out."""
+        try:
+            async with asyncio.timeout(STORE_TIMEOUT_SECONDS):
+                waiting = await self._kept_plans.waiting() if self._kept_plans else ()
+        except (PdserveError, TimeoutError):
+            waiting = ()
+        return [
+            operator_pb2.WorkerStatus(
+                worker_id=each.worker_id,
+                model=each.model,
+                role=each.role,
+                state=each.state,
+                detail=each.detail,
+            )
+            for each in waiting
+            if each.worker_id not in registered
+        ]
+
     async def _routers(self) -> list[operator_pb2.RouterStatus]:
         """All that the store lists; this one alone while it is out."""
         try:
@@ -93,6 +113,7 @@ class OperatorServicer(SteeringServicer):
                 router_id=record.router_id,
                 grpc_address=record.grpc_address,
                 http_address=record.http_address,
+                operator_address=record.operator_address or record.grpc_address,
                 running_requests=self._dispatch.running if record is self._router else 0,
             )
             for record in (self._router, *others)

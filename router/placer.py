@@ -75,6 +75,10 @@ class Placer:
         self._requests: dict[str, _Placed] = {}
         self._ended: OrderedDict[str, tuple[Explained, ...]] = OrderedDict()
 
+    def set_targets(self, targets: TargetsConfig) -> None:
+        """Other ones, for what is placed from now on."""
+        self._targets = targets
+
     def place(self, key: str, generation: Generation, place: Place) -> Decision | Unplaced:
         """Decides for one completion of a request, which is known by `key` until its end."""
         now = self._clock.now()

@@ -31,12 +31,13 @@ from router.inference import InferenceServicer
 from router.intake import Intake
 from router.joint import JointPlacement
 from router.lease import RouterLease, record_of
-from router.listen import LOOPBACK, Health, bind_grpc, bind_http, join, rpc_server
+from router.listen import LOOPBACK, bind_http, join
 from router.observe import Observer
 from router.operator import OperatorServicer
 from router.pace import Pace
 from router.placer import Placer
 from router.plan_metrics import PlanMetrics
+from router.ports import GrpcPorts
 from router.reception import Reception
 from router.recording import Recording
 from router.resume.service import Resumption
@@ -47,7 +48,6 @@ from router.tokenize import Tokenizer
 from router.workers import Workers
 
 JOURNAL_FLUSH_SECONDS = 1.0
-GRPC_GRACE_SECONDS = 1.0
 STREAMS_SECONDS = 2.0
 SHUTTING_DOWN = "the router is shutting down"
 
@@ -99,9 +99,10 @@ class RouterServer:
         self.metrics = RouterMetrics(CollectorRegistry())
         self.grpc_address = ""
         self.http_address = ""
+        self.operator_address = ""
 
     async def start(self) -> None:
-        """Reads the tokenizers, connects to the store, binds both ports and serves.
+        """Reads the tokenizers, connects to the store, binds the ports and serves.
 
         Raises:
             ConfigError: a port is taken, or a model's files cannot be read.
@@ -136,7 +137,7 @@ class RouterServer:
         self._observer = Observer(
             self.metrics, self._router_id, clock, tracer_from_environment("pdserve-router")
         )
-        tenants = Tenants(config, self._secret, self._signer.call_token())
+        tenants = self._tenants = Tenants(config, self._secret, self._signer.call_token())
         placement = JointPlacement(fleet, mode, random.Random())
         measured = self._observer.demand.measured
         self._placer = Placer(fleet, placement, config.targets, self.metrics, clock, measured)
@@ -159,7 +160,7 @@ class RouterServer:
             config.classes, self._catalog, intake, self._dispatch, self._resumption, self._observer
         )
         self._reception = reception
-        self._server = rpc_server(config.router)
+        self._ports = ports = GrpcPorts(config.router, self._host)
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceServicer(
                 tenants,
@@ -170,20 +171,19 @@ class RouterServer:
                 clock,
                 self._workers.missing,
             ),
-            self._server,
+            ports.clients,
         )
         self._batch: BatchPart | None = None
         if store.batch is not None:
             self._batch = batch_part(
-                config.batch, store.batch, self._server, reception, tenants, owner, clock
+                config.batch, store.batch, ports.clients, reception, tenants, owner, clock
             )
-        self._health = Health(self._server)
-        self.grpc_address = join(self._host, bind_grpc(self._server, config.router))
-        self._stack.push_async_callback(self._server.stop, GRPC_GRACE_SECONDS)
+        ports.bind(self._stack)
+        self.grpc_address, self.operator_address = ports.address, ports.operator_address
         runner, port = await bind_http(self._http(tenants, reception), config.router)
         self._stack.push_async_callback(runner.cleanup)
         self.http_address = join(self._host, port)
-        addresses = (self.grpc_address, self.http_address)
+        addresses = (self.grpc_address, self.http_address, self.operator_address)
         record = record_of(self._router_id, self._incarnation, addresses, clock)
         self._lease = RouterLease(store.registry, record, config.store.lease_seconds)
         operator_pb2_grpc.add_OperatorServicer_to_server(
@@ -199,10 +199,9 @@ class RouterServer:
                 self._catalog.names,
                 Recording(self._observer, store.journal),
             ),
-            self._server,
+            ports.operators,
         )
-        await self._health.start()
-        await self._server.start()
+        await ports.start()
         self._workers.on_change(self._dispatch.workers_changed)
         self._workers.on_change(self._wake)
         self._background = asyncio.create_task(self._run(store), name="router")
@@ -225,9 +224,15 @@ class RouterServer:
         return "; ".join(filter(None, reasons))
 
     def reload(self, config: Config) -> None:
-        """Takes over the limits, classes and tenants' shares of `config`, and nothing else."""
+        """Takes over the limits, targets, classes and callers of `config`, and nothing else.
+
+        Raises:
+            ConfigError: credentials cannot be read; the callers are as they were.
+        """
         self._dispatch.gate.set_policy(policy(config))
         self._reception.set_classes(config.classes)
+        self._placer.set_targets(config.targets)
+        self._tenants.reload(config)
 
     def demand(self, mark: tuple[int, int] | None) -> DemandReport:
         """As `DemandLog.since`."""
@@ -255,7 +260,7 @@ class RouterServer:
             await asyncio.wait({batch})  # Its pages are other routers' now.
         self._dispatch.refuse(Unavailable(SHUTTING_DOWN))
         self._resumption.abandon()
-        await self._health.stop()
+        await self._ports.stop_serving()
         await self._lease.drain()
         await self._dispatch.drain(drain_seconds)
         await self._resumption.recorded(STREAMS_SECONDS)
@@ -281,7 +286,7 @@ class RouterServer:
     async def _report_health(self) -> None:
         while True:
             changed = self._changed
-            await self._health.set(not self.not_ready())
+            await self._ports.set_serving(not self.not_ready())
             await changed.wait()
 
     def _broke(self, task: asyncio.Task[None]) -> None:

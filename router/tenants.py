@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -81,19 +82,29 @@ class Tenants:
     """
 
     def __init__(self, config: Config, secret: bytes, operator_token: str) -> None:
-        self._tenants: dict[str, Tenant] = {}
-        self._keyrings: dict[str, _Keyring] = {}
+        self._secret, self._operator_token = secret, operator_token
+        self.reload(config)
+
+    def reload(self, config: Config) -> None:
+        """Other callers, or the same with what their files and variables hold now. Errors as of
+        the class; then nothing has changed."""
+        tenants: dict[str, Tenant] = {}
+        keyrings: dict[str, _Keyring] = {}
         for tenant in config.tenants:
-            self._keyrings[tenant.name] = _Keyring(tenant, f"tenants.{tenant.name}")
-            key = hmac.new(secret, b"pdserve tenant\0" + tenant.name.encode(), hashlib.sha256)
+            keyrings[tenant.name] = _Keyring(tenant, f"tenants.{tenant.name}")
+            name = b"pdserve tenant\0" + tenant.name.encode()
+            key = hmac.new(self._secret, name, hashlib.sha256)
             classes = frozenset(map(SloClass, tenant.classes))
-            self._tenants[tenant.name] = Tenant(tenant.name, classes, key.digest())
-        self._operator = _Keyring(config.operator, "operator")
-        self._operator.digests.append(_digest(operator_token))
-        self._guarded = bool(config.tenants) or config.operator.given
-        digests = [d for k in (*self._keyrings.values(), self._operator) for d in k.digests]
+            tenants[tenant.name] = Tenant(tenant.name, classes, key.digest())
+        operator = _Keyring(config.operator, "operator")
+        operator.digests.append(_digest(self._operator_token))
+        digests = [d for ring in (*keyrings.values(), operator) for d in ring.digests]
         if len(set(digests)) < len(digests):
             raise ConfigError("tenants: two callers have the same token; give each its own")
+        self._tenants, self._keyrings, self._operator = tenants, keyrings, operator
+        # A port of its own is there to keep others out, and loopback does so already.
+        apart = config.router.operator_port is not None and not _is_loopback(config.router.host)
+        self._guarded = bool(config.tenants) or config.operator.given or apart
 
     @property
     def open(self) -> bool:
@@ -131,8 +142,17 @@ class Tenants:
 
     def check_operator(self, shown: Shown) -> None:
         """Raises Unauthenticated unless the caller may call the Operator API."""
-        if self._guarded and not self._operator.opens(_digest_of(shown), shown.identities):
-            raise _refusal(shown)
+        if self._guarded:
+            self.check_steering(shown)
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host in (None, "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False  # an interface's name
 
 
 def _digest(token: str) -> bytes:

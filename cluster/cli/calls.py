@@ -68,11 +68,12 @@ class WorkerView:
 
 @dataclass(frozen=True)
 class RouterView:
-    """A router."""
+    """A router; `operator_address` is where it serves the Operator API."""
 
     router_id: str
     grpc_address: str
     http_address: str
+    operator_address: str
     running_requests: int
 
 
@@ -139,7 +140,9 @@ async def cluster_view(to: grpc.aio.Channel) -> ClusterView:
         for w in reply.workers
     )
     routers = tuple(
-        RouterView(r.router_id, r.grpc_address, r.http_address, r.running_requests)
+        RouterView(
+            r.router_id, r.grpc_address, r.http_address, r.operator_address, r.running_requests
+        )
         for r in reply.routers
     )
     return ClusterView(reply.cluster, reply.store_reachable, workers, routers)

@@ -151,11 +151,14 @@ def ports(config: Config) -> Iterator[Check]:
     if config.ray.address is not None:
         yield Check("ports", "ok", "each router takes its own on the host it lands on")
         return
-    if router.pool.replicas > 1 and (router.grpc_port or router.http_port):
+    asked = {name: getattr(router, name) for name in ("grpc_port", "http_port", "operator_port")}
+    if router.pool.replicas > 1 and any(asked.values()):
         why = f"{router.pool.replicas} routers on one host cannot share fixed ports"
-        yield Check("ports", "fail", why, "set router.grpc_port and http_port to 0, or one replica")
+        yield Check("ports", "fail", why, "set the routers' ports to 0, or one replica")
     host = choose("router.host", router.host, "127.0.0.1", here(), wildcard=True)
-    for field, port in (("grpc_port", router.grpc_port), ("http_port", router.http_port)):
+    for field, port in asked.items():
+        if port is None:
+            continue
         if port == 0:
             yield Check(field, "ok", "a free one")
             continue

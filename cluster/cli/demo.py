@@ -82,12 +82,13 @@ async def _run(
         except Exception as failure:
             error = failure
     if not interrupted and error is None:
-        address = next(slot.grpc_address for slot in status.slots if slot.kind == "router")
+        router = next(slot for slot in status.slots if slot.kind == "router")
         shown = None if as_json else terminal
         try:
-            async with channel(address) as to:
+            async with channel(router.grpc_address) as to:
                 for question in questions:
                     answers.append(await _ask(shown, to, question))
+            async with channel(router.operator_address) as to:
                 ledger = await _ledger(to)
         except asyncio.CancelledError:
             interrupted = True

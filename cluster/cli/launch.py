@@ -42,7 +42,7 @@ class Cluster:
         self._ray_runs = False
         self._controller: Any = None
         self._token = ""
-        self._routed: tuple[str, str] | None = None
+        self._routed: tuple[str, str, str] | None = None
 
     @property
     def config(self) -> Config:
@@ -80,8 +80,8 @@ class Cluster:
         self._controller = await runtime.start_controller(launch)
         status = await self._until_ready()
         router = next(slot for slot in status.slots if slot.kind == "router")
-        await self._until_connected(router.grpc_address)
-        self._publish("ready", router.grpc_address, router.http_address)
+        await self._until_connected(router.operator_address)
+        self._publish("ready", _addresses(router))
         return status
 
     async def status(self) -> ClusterStatus:
@@ -94,6 +94,8 @@ class Cluster:
                 f"the controller does not answer ({type(error).__name__}): "
                 f"see {self._rundir.logs / 'controller.log'}"
             ) from error
+        if status.needs_config:
+            await self._tell_config(self._config)
         for slot in status.slots:
             if slot.state != "empty":
                 on = f"on {slot.host}" if slot.host else ""
@@ -106,19 +108,25 @@ class Cluster:
     def _follow_router(self, status: ClusterStatus) -> None:
         """A router's next life may have other ports: the commands here must find it."""
         serving = [s for s in status.slots if s.kind == "router" and s.state == "ready"]
-        known = [(s.grpc_address, s.http_address) for s in serving]
+        known = [_addresses(slot) for slot in serving]
         if self._routed is not None and known and self._routed not in known:
-            self._publish("ready", *known[0])
+            self._publish("ready", known[0])
 
-    async def reload(self, config: Config) -> None:
-        """Hands another configuration to the controller. Raises Unavailable if it is not there."""
-        try:
-            async with asyncio.timeout(CALL_SECONDS):
-                await self._controller.reload.remote(config)
-        except Exception as error:
-            raise Unavailable(f"the controller does not answer ({type(error).__name__})") from error
+    async def reload(self, config: Config) -> list[str]:
+        """Hands another configuration to the controller; what a router could not take over. Raises
+        Unavailable if the controller is not there."""
+        complaints = await self._tell_config(config)
         self._config = config
         self._rundir.write_config(flatten(config))
+        return complaints
+
+    async def _tell_config(self, config: Config) -> list[str]:
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                complaints: list[str] = await self._controller.reload.remote(config)
+        except Exception as error:
+            raise Unavailable(f"the controller does not answer ({type(error).__name__})") from error
+        return complaints
 
     async def stop(self, drain_seconds: float) -> list[str]:
         """Routers drain, workers end, then Ray and the store; returns the processes that had to be
@@ -228,8 +236,12 @@ class Cluster:
                     self._progress.show(slot.slot_id, "gone")
         shutdown.cancel()
 
-    def _publish(self, state: str, grpc: str = "", http: str = "") -> None:
-        self._routed = (grpc, http) if state == "ready" else None
+    def _publish(self, state: str, routed: tuple[str, str, str] | None = None) -> None:
+        self._routed = routed
         pid = os.getppid()  # the guardian: it goes last
         started = psutil.Process(pid).create_time()
-        self._rundir.write(RunState(self._config.name, pid, started, state, grpc, http))
+        self._rundir.write(RunState(self._config.name, pid, started, state, *(routed or ())))
+
+
+def _addresses(router: SlotStatus) -> tuple[str, str, str]:
+    return router.grpc_address, router.http_address, router.operator_address

@@ -43,6 +43,9 @@ def up(
     host: Annotated[str | None, typer.Option(help="Interface the routers listen on.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
     http_port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
+    operator_port: Annotated[
+        int | None, typer.Option(help="Of the Operator API alone; 0 takes a free one.")
+    ] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(help="host:port of a Ray cluster that this host is part of. Unset: embedded."),
@@ -54,7 +57,7 @@ def up(
     from cluster.config import Config
 
     def load(path: Path | None) -> Config:
-        config = with_router(path, host=host, grpc_port=grpc_port, http_port=http_port)
+        config = with_router(path, host, grpc_port, http_port, operator_port)
         return with_ray(config, ray_address)
 
     command.up(terminal, file, load)
@@ -81,10 +84,10 @@ def down(
 
 @app.command()
 def status(name: Name = None, address: Address = None, as_json: Json = False) -> None:
-    """Workers and routers: role, state, KV blocks, pinned bytes, memory."""
+    """Workers and routers: role, state, KV blocks, pinned bytes, memory; what has no host yet."""
     from cluster.cli import status as command
 
-    where = _address(address, name)
+    where = _operator_address(address, name)
     _exit(command.run(terminal, where, as_json, _operator_token(address, name)))
 
 
@@ -165,13 +168,13 @@ app.add_typer(batch_app(terminal, lambda address, name: _address(address, name))
 add_planning(
     app,
     terminal,
-    lambda address, name: _address(address, name),
+    lambda address, name: _operator_address(address, name),
     lambda address, name: _operator_token(address, name),
 )
 add_steering(
     app,
     terminal,
-    lambda address, name: _address(address, name),
+    lambda address, name: _operator_address(address, name),
     lambda address, name: _operator_token(address, name),
 )
 
@@ -216,6 +219,16 @@ def _address(address: str | None, name: str | None) -> str:
     if not state.grpc_address:
         raise Unavailable(f"the cluster {state.name!r} is {state.state}: it has no address yet")
     return state.grpc_address
+
+
+def _operator_address(address: str | None, name: str | None) -> str:
+    """Where a router serves the Operator API."""
+    at = _address(address, name)
+    if address is not None:
+        return at
+    from cluster.cli.rundir import find
+
+    return find(name).operator_address or at
 
 
 def _operator_token(address: str | None, name: str | None) -> str:

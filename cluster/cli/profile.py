@@ -18,7 +18,7 @@ from statistics import median
 import grpc.aio
 
 from cluster.cli.access import channel
-from cluster.cli.calls import cluster_view, grpc_errors
+from cluster.cli.calls import RouterView, cluster_view, grpc_errors
 from cluster.cli.terminal import EXIT_OK, Terminal
 from cluster.errors import InvalidRequest, NotFound, Unavailable
 from cluster.planner.calibrate import calibrate
@@ -114,7 +114,9 @@ class _Run:
         self, address: str, token: str
     ) -> tuple[tuple[PrefillSample, ...], tuple[DecodeSample, ...], tuple[HandoffSample, ...]]:
         async with channel(address, token) as to:
-            await self._check_idle(to)
+            own = await self._check_idle(to)
+        at = address if own.operator_address == own.grpc_address else own.grpc_address
+        async with channel(at, token) as to:
             longest = await self._choose(to)
             prefill = [sample async for sample in self._prefills(to, longest)]
             decode, handoff = [], []
@@ -128,13 +130,15 @@ class _Run:
                     handoff += [s.handoff for s in served if s.handoff is not None]
         return tuple(prefill), tuple(decode), tuple(handoff)
 
-    async def _check_idle(self, to: grpc.aio.Channel) -> None:
+    async def _check_idle(self, to: grpc.aio.Channel) -> RouterView:
+        """The router that answers."""
         view = await cluster_view(to)
         if running := sum(worker.running_sequences for worker in view.workers):
             raise Unavailable(
                 f"{running} sequences run on the cluster, and a profile measures it alone: wait "
                 "until it is idle"
             )
+        return view.routers[0]
 
     async def _choose(self, to: grpc.aio.Channel) -> int:
         """Finds the model; the longest prompt to measure."""

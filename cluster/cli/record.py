@@ -85,7 +85,7 @@ async def _follow(
     async with channel(address, token) as to:
         view = await cluster_view(to)
     # The one that was asked goes by the address that reached it: others may know it by another.
-    others = [r.grpc_address for r in view.routers[1:]]
+    others = [r.operator_address for r in view.routers[1:]]
 
     async def follow(at: str) -> None:
         async with channel(at, token) as to:

@@ -59,9 +59,10 @@ class Reloads:
         if refused := [change for change in found if not change.live]:
             lines = "".join(f"\n  {change.path}: {change.why_not}" for change in refused)
             raise ConfigError(f"not reloaded, nothing was changed:{lines}")
-        if found:
-            await self._cluster.reload(config)
-        return [spoken(change) for change in found]
+        complaints: list[str] = []
+        if found or config.tenants or config.operator.given:  # their files may say something new
+            complaints = await self._cluster.reload(config)
+        return [*map(spoken, found), *(f"not taken over: {each}" for each in complaints)]
 
 
 def reload(terminal: Terminal, name: str | None, file: Path | None) -> int:

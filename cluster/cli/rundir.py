@@ -43,6 +43,7 @@ class RunState:
     state: str
     grpc_address: str = ""
     http_address: str = ""
+    operator_address: str = ""
 
     def process(self) -> psutil.Process | None:
         """The process, if it still is the same one."""

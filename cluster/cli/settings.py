@@ -9,19 +9,23 @@ from cluster.errors import ConfigError
 
 
 def with_router(
-    file: Path | None, host: str | None, grpc_port: int | None, http_port: int | None
+    file: Path | None,
+    host: str | None,
+    grpc_port: int | None,
+    http_port: int | None,
+    operator_port: int | None = None,
 ) -> Config:
     """The file's cluster, its routers where the command line wants them."""
     config = Config.load(file)
-    given = {"host": host, "grpc_port": grpc_port, "http_port": http_port}
+    ports = {"grpc_port": grpc_port, "http_port": http_port, "operator_port": operator_port}
+    given = {"host": host, **ports}
     changes = {name: value for name, value in given.items() if value is not None}
-    for name in ("grpc_port", "http_port"):
-        port = given[name]
-        if isinstance(port, int) and not 0 <= port <= 65535:
+    for name, port in ports.items():
+        if port is not None and not 0 <= port <= 65535:
             raise ConfigError(f"--{name.replace('_', '-')}: must be 0 to 65535, not {port}")
     router = RouterConfig.model_validate({**config.router.model_dump(), **changes})
-    if router.grpc_port and router.grpc_port == router.http_port:
-        raise ConfigError("--grpc-port and --http-port must differ")
+    if alike := router.same_ports():
+        raise ConfigError(f"router: {alike} must differ")
     return config.model_copy(update={"router": router})
 
 
@@ -36,4 +40,6 @@ def with_ray(config: Config, address: str | None) -> Config:
 def for_demo(file: Path | None) -> Config:
     """On free ports and under a name of its own, so that it runs beside anything."""
     config = with_router(file, host=None, grpc_port=0, http_port=0)
-    return config.model_copy(update={"name": f"{config.name[:27]}-demo"})
+    own = None if config.router.operator_port is None else 0
+    router = config.router.model_copy(update={"operator_port": own})
+    return config.model_copy(update={"name": f"{config.name[:27]}-demo", "router": router})

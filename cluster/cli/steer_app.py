@@ -18,7 +18,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str | None, typer.Option(help="Of the cluster, where several run.")]
 Address = Annotated[
     str | None,
-    typer.Option(help="host:port of a router's gRPC. Unset: the cluster that runs here."),
+    typer.Option(
+        help="host:port of a router's Operator API: its gRPC, where that has no port of its own."
+        " Unset: the cluster that runs here."
+    ),
 ]
 Model = Annotated[str, typer.Option(help="Unset: the only one.")]
 Worker = Annotated[str, typer.Argument(help="Its id, as `pdserve status` shows it.")]

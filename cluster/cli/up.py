@@ -51,6 +51,8 @@ async def _serve(
             status = await cluster.start()
             router = next(slot for slot in status.slots if slot.kind == "router")
             terminal.out.print(f"gRPC  {router.grpc_address}\nHTTP  http://{router.http_address}")
+            if router.operator_address != router.grpc_address:
+                terminal.out.print(f"Operator  {router.operator_address}")
             terminal.out.print('try   pdserve generate "…"      stop with Ctrl-C', markup=False)
             code = EXIT_OK
             await _watch(cluster, Reloads(cluster, rundir, load))

@@ -91,7 +91,7 @@ class _LifeActor:
         return None
 
     async def reload(self, config: Config) -> None:
-        """Passes on what may change while the body serves."""
+        """Passes on what may change while the body serves. Raises ConfigError as the body does."""
         if self._body is not None:
             self._body.reload(config)
 

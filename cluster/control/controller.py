@@ -1,7 +1,8 @@
 """The controller: one named Ray actor that keeps the wanted lives alive.
 
 It owns the actors: when it dies Ray ends them with it, restarts it, and it starts all anew. Its
-loop begins with the first call, so that a restarted controller goes on as soon as anyone asks it.
+loop begins with the first call; a restarted controller's once `pdserve up` has told it the
+configuration, which may have been reloaded since the one that Ray starts it with.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cluster.control.fleet import (
     hosts,
     need_of,
     resource_names,
+    restarted,
 )
 from cluster.control.hosts import Placed, avoiding, lacking, preferred
 from cluster.control.launch import Launch
@@ -76,6 +78,7 @@ class Controller:
         self._loop: asyncio.Task[None] | None = None
         self._planning: asyncio.Task[None] | None = None
         self._steering, self._stopping = asyncio.Lock(), False
+        self._needs_config = restarted()
         drop_former_groups(launch.config.name)
 
     async def pid(self) -> int:
@@ -99,30 +102,33 @@ class Controller:
                 )
                 for slot_id, state in sorted(self._slots.items())
             ),
+            needs_config=self._needs_config,
         )
 
-    async def reload(self, config: Config) -> None:
-        """Takes over pool sizes and timeouts, and tells the routers of the rest.
+    async def reload(self, config: Config) -> list[str]:
+        """Takes over pool sizes and timeouts, and tells the routers of the rest; what a router
+        could not take over.
 
         `config` differs from the one before in fields of `config_changes.LIVE` only. Slots that had
         been given up get another try.
         """
+        self._needs_config = False
         self._desk.reload(config)
-        if self._desk.ready:
-            self._desired = self._desk.slots()
+        self._desired = self._desk.slots() if self._desk.ready else desired_slots(config)
         self._know(renewed(self._slots, self._desired))
         print("the configuration was reloaded", flush=True)
         with suppress(Unavailable):
             await self._steer()  # so that whoever asks next sees what is wanted now
-        await self._tell_routers()
+        return await self._tell_routers()
 
-    async def _tell_routers(self) -> None:
+    async def _tell_routers(self) -> list[str]:
         """The configuration, with the targets that a person has set, goes to all of them."""
         config = self._desk.config
         self._launch = replace(self._launch, config=config)
         routers = (s.slot.slot_id for s in self._slots.values() if s.slot.kind == "router")
         lives = [self._lives[slot_id] for slot_id in routers if slot_id in self._lives]
-        await asyncio.gather(*(life.reload(config) for life in lives))
+        said = await asyncio.gather(*(life.reload(config) for life in lives))
+        return [complaint for complaint in said if complaint]
 
     async def leave(self, node_id: str, drain_seconds: float) -> list[str]:
         """Drains and ends what runs on a host that is about to go; nothing starts there again.
@@ -163,7 +169,7 @@ class Controller:
                         await self._store.drop(action.lease)
 
     def _ensure_running(self) -> None:
-        if self._stopping:
+        if self._stopping or self._needs_config:
             return
         if self._loop is None or self._loop.done():
             if self._loop is not None and not self._loop.cancelled():
@@ -211,6 +217,7 @@ class Controller:
                 case DropLease(lease):
                     with suppress(Unavailable):
                         await self._store.drop(lease)
+        await self._store.tell_waiting(self._clock.now(), self._slots, self._lives)
 
     async def _note_places(self) -> None:
         """Which lives have got their host, and what keeps the others from getting one."""

@@ -54,6 +54,11 @@ def drop_former_groups(cluster_name: str) -> None:
             remove_placement_group(get_placement_group(entry["name"]))
 
 
+def restarted() -> bool:
+    """Whether this actor had a life before that Ray has replaced."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
 def hosts() -> list[Host]:
     """The living nodes of the Ray cluster."""
     return [
@@ -136,11 +141,17 @@ class RayLife:
                     await self._actor.stop.remote(drain_seconds)
         await self.kill()
 
-    async def reload(self, config: Config) -> None:
-        """Tells a router of another configuration; one that is not up yet starts with it."""
-        if self._actor is not None:
-            with suppress(RayError):
+    async def reload(self, config: Config) -> str:
+        """Tells a router of another configuration; one that is not up yet starts with it. What it
+        could not take over, in words."""
+        try:
+            if self._actor is not None:
                 await self._actor.reload.remote(config)
+        except RayTaskError as error:
+            return f"{self._slot.slot_id}: {_explain(error).reason}"
+        except RayError:
+            pass  # its next life begins with it
+        return ""
 
     async def set_role(self, role: str, drain_seconds: float) -> int:
         """As `WorkerHost.set_role`. Raises Unavailable."""

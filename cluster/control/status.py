@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from cluster.control.reconcile import MAX_QUICK_FAILURES, Kind, SlotState, backoff
+from cluster.store.plan_records import WaitingWorker
 from cluster.store.registry import Members
 
 State = Literal["waiting", "starting", "ready", "stopping", "failed", "empty"]
@@ -24,7 +26,7 @@ class SlotStatus:
         host, pid, log: of the life's process, once it is there; `host` is empty in an embedded
             cluster, where there is only one.
         log_tail: the last lines of the last life's log.
-        grpc_address, http_address: of a router that is ready.
+        grpc_address, http_address, operator_address: of a router that is ready.
     """
 
     slot_id: str
@@ -38,6 +40,7 @@ class SlotStatus:
     pid: int = 0
     grpc_address: str = ""
     http_address: str = ""
+    operator_address: str = ""
     host: str = ""
     log: str = ""
     log_tail: tuple[str, ...] = ()
@@ -45,11 +48,18 @@ class SlotStatus:
 
 @dataclass(frozen=True)
 class ClusterStatus:
-    """All slots; `store_reachable` is False while readiness cannot be seen."""
+    """All slots.
+
+    Attributes:
+        store_reachable: False while readiness cannot be seen.
+        needs_config: Ray has restarted the controller: it starts nothing before it is told the
+            configuration again, as reloaded since.
+    """
 
     store_reachable: bool
     stopping: bool
     slots: tuple[SlotStatus, ...]
+    needs_config: bool = False
 
     @property
     def ready(self) -> bool:
@@ -108,7 +118,7 @@ def slot_status(
         )
     waits = running.waits_for() if running is not None else ""
     where = running.where if running is not None else None
-    detail, grpc, http = waits, "", ""
+    detail, addresses = waits, ("", "", "")
     if members is not None and slot.kind == "worker":
         for worker in members.workers:
             if (worker.worker_id, worker.incarnation) == (slot.slot_id, life.incarnation):
@@ -116,7 +126,8 @@ def slot_status(
     elif members is not None:
         for router in members.routers:
             if (router.router_id, router.incarnation) == (slot.slot_id, life.incarnation):
-                grpc, http = router.grpc_address, router.http_address
+                operator = router.operator_address or router.grpc_address
+                addresses = (router.grpc_address, router.http_address, operator)
     return SlotStatus(
         slot.slot_id,
         slot.kind,
@@ -127,11 +138,28 @@ def slot_status(
         state.failures,
         detail,
         where.pid if where else 0,
-        grpc,
-        http,
+        *addresses,
         where.host if where else "",
         str(where.log) if where else "",
     )
+
+
+def waiting_workers(
+    now: float, slots: Mapping[str, SlotState], lives: Mapping[str, Running], members: Members
+) -> tuple[WaitingWorker, ...]:
+    """The workers that are wanted and have not registered."""
+    known = {worker.worker_id for worker in members.workers}
+    told = []
+    for slot_id, state in sorted(slots.items()):
+        if state.slot.kind == "worker" and slot_id not in known:
+            status = slot_status(now, state, lives.get(slot_id), None)
+            if status.state != "empty":
+                told.append(
+                    WaitingWorker(
+                        slot_id, state.slot.model, state.slot.role, status.state, status.detail
+                    )
+                )
+    return tuple(told)
 
 
 def _retry(state: SlotState) -> str:

@@ -166,6 +166,22 @@ class PlanView:
 
 
 @dataclass(frozen=True)
+class WaitingWorker:
+    """A worker that is wanted and has not registered.
+
+    Attributes:
+        state: waiting (for a host, or for another try), starting or failed.
+        detail: what it waits for, or why it failed.
+    """
+
+    worker_id: str
+    model: str
+    role: str
+    state: str
+    detail: str
+
+
+@dataclass(frozen=True)
 class Order:
     """What an operator asks of the controller. Which fields count depends on `kind`.
 

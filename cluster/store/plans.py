@@ -8,16 +8,25 @@ never carried out. The log keeps the latest `KEPT_DECISIONS` of each model.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 
 from cluster.errors import Unavailable, error_from_code
 from cluster.store.client import store_errors
-from cluster.store.plan_records import DecisionRecord, Order, PlanState, PlanView, Reply
+from cluster.store.plan_records import (
+    DecisionRecord,
+    Order,
+    PlanState,
+    PlanView,
+    Reply,
+    WaitingWorker,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,6 +63,18 @@ class Plans:
     async def publish(self, view: PlanView) -> None:
         with store_errors():
             await self._client.set(f"{self._prefix}:view", view.to_json())
+
+    async def waiting(self) -> tuple[WaitingWorker, ...]:
+        """Workers that have no process yet, as the controller last told."""
+        with store_errors():
+            raw = await self._client.get(f"{self._prefix}:waiting")
+        return _read(_waiting, raw) or ()
+
+    async def tell_waiting(self, workers: Sequence[WaitingWorker], seconds: float) -> None:
+        """Counts for so many seconds."""
+        raw = json.dumps([asdict(worker) for worker in workers])
+        with store_errors():
+            await self._client.set(f"{self._prefix}:waiting", raw, px=round(seconds * 1000))
 
     async def log(self, decision: DecisionRecord) -> None:
         key = self._log(decision.model)
@@ -115,6 +136,10 @@ class Plans:
 
     def _log(self, model: str) -> str:
         return f"{self._prefix}:decisions:{model}"
+
+
+def _waiting(raw: str) -> tuple[WaitingWorker, ...]:
+    return tuple(WaitingWorker(**each) for each in json.loads(raw))
 
 
 def _read(parse: Callable[[str], T], raw: str | None) -> T | None:

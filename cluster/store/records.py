@@ -60,12 +60,13 @@ class WorkerRecord:
 
 @dataclass(frozen=True)
 class RouterRecord:
-    """One life of one router, renewed under a lease."""
+    """One life of one router, renewed under a lease. Addresses are host:port."""
 
     router_id: str
     incarnation: str
     grpc_address: str
     http_address: str
+    operator_address: str = ""
     state: WorkerState = "ready"
     host: str = ""
     pid: int = 0

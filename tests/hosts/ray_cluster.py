@@ -1,4 +1,7 @@
-"""A Ray cluster in token-auth mode over several hosts, as `ray start` makes it, and a store."""
+"""A Ray cluster in token-auth mode over several hosts, as `ray start` makes it, and a store.
+
+Its autoscaler (v2) runs with Ray's fake provider: the nodes it adds are raylets on the head's host.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,36 @@ from tests.hosts.namespaces import NamespaceHost, Network
 RAY = Path(sys.executable).parent / "ray"
 PORT = 6379
 OBJECT_STORE = 80 << 20
+HEAD_NODE_ID = f"{'f' * 51}00000"
+"""As the fake provider calls it."""
 START_SECONDS = 90.0
+FAKE_HEAD = {
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD_NODE_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID,
+}
+
+NOT_OURS = (
+    "cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands",
+    "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
+)  # fmt: skip
+"""What Ray's autoscaler wants to find in its configuration, and does nothing with here."""
 
 
 class RayCluster:
     """The first host is the head and has no resources of ours.
 
+    Args:
+        spare: resources of the node, one at most, that the autoscaler adds when something waits
+            for them.
+
     Attributes:
         env: what its processes and its clients need, the token's place among it.
     """
 
-    def __init__(self, folder: Path, network: Network) -> None:
+    def __init__(self, folder: Path, network: Network, spare: dict[str, float]) -> None:
         self.folder = folder
         self.network = network
         self._temp = Path("/tmp", f"pdh{os.getpid()}")  # Ray's sockets want a short path
@@ -47,8 +69,12 @@ class RayCluster:
         }
         self.head = network.add()
         self.address = f"{self.head.address}:{PORT}"
-        self._start(self.head, "--head", f"--port={PORT}", "--include-dashboard=false",
-                    f"--temp-dir={self._temp}")  # fmt: skip
+        scaling = folder / "autoscaling.json"
+        scaling.write_text(json.dumps(_autoscaling(self.address, spare)))
+        self._start(
+            self.head, "--head", f"--port={PORT}", "--include-dashboard=false",
+            f"--temp-dir={self._temp}", f"--autoscaling-config={scaling}", env=FAKE_HEAD,
+        )  # fmt: skip
         self._wait_for_port()
 
     def join(self, host: NamespaceHost, **resources: float) -> None:
@@ -63,11 +89,17 @@ class RayCluster:
         """Removes what `Network.close` leaves."""
         shutil.rmtree(self._temp, ignore_errors=True)
 
-    def _start(self, host: NamespaceHost, *options: str, first: tuple[str, ...] = ()) -> None:
+    def _start(
+        self,
+        host: NamespaceHost,
+        *options: str,
+        first: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:
         host.spawn(
             *first, RAY, "start", "--block", "--disable-usage-stats", "--num-cpus=1",
             f"--node-ip-address={host.address}", f"--object-store-memory={OBJECT_STORE}", *options,
-            env=self.env, log=self.folder / f"ray-{host.name}.log",
+            env=self.env | (env or {}), log=self.folder / f"ray-{host.name}.log",
         )  # fmt: skip
 
     def _wait_for_port(self) -> None:
@@ -75,6 +107,29 @@ class RayCluster:
         while not any(at.endswith(f":{PORT}") for at in self.head.listening()):
             assert time.monotonic() < deadline, "Ray's head does not start"
             time.sleep(0.2)
+
+
+def _autoscaling(gcs_address: str, spare: dict[str, float]) -> dict[str, object]:
+    """What Ray's autoscaler reads. Its wheel lacks the defaults of the fake provider's own type."""
+    module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    kinds = {
+        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        "spare": {"resources": spare | {"object_store_memory": OBJECT_STORE}, "node_config": {},
+                  "min_workers": 0, "max_workers": 1},
+    }  # fmt: skip
+    provider = {"type": "external", "module": module, "launch_multiple": True,
+                "head_node_id": HEAD_NODE_ID, "gcs_address": gcs_address,
+                "disable_node_updaters": True, "disable_launch_config_check": True}  # fmt: skip
+    return {
+        "cluster_name": "fake",
+        "max_workers": 1,
+        "idle_timeout_minutes": 0.1,
+        "provider": provider,
+        "head_node_type": "ray.head.default",
+        "file_mounts": {},
+        **dict.fromkeys(NOT_OURS, ()),
+        "available_node_types": kinds,
+    }
 
 
 def start_store(host: NamespaceHost, folder: Path) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -27,10 +28,12 @@ class RunningCluster:
     def __init__(self, rundir: RunDir) -> None:
         self.rundir = rundir
         self.taken: list[Config] = []
+        self.complaints: list[str] = []
 
-    async def reload(self, config: Config) -> None:
+    async def reload(self, config: Config) -> list[str]:
         self.taken.append(config)
         self.rundir.write_config(flatten(config))
+        return self.complaints
 
 
 @pytest.fixture
@@ -49,9 +52,12 @@ def file(folder: Path, **sections: object) -> Path:
     return path
 
 
-async def reloaded(rundir: RunDir, given: Path) -> tuple[str, RunningCluster]:
+async def reloaded(
+    rundir: RunDir, given: Path, complaints: Sequence[str] = ()
+) -> tuple[str, RunningCluster]:
     """What the command prints, with `pdserve up` answering beside it."""
     cluster = RunningCluster(rundir)
+    cluster.complaints += complaints
     reloads = Reloads(cluster, rundir, Config.load)  # type: ignore[arg-type]
     terminal = Terminal()
     out = io.StringIO()
@@ -70,6 +76,16 @@ async def test_live_fields_are_taken_over_and_told(rundir: RunDir, tmp_path: Pat
     assert [config.targets.ttft_seconds for config in cluster.taken] == [1]
     said, cluster = await reloaded(rundir, file(tmp_path, targets={"ttft_seconds": 1}))
     assert (said, cluster.taken) == ("nothing has changed\n", [])
+
+
+async def test_tenants_credentials_are_read_again_and_what_fails_is_told(
+    rundir: RunDir, tmp_path: Path
+) -> None:
+    tenants = [{"name": "t", "token_env": "T"}]
+    await reloaded(rundir, file(tmp_path, tenants=tenants))
+    said, cluster = await reloaded(rundir, file(tmp_path, tenants=tenants), ["router-0: no T"])
+    assert said == "not taken over: router-0: no T\nreloaded\n"
+    assert len(cluster.taken) == 1
 
 
 async def test_one_field_that_is_not_live_refuses_all(rundir: RunDir, tmp_path: Path) -> None:

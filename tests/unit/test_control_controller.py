@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from cluster.control.launch import Launch
 from cluster.control.reconcile import Slot
 from cluster.control.status import ClusterStatus
 from cluster.errors import Unavailable
-from cluster.store.plan_records import DecisionRecord, Order, PlanState, PlanView, Reply
+from cluster.store.plan_records import (
+    DecisionRecord,
+    Order,
+    PlanState,
+    PlanView,
+    Reply,
+    WaitingWorker,
+)
 from cluster.store.records import RouterRecord, WorkerRecord
 from cluster.store.registry import Members
 
@@ -32,13 +39,14 @@ ORDERS: list[tuple[str, Order]] = []
 REPLIES: dict[str, Reply] = {}
 LOGGED: list[DecisionRecord] = []
 VIEWS: list[PlanView] = []
+WAITING: list[WaitingWorker] = []
 
 
 class FakeLife:
     """Is placed and ready at once, on the node it aims at."""
 
     where = None
-    lacks = ""
+    lacks = complaint = ""
 
     def __init__(
         self, launch: Launch, slot: Slot, incarnation: str, namespace: str, need: Need, aim: str
@@ -55,8 +63,9 @@ class FakeLife:
     def waits_for(self) -> str:
         return "" if self.node_id else "for a host"
 
-    async def reload(self, config: Config) -> None:
+    async def reload(self, config: Config) -> str:
         self.config = config
+        return self.complaint
 
     async def stop(self, drain_seconds: float) -> None:
         self.drained = drain_seconds
@@ -95,6 +104,9 @@ class FakePlans:
 
     async def answer(self, mark: str, reply: Reply) -> None:
         REPLIES[mark] = reply
+
+    async def tell_waiting(self, workers: Sequence[WaitingWorker], seconds: float) -> None:
+        WAITING[:] = workers
 
     async def log(self, decision: DecisionRecord) -> None:
         LOGGED.append(decision)
@@ -138,7 +150,7 @@ def controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Controller:
     async def connect(*_: object) -> None:
         return None
 
-    for kept in (FAILING, LIVES, KEPT, ORDERS, REPLIES, LOGGED, VIEWS):
+    for kept in (FAILING, LIVES, KEPT, ORDERS, REPLIES, LOGGED, VIEWS, WAITING):
         kept.clear()
     for name, fake in {
         "RayLife": FakeLife,
@@ -148,6 +160,7 @@ def controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Controller:
         "connect": connect,
         "hosts": lambda: list(NODES.values()),
         "any_gpus": lambda: False,
+        "restarted": lambda: FAILING.get("controller", False),
         "drop_former_groups": lambda _: None,
         "redirect_output": lambda _: None,
         "INTERVAL_SECONDS": 0.01,
@@ -181,6 +194,56 @@ async def test_a_pool_that_grows_and_shrinks_leaves_the_others_alone(
     await until(controller, lambda s: s.ready and len(s.slots) == 3)
     assert added.drained == config().lifecycle.drain_timeout_seconds
     assert dict(LIVES) == first
+
+
+async def test_routers_and_timeouts_follow_a_reload(controller: Controller) -> None:
+    await until(controller, lambda s: s.ready)
+    pool, drain = {"pool": {"replicas": 2}}, {"drain_timeout_seconds": 3.0}
+    await controller.reload(config(prefill=2, router=pool, lifecycle=drain))
+    await until(controller, lambda s: s.ready and len(s.slots) == 5)
+    assert "router-1" in LIVES
+    added, router = LIVES["m-prefill-1"], LIVES["router-1"]
+    await controller.reload(config(lifecycle=drain))
+    await until(controller, lambda s: s.ready and len(s.slots) == 3)
+    assert (added.drained, router.drained) == (3.0, 3.0)
+
+
+async def test_what_a_router_cannot_take_over_is_told(controller: Controller) -> None:
+    await until(controller, lambda s: s.ready)
+    LIVES["router-0"].complaint = "router-0: no such file"
+    assert await controller.reload(config(ttft=1.0)) == ["router-0: no such file"]
+
+
+async def test_a_restarted_controller_waits_for_the_configuration_that_counts_now(
+    controller: Controller, tmp_path: Path
+) -> None:
+    FAILING["controller"] = True
+    launch = Launch(config(), b"s" * 32, "", tmp_path, embedded=False)
+    next_one = Controller(launch, "n")  # as Ray starts it anew: with what the first was given
+    for _ in range(3):
+        status = await next_one.status()
+        assert status.needs_config
+        await asyncio.sleep(0.05)
+    assert not LIVES and not KEPT
+    await next_one.reload(config(prefill=2))
+    status = await until(next_one, lambda s: s.ready and len(s.slots) == 4)
+    assert not status.needs_config
+    assert KEPT[-1].base["m"] == {"prefill": 2, "decode": 1}
+
+
+async def test_workers_that_wait_are_told_with_the_reason(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "hosts", list)
+    await until(controller, lambda s: len(WAITING) == 2)
+    assert {(w.worker_id, w.state, w.detail) for w in WAITING} == {
+        ("m-prefill-0", "waiting", "for a host"),
+        ("m-decode-0", "waiting", "for a host"),
+    }
+    monkeypatch.setattr(module, "hosts", lambda: list(NODES.values()))
+    for life in LIVES.values():
+        life.node_id = "a"
+    await until(controller, lambda s: not WAITING)
 
 
 async def test_a_host_that_leaves_is_drained_and_its_lives_go_elsewhere(
