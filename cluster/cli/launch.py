@@ -180,7 +180,7 @@ class Cluster:
         try:
             async with asyncio.timeout(limit):
                 while True:
-                    status = await self.status()
+                    status = await self._status_at_last()
                     if status.ready:
                         return status
                     # Nobody wants to watch a first start fail three times over.
@@ -196,6 +196,15 @@ class Cluster:
                 f"not ready within lifecycle.start_timeout_seconds ({limit:g} s): "
                 + ", ".join(waiting)
             ) from None
+
+    async def _status_at_last(self) -> ClusterStatus:
+        """As `status`, of a controller whose process may take long to start."""
+        while True:
+            try:
+                return await self.status()
+            except Unavailable as error:
+                if not isinstance(error.__cause__, TimeoutError):
+                    raise
 
     async def _until_connected(self, address: str) -> None:
         """A request would now be served: the router has a stream to every worker."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,8 @@ def drop_former_groups(cluster_name: str) -> None:
 
 def restarted() -> bool:
     """Whether this actor had a life before that Ray has replaced."""
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    with warnings.catch_warnings(action="ignore"):  # Ray calls something that it has deprecated
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def hosts() -> list[Host]:

@@ -32,12 +32,13 @@ def missing_privilege() -> str:
 
 @dataclass(frozen=True)
 class NamespaceHost:
-    """A host: `address` on eth0, `second` on eth1."""
+    """A host: `address` on eth0, `second` on eth1; `gateway` is this process's address on eth0."""
 
     name: str
     link: str
     address: str
     second: str
+    gateway: str
 
     @property
     def within(self) -> tuple[str, ...]:
@@ -112,7 +113,8 @@ class Network:
         number = len(self.hosts) + 1
         name = f"{self._mark}h{number}"
         first, second = (f"{prefix}.{self._subnet}.{number}" for prefix in ("198.18", "198.19"))
-        host = NamespaceHost(name, f"{name}-", first, second)
+        gateway = f"198.18.{self._subnet}.254"
+        host = NamespaceHost(name, f"{name}-", first, second, gateway)
         _ip("netns", "add", name)
         self.hosts.append(host)
         for network, device, address in (("a", "eth0", first), ("b", "eth1", second)):
@@ -122,7 +124,7 @@ class Network:
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
             _ip("-n", name, "link", "set", device, "up")
         _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", name, "route", "add", "default", "via", f"198.18.{self._subnet}.254")
+        _ip("-n", name, "route", "add", "default", "via", gateway)
         return host
 
     def close(self) -> None:

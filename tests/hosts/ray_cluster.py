@@ -25,6 +25,7 @@ OBJECT_STORE = 80 << 20
 HEAD_NODE_ID = f"{'f' * 51}00000"
 """As the fake provider calls it."""
 START_SECONDS = 90.0
+Resources = dict[str, float]
 FAKE_HEAD = {
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     "RAY_FAKE_CLUSTER": "1",
@@ -41,20 +42,22 @@ NOT_OURS = (
 
 
 class RayCluster:
-    """The first host is the head and has no resources of ours.
+    """The first host is the head. It claims a GPU that it does not have.
 
     Args:
+        own: resources of the head.
         spare: resources of the node, one at most, that the autoscaler adds when something waits
             for them.
 
     Attributes:
+        temp: Ray's directory, of which every host sees its own.
         env: what its processes and its clients need, the token's place among it.
     """
 
-    def __init__(self, folder: Path, network: Network, spare: dict[str, float]) -> None:
+    def __init__(self, folder: Path, network: Network, own: Resources, spare: Resources) -> None:
         self.folder = folder
         self.network = network
-        self._temp = Path("/tmp", f"pdh{os.getpid()}")  # Ray's sockets want a short path
+        self.temp = Path("/tmp", f"pdh{os.getpid()}")  # Ray's sockets want a short path
         token = folder / "ray_token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
@@ -73,7 +76,8 @@ class RayCluster:
         scaling.write_text(json.dumps(_autoscaling(self.address, spare)))
         self._start(
             self.head, "--head", f"--port={PORT}", "--include-dashboard=false",
-            f"--temp-dir={self._temp}", f"--autoscaling-config={scaling}", env=FAKE_HEAD,
+            f"--temp-dir={self.temp}", f"--autoscaling-config={scaling}", "--num-gpus=1",
+            f"--resources={json.dumps(own)}", env=FAKE_HEAD,
         )  # fmt: skip
         self._wait_for_port()
 
@@ -82,12 +86,20 @@ class RayCluster:
         once."""
         self._start(
             host, f"--address={self.address}", f"--resources={json.dumps(resources)}",
-            first=("sh", "-c", f'mount -t tmpfs ray {self._temp} && exec "$@"', "sh"),
+            first=("sh", "-c", f'mount -t tmpfs ray {self.temp} && exec "$@"', "sh"),
         )  # fmt: skip
+
+    def run(self, *command: str | Path) -> str:
+        """What a command says on the head's host."""
+        done = subprocess.run(
+            [*self.head.within, *command], env=self.env, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def close(self) -> None:
         """Removes what `Network.close` leaves."""
-        shutil.rmtree(self._temp, ignore_errors=True)
+        shutil.rmtree(self.temp, ignore_errors=True)
 
     def _start(
         self,
@@ -109,7 +121,7 @@ class RayCluster:
             time.sleep(0.2)
 
 
-def _autoscaling(gcs_address: str, spare: dict[str, float]) -> dict[str, object]:
+def _autoscaling(gcs_address: str, spare: Resources) -> dict[str, object]:
     """What Ray's autoscaler reads. Its wheel lacks the defaults of the fake provider's own type."""
     module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     kinds = {

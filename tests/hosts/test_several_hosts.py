@@ -16,8 +16,9 @@ from cluster.store.records import WorkerRecord
 from examples.recall_task import make_cases
 from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.cluster.running import MODEL, PDSERVE, RunningCluster, generate, registered
-from tests.hosts.namespaces import NamespaceHost, Network, missing_privilege
-from tests.hosts.ray_cluster import RayCluster, start_store, token_less
+from tests.hosts.conftest import Ground
+from tests.hosts.namespaces import NamespaceHost
+from tests.hosts.ray_cluster import RayCluster, token_less
 
 PREFILL, DECODE = "recall-tiny-prefill-0", "recall-tiny-decode-0"
 LEASE_SECONDS = 2.0
@@ -32,8 +33,8 @@ def settings(ray_address: str, store_url: str) -> str:
         "max_num_batched_tokens": 256,
         "kv_cache_bytes": 128 << 20,
         "enforce_eager": True,
-        "prefill": {"resources": {"prefill": 1}},
-        "decode": {"resources": {"decode": 1}},
+        "prefill": {"resources": {"prefill": 1}, "num_gpus": 0},  # the head claims to have one
+        "decode": {"resources": {"decode": 1}, "num_gpus": 0},
     }
     return yaml.safe_dump(
         {
@@ -65,28 +66,18 @@ class Hosts:
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    if why := missing_privilege():
-        pytest.skip(why)
-    folder = tmp_path_factory.mktemp("hosts")
-    network = Network()
-    ray = None
-    try:
-        ray = RayCluster(folder, network)
-        routers, prefill, decode, store = (network.add() for _ in range(4))
-        for host, resource in ((routers, "routers"), (prefill, "prefill"), (decode, "decode")):
-            ray.join(host, **{resource: 1})
-        text = settings(ray.address, start_store(store, folder))
-        cluster = RunningCluster(folder, "hosts", text, within=ray.head.within)
-        cluster.env = {**ray.env, "PDSERVE_RUNTIME_DIR": str(folder / "run")}
-        cluster.start()
-        yield Hosts(cluster, ray, routers, prefill, decode, store)
-        code, left = cluster.stop()
-        assert (code, left) == (0, [])
-    finally:
-        network.close()
-        if ray is not None:
-            ray.close()
+def hosts(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    folder, ray = tmp_path_factory.mktemp("several"), ground.ray
+    routers, prefill, decode = (ground.network.add() for _ in range(3))
+    for host, resource in ((routers, "routers"), (prefill, "prefill"), (decode, "decode")):
+        ray.join(host, **{resource: 1})
+    text = settings(ray.address, ground.store_url)
+    cluster = RunningCluster(folder, "hosts", text, within=ray.head.within)
+    cluster.env = {**ray.env, "PDSERVE_RUNTIME_DIR": str(folder / "run")}
+    cluster.start()
+    yield Hosts(cluster, ray, routers, prefill, decode, ground.store)
+    code, left = cluster.stop()
+    assert (code, left) == (0, [])
 
 
 @pytest.fixture
@@ -147,21 +138,6 @@ def test_ray_serves_nobody_without_the_token(hosts: Hosts) -> None:
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     done = token_less(hosts.ray, PDSERVE, "up", "-f", str(hosts.cluster.file))
     assert done.returncode == 1 and "RAY_AUTH_TOKEN_PATH" in done.stderr, done.stderr
-
-
-def test_a_model_that_its_host_does_not_have_is_named_with_the_host(hosts: Hosts) -> None:
-    folder = hosts.cluster.folder / "elsewhere"
-    folder.mkdir()
-    given = yaml.safe_load(hosts.cluster.file.read_text())
-    given["name"] = "elsewhere"
-    given["models"][0] |= {"path": "/models/not-there", "prefill": {}, "decode": {}}
-    given["router"]["pool"] = {}
-    file = folder / "cluster.yaml"
-    file.write_text(yaml.safe_dump(given))
-    done = hosts.cluster.pdserve("up", "-f", str(file), timeout=120)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "/models/not-there does not exist on host 198.18." in done.stderr
-    assert "every host" in done.stderr
 
 
 def test_prompts_cross_hosts(hosts: Hosts, channel: grpc.Channel) -> None:

@@ -23,7 +23,7 @@ def shown(token: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
 
 
-def changed(cluster: Cluster, **sections: Any) -> Config:
+def changed(**sections: Any) -> Config:
     """The cluster's configuration with other sections."""
     kept = {
         "models": [{"name": MODEL, "path": "/nowhere"}],
@@ -54,13 +54,13 @@ async def test_tenants_come_go_and_change_their_tokens(tmp_path: Path) -> None:
     first, second = tenant(tmp_path, "first", FIRST), tenant(tmp_path, "second", SECOND)
     async with running_cluster(tenants=[first]) as cluster:
         assert [await serves(cluster, t) for t in (FIRST, SECOND)] == [True, False]
-        both = changed(cluster, tenants=[first, second])
+        both = changed(tenants=[first, second])
         cluster.router.reload(both)
         assert [await serves(cluster, t) for t in (FIRST, SECOND)] == [True, True]
         (tmp_path / "first").write_text(f"{FIRST}\n{NEXT}")  # the new one before the old one goes
         cluster.router.reload(both)
         assert [await serves(cluster, t) for t in (FIRST, NEXT)] == [True, True]
-        cluster.router.reload(changed(cluster, tenants=[second]))
+        cluster.router.reload(changed(tenants=[second]))
         assert [await serves(cluster, t) for t in (FIRST, NEXT, SECOND)] == [False, False, True]
 
 
@@ -71,26 +71,29 @@ async def test_credentials_that_cannot_be_read_leave_the_callers_as_they_were(
     async with running_cluster(tenants=[first]) as cluster:
         (tmp_path / "second").unlink()
         with pytest.raises(ConfigError, match=r"tenants\.second\.token_file.*cannot be read"):
-            cluster.router.reload(changed(cluster, tenants=[first, second]))
+            cluster.router.reload(changed(tenants=[first, second]))
         assert [await serves(cluster, t) for t in (FIRST, SECOND)] == [True, False]
 
 
 async def test_a_tenants_limits_hold_from_the_next_request(tmp_path: Path) -> None:
     slow = {"requests_per_second": 0.001, "burst_seconds": 1}
     free = tenant(tmp_path, "first", FIRST)
-    async with running_cluster(tenants=[free]) as cluster:
-        async with grpc.aio.insecure_channel(cluster.router.grpc_address) as channel:
-            stub = inference_pb2_grpc.InferenceStub(channel)
+    async with (
+        running_cluster(tenants=[free]) as cluster,
+        grpc.aio.insecure_channel(cluster.router.grpc_address) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceStub(channel)
 
-            def call() -> Any:
-                return stub.Generate(ask(), timeout=TIMEOUT, metadata=shown(FIRST))
+        def call() -> Any:
+            return stub.Generate(ask(), timeout=TIMEOUT, metadata=shown(FIRST))
 
-            await collect(call())
-            cluster.router.reload(changed(cluster, tenants=[{**free, "limits": slow}]))
-            code, said, _ = await refusal(call())
-            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "0.001" in said
-            cluster.router.reload(changed(cluster, tenants=[free]))
-            assert tokens_of(await collect(call()))
+        await collect(call())
+        cluster.router.reload(changed(tenants=[{**free, "limits": slow}]))
+        await collect(call())  # what a second's worth of its rate lets pass
+        code, said, _ = await refusal(call())
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "0.001" in said
+        cluster.router.reload(changed(tenants=[free]))
+        assert tokens_of(await collect(call()))
 
 
 async def test_placement_takes_other_targets_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +105,13 @@ async def test_placement_takes_other_targets_over(monkeypatch: pytest.MonkeyPatc
         return place(self, now, demand)
 
     monkeypatch.setattr(JointPlacement, "place", seen)
-    async with running_cluster() as cluster:
-        async with grpc.aio.insecure_channel(cluster.router.grpc_address) as channel:
-            generate = inference_pb2_grpc.InferenceStub(channel).Generate
-            await collect(generate(ask(), timeout=TIMEOUT))
-            targets = {"ttft_seconds": 0.25, "tpot_seconds": 0.01}
-            cluster.router.reload(changed(cluster, targets=targets))
-            await collect(generate(ask(), timeout=TIMEOUT))
+    async with (
+        running_cluster() as cluster,
+        grpc.aio.insecure_channel(cluster.router.grpc_address) as channel,
+    ):
+        generate = inference_pb2_grpc.InferenceStub(channel).Generate
+        await collect(generate(ask(), timeout=TIMEOUT))
+        targets = {"ttft_seconds": 0.25, "tpot_seconds": 0.01}
+        cluster.router.reload(changed(targets=targets))
+        await collect(generate(ask(), timeout=TIMEOUT))
     assert asked[0] == (2.0, 0.1) and asked[-1] == (0.25, 0.01)
