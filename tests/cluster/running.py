@@ -90,8 +90,7 @@ class RunningCluster:
         self.log = folder / f"{name}.log"
         """What `pdserve up` says."""
         self.process: subprocess.Popen[str] | None = None
-        self.grpc_address = ""
-        self.http_address = ""
+        self.grpc_address = self.http_address = self.operator_address = ""
 
     def start(self) -> None:
         """Returns when it is ready."""
@@ -111,8 +110,7 @@ class RunningCluster:
             if state_file.exists():
                 state = json.loads(state_file.read_text())
                 if state["state"] == "ready":
-                    self.grpc_address = state["grpc_address"]
-                    self.http_address = state["http_address"]
+                    self._note(state)
                     return
             time.sleep(0.2)
         raise AssertionError(f"not ready in time:\n{self.log.read_text()}")
@@ -123,7 +121,7 @@ class RunningCluster:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             state = json.loads(state_file.read_text())
-            self.grpc_address, self.http_address = state["grpc_address"], state["http_address"]
+            self._note(state)
             with suppress(grpc.RpcError):
                 if all(worker.connected for worker in self.view().workers):
                     return
@@ -158,9 +156,17 @@ class RunningCluster:
         )
 
     def view(self) -> operator_pb2.GetClusterResponse:
-        with self.channel() as channel:
-            stub = operator_pb2_grpc.OperatorStub(channel)
-            return stub.GetCluster(operator_pb2.GetClusterRequest(), timeout=20)
+        token = (self.folder / "run" / self.name / "operator").read_text()
+        with grpc.insecure_channel(self.operator_address) as channel:
+            return operator_pb2_grpc.OperatorStub(channel).GetCluster(
+                operator_pb2.GetClusterRequest(),
+                timeout=20,
+                metadata=[("authorization", f"Bearer {token}")],
+            )
+
+    def _note(self, state: dict[str, str]) -> None:
+        self.grpc_address, self.http_address = state["grpc_address"], state["http_address"]
+        self.operator_address = state["operator_address"]
 
     def wait_idle(self, seconds: float = 20) -> None:
         """Asserts promise I3 on both pools: nothing pinned, no block held."""

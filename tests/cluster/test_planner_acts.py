@@ -213,6 +213,14 @@ def test_people_steer_and_the_controller_dies(running: RunningCluster) -> None:
     assert other not in registered(running)
     ordered(running, "targets", "interactive", "--ttft", "0.7")
 
+    changed = running.file.read_text().replace(
+        "{interactive:", "{standard: {ttft_seconds: 7}, interactive:"
+    )
+    running.file.write_text(changed)
+    assert "classes.standard.ttft_seconds: 30.0 → 7.0" in ordered(
+        running, "reload", "-f", str(running.file)
+    )
+
     lives = {w.worker_id: w.incarnation for w in registered(running).values()}
     assert running.process is not None
     for process in psutil.Process(running.process.pid).children(recursive=True):
@@ -229,6 +237,7 @@ def test_people_steer_and_the_controller_dies(running: RunningCluster) -> None:
     assert plan["manual"] == {"prefill": 1, "decode": 2}
     assert plan["drained_workers"] == [other]
     assert plan["targets"]["interactive"]["ttft_seconds"] == 0.7
+    assert plan["targets"]["standard"]["ttft_seconds"] == 7.0  # as reloaded, not as first started
     assert plan["done"]["flips"] >= 4
 
     ordered(running, "release", other)

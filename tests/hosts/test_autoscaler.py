@@ -43,7 +43,8 @@ def settings(ground: Ground, workers: int) -> str:
         {
             "name": "grows",
             "models": [model],
-            "router": {"grpc_port": 0, "http_port": 0, "pool": {"resources": {"head": 1}}},
+            "router": {"grpc_port": 0, "http_port": 0, "operator_port": 0,
+                       "pool": {"resources": {"head": 1}}},
             "placement": {"disaggregate": "always"},
             "classes": {"interactive": {"ttft_seconds": 1.5, "tpot_seconds": 0.033}},
             "lifecycle": {"drain_timeout_seconds": 10},

@@ -115,3 +115,17 @@ async def test_placement_takes_other_targets_over(monkeypatch: pytest.MonkeyPatc
         cluster.router.reload(changed(targets=targets))
         await collect(generate(ask(), timeout=TIMEOUT))
     assert asked[0] == (2.0, 0.1) and asked[-1] == (0.25, 0.01)
+
+
+async def test_the_next_request_is_of_the_class_that_the_classes_now_say() -> None:
+    async with (
+        running_cluster() as cluster,
+        grpc.aio.insecure_channel(cluster.router.grpc_address) as channel,
+    ):
+        generate = inference_pb2_grpc.InferenceStub(channel).Generate
+        await collect(generate(ask(), timeout=TIMEOUT))
+        cluster.router.reload(changed(classes={"interactive_deadline_seconds": 2 * TIMEOUT}))
+        await collect(generate(ask(), timeout=TIMEOUT))
+        await cluster.router.stop(0)  # which writes the journal out
+    ended = [e.slo_class for e in cluster.journal.entries if e.state == "finished"]
+    assert ended == ["standard", "interactive"]

@@ -30,6 +30,7 @@ def load(folder: Path, text: str) -> Config:
         ("models:\n- {name: m}", ["models.0.path", "required"]),
         (GOOD + "router: {http_port: 70000}", ["router.http_port", "70000"]),
         (GOOD + "router: {http_port: 50051}", ["must differ"]),
+        (GOOD + "router: {operator_port: 8000}", ["http_port and operator_port must differ"]),
         (GOOD + "- {name: m, path: q}", ["m is named twice"]),
         (GOOD + "- {name: a/b, path: q}\n- {name: a-b, path: q}", ["a/b", "a-b", "rename one"]),
         (GOOD + "router: {pool: {replicas: 0}}", ["router.pool.replicas", "one at least"]),

@@ -59,7 +59,12 @@ def test_secrets_are_those_that_the_guide_makes(overlay: Overlay) -> None:
 
 def test_ports_are_those_of_the_configuration(overlay: Overlay, config: Config) -> None:
     router = overlay.pod("router")
-    assert router.ports == {"grpc": config.router.grpc_port, "http": config.router.http_port}
+    assert router.ports == {
+        "grpc": config.router.grpc_port,
+        "http": config.router.http_port,
+        "operator": config.router.operator_port,
+        "metrics": int(router.ray["metrics-export-port"]),
+    }
     assert overlay.workers
     for pod in overlay.workers:
         assert pod.ports == {
@@ -136,14 +141,45 @@ def listened_on(port: Document, pods: list[PodTemplate], policy: str) -> None:
     assert all(wanted <= pod.listens_on for pod in pods), (policy, port)
 
 
-def test_kv_blocks_pass_between_workers_only(overlay: Overlay) -> None:
-    opening = [
+def opening(overlay: Overlay, port: str) -> tuple[Document, Document]:
+    """The one policy and its rule that open a port."""
+    found = [
         (policy, rule)
         for policy in overlay.of_kind("NetworkPolicy")
         for rule in policy["spec"].get("ingress", [])
-        if {"port": "transfer"} in rule["ports"]
+        if {"port": port} in rule["ports"]
     ]
-    ((policy, rule),) = opening
+    ((policy, rule),) = found
+    return policy, rule
+
+
+def test_operators_come_from_their_namespace_and_clients_do_not_reach_their_port(
+    overlay: Overlay,
+) -> None:
+    policy, rule = opening(overlay, "operator")
+    assert [p.name for p in matching(overlay, policy["spec"]["podSelector"])] == ["router"]
+    assert rule["ports"] == [{"port": "operator"}]
+    namespace, own = rule["from"]
+    assert namespace == {"namespaceSelector": {"matchLabels": {"pdserve/operators": "true"}}}
+    assert [p.name for p in matching(overlay, own["podSelector"])] == ["headgroup"]
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    assert "pdserve/operators=true" in guide and "pdserve/clients=true" in guide
+
+
+def test_the_head_is_reached_before_it_is_ready(overlay: Overlay) -> None:
+    """It is ready once the workers are, and those join Ray by its Service."""
+    service = overlay.ray_cluster["spec"]["headGroupSpec"]["headService"]["spec"]
+    assert service["publishNotReadyAddresses"] is True and service["clusterIP"] == "None"
+
+
+def test_one_ray_is_in_the_images_and_in_the_cluster(overlay: Overlay) -> None:
+    version = overlay.ray_cluster["spec"]["rayVersion"]
+    for lock in ("cpu.txt", "gpu.txt"):
+        assert f"ray=={version}" in (ROOT / "requirements" / lock).read_text().split()
+
+
+def test_kv_blocks_pass_between_workers_only(overlay: Overlay) -> None:
+    policy, rule = opening(overlay, "transfer")
     workers = [pod.name for pod in overlay.workers]
     assert [p.name for p in matching(overlay, policy["spec"]["podSelector"])] == workers
     (peer,) = rule["from"]
@@ -165,8 +201,11 @@ def test_probes_ask_servers_that_are_there(overlay: Overlay) -> None:
 
 def check_probe(probe: Document, pod: PodTemplate) -> None:
     if grpc := probe.get("grpc"):
-        assert grpc["port"] in {pod.ports.get("grpc"), pod.ports.get("streams")}
-        assert grpc.get("service", "") in {"", INFERENCE, OPERATOR}
+        if grpc.get("service", "") == OPERATOR:  # it serves before there are workers
+            assert grpc["port"] == pod.ports["operator"]
+        else:
+            assert grpc["port"] in {pod.ports.get("grpc"), pod.ports.get("streams")}
+            assert grpc.get("service", "") in {"", INFERENCE}
     elif http := probe.get("httpGet"):
         assert http["port"] == "http" and http["path"] in HTTP_PATHS
     elif tcp := probe.get("tcpSocket"):
