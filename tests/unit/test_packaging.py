@@ -3,6 +3,7 @@
 import importlib
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,30 @@ def test_locks_hold_every_direct_dependency(extra: str | None, locks: list[str])
         version = pins.get(canonicalize_name(requirement.name))
         assert version, f"no {requirement.name} in {locks}: run make lock"
         assert requirement.specifier.contains(version), f"{requirement}, locked {version}"
+
+
+def test_what_the_locks_hold_resolves() -> None:
+    """By what the locked packages, as they are installed here, require of each other. The GPU lock's
+    own cannot be asked on a machine that has not installed them."""
+    excluded = (ROOT / "requirements" / "cpu.excludes").read_text().split()
+    pins = locked("cpu.txt", "torch-cpu.txt", "dev.txt")
+    asked = 0
+    for name, version in pins.items():
+        package = metadata.distribution(name)
+        assert package.version.partition("+")[0] == version, f"{name}: run make setup"
+        for requirement in map(Requirement, package.requires or ()):
+            wanted = canonicalize_name(requirement.name)
+            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            if wanted in excluded and wanted not in pins:
+                continue
+            asked += 1
+            assert wanted in pins, f"{name} needs {requirement}"
+            there = metadata.version(wanted)  # torch's says which build it is
+            assert requirement.specifier.contains(there, prereleases=True), (
+                f"{name} needs {requirement}, locked {there}"
+            )
+    assert asked > len(pins)
 
 
 def test_cpu_and_dev_locks_do_not_overlap() -> None:
