@@ -56,8 +56,8 @@ def test_locks_hold_every_direct_dependency(extra: str | None, locks: list[str])
 
 
 def test_what_the_locks_hold_resolves() -> None:
-    """By what the locked packages, as they are installed here, require of each other. The GPU lock's
-    own cannot be asked on a machine that has not installed them."""
+    """By what the locked packages require of each other, as they are installed here. The GPU lock
+    cannot be asked so on a machine that has not installed it."""
     excluded = (ROOT / "requirements" / "cpu.excludes").read_text().split()
     pins = locked("cpu.txt", "torch-cpu.txt", "dev.txt")
     asked = 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.unit.deploy.manifests import NAMES, ROOT, Overlay, missing_kubectl, render
 
@@ -106,6 +108,24 @@ def test_packages_come_from_the_lock_files_alone(target: str, lock: str) -> None
         for command in run.split("pip install")[1:]:
             assert command.lstrip().startswith("--no-deps"), command
     assert (ROOT / "requirements" / lock).exists()
+
+
+def test_pdserve_is_built_with_locked_tools() -> None:
+    (run,) = [rest for word, rest in stages()["wheel"].steps if word == "RUN"]
+    assert "pip wheel --no-deps --no-build-isolation" in run
+    taken = re.search(r"grep -hE '(.+)' (requirements/.+?)\)", run)
+    assert taken is not None
+    lines = [line for file in taken[2].split() for line in (ROOT / file).read_text().splitlines()]
+    found = {line.partition("==")[0] for line in lines if re.match(taken[1], line)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert (
+        {Requirement(each).name for each in project}
+        <= found
+        == set(re.findall(r"[a-z-]{3,}", taken[1]))
+    )
+    for target in ("cpu", "gpu"):
+        (origin,) = re.findall(r"--from=(\S+)", stages()[target].last("COPY"))
+        assert "--from=wheel" in stages()[origin].last("COPY")
 
 
 def test_the_cpu_image_takes_the_torch_of_the_lock() -> None:
