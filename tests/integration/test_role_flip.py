@@ -15,7 +15,7 @@ from cluster.store.registry import Registry
 from tests.integration.simulated import answer, config, simulated_cluster
 
 ROLES = {"w-0": "prefill", "w-1": "prefill", "w-2": "prefill", "w-3": "decode"}
-WAVE = 50
+WAVE = 40
 
 
 async def test_roles_change_under_load(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ async def test_roles_change_under_load(tmp_path: Path) -> None:
     async with simulated_cluster(tmp_path, ROLES, split) as cluster:
         engine = cluster.hosts["w-0"]._engine
         prompts = [
-            [rng.randrange(800) for _ in range(rng.randrange(1, 900))] for _ in range(3 * WAVE)
+            [rng.randrange(800) for _ in range(rng.randrange(1, 900))] for _ in range(4 * WAVE)
         ]
         asked: list[asyncio.Task[tuple[list[int], str, str]]] = []
 
@@ -42,20 +42,27 @@ async def test_roles_change_under_load(tmp_path: Path) -> None:
             for _ in range(WAVE // 2):
                 await next(ended)
 
+        async def flip(worker_id: str, role: str, drain_seconds: float = 5.0) -> None:
+            await cluster.hosts[worker_id].set_role(role, drain_seconds)
+
         await wave()
-        await cluster.hosts["w-0"].set_role("decode", 5.0)
+        await flip("w-0", "decode")
+        await flip("w-3", "prefill")
         await wave()
-        await cluster.hosts["w-1"].set_role("decode", 0.0)  # what runs there goes on
-        await cluster.hosts["w-0"].set_role("prefill", 5.0)
+        await flip("w-1", "decode", 0.0)  # what runs there goes on
+        await flip("w-0", "prefill")
+        await wave()
+        await flip("w-2", "decode")
+        await flip("w-3", "decode")
         await wave()
         answers = await asyncio.gather(*asked)
         assert [tokens for tokens, _, _ in answers] == [
             answer(p, 20 + i % 60) for i, p in enumerate(prompts)
         ]
-        second, third = answers[WAVE : 2 * WAVE], answers[2 * WAVE :]
-        assert "w-0" in {decode for _, _, decode in second}
-        assert "w-1" in {decode for _, _, decode in third}
-        assert "w-0" in {prefill for _, prefill, _ in third}
+        second, third, fourth = (answers[n * WAVE : (n + 1) * WAVE] for n in (1, 2, 3))
+        assert {decode for _, _, decode in second} == {"w-0"}
+        assert {decode for _, _, decode in third} == {"w-1"}
+        assert {prefill for _, prefill, _ in fourth} == {"w-0"}
         record = cluster.hosts["w-0"].record
         assert (record.role, record.epoch, record.state) == ("prefill", 2, "ready")
         assert cluster.hosts["w-0"]._engine is engine
