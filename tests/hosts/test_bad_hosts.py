@@ -130,7 +130,7 @@ def test_more_gpus_than_any_host_has_are_waited_for_by_name(ground: Ground, tmp_
     process = started(ground, tmp_path, bad(pool={"num_gpus": 8}), ground.store_url)
     assert process.stdout is not None
     wanted = (
-        f"waiting for 8 GPU, 1 head; no host has 8 GPU: the most is 1, on {ground.ray.head.address}"
+        f"waiting for 1 head, 8 GPU; no host has 8 GPU: the most is 1, on {ground.ray.head.address}"
     )
     killer = threading.Timer(120, process.kill)
     killer.start()
