@@ -81,7 +81,7 @@ class Pair:
         for stream in dead._resumption._known.values():
             assert stream.task is not None
             stream.task.cancel()
-        await dead._server.stop(None)
+        await dead._ports.clients.stop(None)
 
     async def stop(self) -> None:
         for channel in self.channels:

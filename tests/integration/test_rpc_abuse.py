@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 from h2.events import DataReceived, SettingsAcknowledged, TrailersReceived
 from h2.settings import SettingCodes
 
-from router.listen import OPERATOR, Health
+from router.listen import BATCH, INFERENCE, OPERATOR, Health
 from router.rpc import connection
 from router.rpc.call import Call
 from router.rpc.connection import Connection
@@ -46,7 +46,7 @@ def only(server: RpcServer) -> Connection:
 
 async def test_a_watcher_that_takes_nothing_holds_up_neither_health_nor_the_end() -> None:
     server = RpcServer(LIMITS, lambda _: ())
-    health = Health(server)
+    health = Health(server, (INFERENCE, BATCH, OPERATOR))
     port = server.bind("127.0.0.1", 0, None)
     await health.start()
     await server.start()
@@ -67,7 +67,7 @@ async def test_a_watcher_that_takes_nothing_holds_up_neither_health_nor_the_end(
 
 async def test_a_watcher_hears_of_every_change() -> None:
     server = RpcServer(LIMITS, lambda _: ())
-    health = Health(server)
+    health = Health(server, (INFERENCE, BATCH, OPERATOR))
     port = server.bind("127.0.0.1", 0, None)
     await health.start()
     await server.start()
