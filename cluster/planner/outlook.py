@@ -27,6 +27,15 @@ class _Class:
     lengths: RecentLengths
     burstiness: float = 1.0
 
+    def unforeseen(self, interval: float) -> float:
+        """Standard deviation of the rate itself about its forecast, requests/s.
+
+        Counts of an interval scatter about their rate by rate × burstiness ÷ interval in the
+        variance; the queues are sized for that scatter, so it is no error of the forecast's.
+        """
+        scatter = self.forecast.ahead(0) * self.burstiness / interval
+        return math.sqrt(max(0.0, self.forecast.spread**2 - scatter))
+
 
 class Outlook:
     """The classes that were seen. `new_forecast` makes each one's."""
@@ -75,7 +84,7 @@ class Outlook:
 
     def _rates(self, policy: Policy, of: Callable[[Forecast], float]) -> dict[str, float]:
         return {
-            kind: of(each.forecast) + policy.headroom * each.forecast.spread
+            kind: of(each.forecast) + policy.headroom * each.unforeseen(policy.interval)
             for kind, each in self._classes.items()
             if len(each.lengths)
         }
