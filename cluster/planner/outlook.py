@@ -27,14 +27,17 @@ class _Class:
     lengths: RecentLengths
     burstiness: float = 1.0
 
+    def scatter(self, interval: float) -> float:
+        """Standard deviation of an interval's count about its rate, both in requests/s."""
+        return math.sqrt(self.forecast.ahead(0) * self.burstiness / interval)
+
     def unforeseen(self, interval: float) -> float:
         """Standard deviation of the rate itself about its forecast, requests/s.
 
-        Counts of an interval scatter about their rate by rate × burstiness ÷ interval in the
-        variance; the queues are sized for that scatter, so it is no error of the forecast's.
+        Counts scatter about their rate, and the queues are sized for that: it is no error of the
+        forecast's.
         """
-        scatter = self.forecast.ahead(0) * self.burstiness / interval
-        return math.sqrt(max(0.0, self.forecast.spread**2 - scatter))
+        return math.sqrt(max(0.0, self.forecast.spread**2 - self.scatter(interval) ** 2))
 
 
 class Outlook:
@@ -66,7 +69,9 @@ class Outlook:
         """By class: the highest until a worker that is started now would serve, the forecast's
         error, and the rate that works the backlog off."""
         intervals = policy.cold_start / policy.interval
-        rates = self._rates(policy, lambda forecast: forecast.highest(intervals))
+        rates = self._rates(
+            policy, lambda each: each.forecast.highest(intervals, each.scatter(policy.interval))
+        )
         samples = {kind: self._classes[kind].lengths.sample(SAMPLE) for kind in rates}
         backlog = _backlog_rate(policy, observed, performance, targets, samples)
         total = sum(rates.values())
@@ -80,11 +85,11 @@ class Outlook:
 
     def come(self, policy: Policy) -> dict[str, float]:
         """By class, requests/s: the level that the rate has reached, and the forecast's error."""
-        return self._rates(policy, lambda forecast: forecast.ahead(0))
+        return self._rates(policy, lambda each: each.forecast.ahead(0))
 
-    def _rates(self, policy: Policy, of: Callable[[Forecast], float]) -> dict[str, float]:
+    def _rates(self, policy: Policy, of: Callable[[_Class], float]) -> dict[str, float]:
         return {
-            kind: of(each.forecast) + policy.headroom * each.unforeseen(policy.interval)
+            kind: of(each) + policy.headroom * each.unforeseen(policy.interval)
             for kind, each in self._classes.items()
             if len(each.lengths)
         }

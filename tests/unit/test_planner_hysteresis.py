@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import random
+from statistics import mean
+
 from cluster.planner.demand import Lengths
 from cluster.planner.forecast import Holt
 from cluster.planner.hardware import hardware
@@ -52,3 +56,18 @@ def test_a_burst_is_feared_to_go_on_and_kept_at_what_it_was() -> None:
     come = outlook.come(POLICY)
     assert 26.0 < come[""] < 60.0
     assert feared[""].rate > 1.3 * come[""]
+
+
+def test_arrivals_that_merely_scatter_are_no_error_of_the_forecast() -> None:
+    """Counts of a steady Poisson stream: their variance is the queues' affair."""
+    rng, outlook, seconds = random.Random(3), Outlook(Holt), POLICY.interval
+    told = []
+    for at in range(400):
+        count, left = 0, rng.expovariate(6.0)
+        while left < seconds:
+            count, left = count + 1, left + rng.expovariate(6.0)
+        traffic = Traffic(count / seconds, (Lengths(1000, 20),))
+        outlook.learn(Observed((), {"": traffic}, float(at)))
+        told.append(outlook.come(POLICY)[""])
+    scatter = math.sqrt(6.0 / seconds)
+    assert 6.0 < mean(told) < 6.0 + 0.6 * POLICY.headroom * scatter
