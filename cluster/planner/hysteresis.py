@@ -74,7 +74,8 @@ class Hysteresis:
         started is waited for before it is judged.
 
         Two pools that were large one after the other are not both kept at their largest if the
-        budget has no room for that: then what is needed now decides.
+        budget has no room for that: then what was needed of late decides about each, and all
+        together are as many as any one moment needed.
         """
         policy = self.policy
         if not self._needs:
@@ -85,15 +86,17 @@ class Hysteresis:
         late = max(self._damping * policy.down_after, soon)
         while self._needs[0].at < now - late:
             self._needs.popleft()
-        keep, lend = needed, needed
+        keep, lend, total = needed, needed, needed.total
         for each in self._needs:
             excess = max(1, each.feared.total - each.come.total)
             patience = max(soon, late / excess)
-            keep = _largest(keep, each.feared if each.at >= now - patience else each.come)
+            held = each.feared if each.at >= now - patience else each.come
+            keep, total = _largest(keep, held), max(total, held.total)
             if each.measured and each.at > now - LEND_STEPS * policy.interval:
                 lend = _largest(lend, each.feared)
         if keep.total > policy.max_workers:
             keep = lend if lend.total <= policy.max_workers else needed
+            keep = _filled(keep, have, min(total, policy.max_workers))
         # Until every worker has a role of this mode, all of them are wanted in it.
         other = have.prefill or have.decode if _mode(needed) else have.both
         # The roles that they get are settled once: needs that waver meanwhile would have one turned
@@ -134,6 +137,15 @@ def _converted(have: Counts, needed: Counts) -> Counts:
     spare = max(0, have.total - needed.total)
     prefill = needed.prefill + round(spare * needed.prefill / max(1, needed.total))
     return Counts(prefill=prefill, decode=max(needed.decode, have.total - prefill))
+
+
+def _filled(counts: Counts, have: Counts, total: int) -> Counts:
+    """`counts`, with what is there more than that until it is `total`."""
+    for role in ROLES:
+        more = min(total - counts.total, have.of(role) - counts.of(role))
+        if more > 0:
+            counts = replace(counts, **{role: counts.of(role) + more})
+    return counts
 
 
 def _largest(one: Counts, other: Counts) -> Counts:

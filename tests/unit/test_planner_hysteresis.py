@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from statistics import mean
 
 from cluster.planner.demand import Lengths
@@ -71,3 +72,16 @@ def test_arrivals_that_merely_scatter_are_no_error_of_the_forecast() -> None:
         told.append(outlook.come(POLICY)[""])
     scatter = math.sqrt(6.0 / seconds)
     assert 6.0 < mean(told) < 6.0 + 0.75 * POLICY.headroom * scatter  # else 1.05 and more
+
+
+def test_pools_that_were_large_in_turn_lend_but_do_not_shrink() -> None:
+    """Together their largest needs are over the budget; each moment's fitted it."""
+    steady = Hysteresis(replace(POLICY, budget={"default": 4}))
+    prompts, answers = Counts(prefill=3, decode=1), Counts(prefill=1, decode=3)
+    steady.wish(0.0, prompts, prompts, prompts, {}, True, [])
+    calm = Counts(prefill=1, decode=1)
+    for step in range(1, 20):
+        needed = answers if step == 3 else calm
+        wish = steady.wish(step * POLICY.interval, needed, needed, prompts, {}, True, [])
+        assert wish.keep.total == 4
+    assert wish.lend == calm
