@@ -198,16 +198,8 @@ def test_the_advisor_reads_the_past_of_the_cluster(running: RunningCluster) -> N
     """The load of the test before: long prompts with short answers, then the other way round."""
 
     def advised(*more: str) -> subprocess.CompletedProcess[str]:
-        options = [
-            "--model",
-            "llama-3.1-8b",
-            "--gpu",
-            "L40S",
-            "--gpus",
-            "3",
-            "--slo",
-            "ttft=2,tpot=0.08",
-        ]
+        worker = ("--model", "llama-3.1-8b", "--gpu", "L40S", "--gpus", "3")
+        options = (*worker, "--slo", "ttft=2,tpot=0.08")
         return running.pdserve("plan", "--from-cluster", *options, *more, timeout=300)
 
     done = advised("--served", "m", "--json")
