@@ -165,8 +165,8 @@ def test_roles_follow_the_load(running: RunningCluster) -> None:
         async with grpc.aio.insecure_channel(running.grpc_address) as channel:
             load = Load(channel)
             seen: Counter[str] = Counter()
-            await load.run(9.0, 2000, 4, turned(running, seen, "prefill"), 3.0)
-            await load.run(5.0, 40, 130, turned(running, seen, "decode"), 3.0)
+            await load.run(9.0, 2000, 4, turned(running, seen, "prefill"), 5.0)
+            await load.run(5.0, 40, 130, turned(running, seen, "decode"), 5.0)
             return load.ended
 
     ended = asyncio.run(shift())

@@ -151,6 +151,18 @@ def test_flips_come_before_new_workers() -> None:
     assert [type(a) for a in actions] == [Flip, Flip, Add]
 
 
+def test_workers_that_drain_already_make_room_in_a_smaller_budget() -> None:
+    from cluster.planner.actions import Wish
+    from cluster.planner.state import Counts
+
+    want = Counts(prefill=2, decode=2)
+    stay = [WorkerSeen(f"w{i}", "decode" if i % 2 else "prefill", "ready") for i in range(4)]
+    leaves = WorkerSeen("gone", "decode", "draining")
+    assert plan_actions(Policy({"default": 4}), [*stay, leaves], Wish(want, want, want)) == []
+    smaller = plan_actions(Policy({"default": 3}), [*stay, leaves], Wish(want, want, want))
+    assert [a.reason for a in smaller if isinstance(a, Remove)] == ["over the budget"]
+
+
 def test_a_decision_says_why() -> None:
     planner = Planner(Policy({"default": 4}), WORKER, TARGETS)
     seen = (WorkerSeen("p", "prefill", "ready"), WorkerSeen("d", "decode", "ready"))
