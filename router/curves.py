@@ -19,6 +19,10 @@ Floats = NDArray[np.float64]
 MIN_GAIN = 0.08
 """Weight of an observation at a knot that has seen many."""
 
+STALE_SECONDS, FADE_SECONDS = 10.0, 20.0
+"""A row that nothing was seen of for so long forgets, with this time constant, in seconds in which
+there were requests."""
+
 MAX_RATIO = 8.0
 """One observation counts as no further off than this factor, once a knot has seen some."""
 
@@ -37,6 +41,7 @@ class Curves:
         self._prior = np.array([math.log(prior(2.0 ** (first + i))) for i in range(knots)])
         self._logs = np.empty((0, knots))
         self._seen = np.empty((0, knots))
+        self._age = np.empty(0)
 
     def resize(self, rows: int) -> None:
         """More rows, at the prior."""
@@ -45,12 +50,26 @@ class Curves:
         logs = np.vstack([self._logs, np.tile(self._prior, (more, 1))])
         self._logs = np.asfortranarray(logs)
         self._seen = np.vstack([self._seen, np.zeros((more, len(self._prior)))])
+        self._age = np.concatenate([self._age, np.zeros(more)])
 
     def reset(self, row: int, like: list[int]) -> None:
         """A new worker in `row`: as the mean of the rows `like`, or the prior; it unlearns fast."""
         learned = [r for r in like if r != row and self._seen[r].any()]
         self._logs[row] = self._logs[learned].mean(axis=0) if learned else self._prior
         self._seen[row] = 0
+        self._age[row] = 0
+
+    def fade(self, seconds: float, rows: NDArray[np.intp]) -> None:
+        """Time goes by for `rows`, which do the same work: who was not seen for long drifts towards
+        those who were. Else a worker that was slow once would be passed over for ever, and so never
+        be seen to be fast again."""
+        self._age[rows] += seconds
+        stale = rows[(self._age[rows] > STALE_SECONDS) & self._seen[rows].any(axis=1)]
+        fresh = rows[(self._age[rows] <= STALE_SECONDS) & self._seen[rows].any(axis=1)]
+        if stale.size and fresh.size:
+            kept = math.exp(-seconds / FADE_SECONDS)
+            self._logs[stale] += (1 - kept) * (self._logs[fresh].mean(axis=0) - self._logs[stale])
+            self._seen[stale] *= kept
 
     def adopt(self, row: int, like: list[int]) -> None:
         """A worker that has not done this yet is about to: as `reset`."""
@@ -83,6 +102,7 @@ class Curves:
         """`row` took so long at this size."""
         knot, part = self._locate(size)
         logs, seen = self._logs[row], self._seen[row]
+        self._age[row] = 0
         off = math.log(max(seconds, 1e-6)) - math.log(self.one(size, row))
         if seen[knot] + seen[knot + 1] > 4:
             off = max(-math.log(MAX_RATIO), min(math.log(MAX_RATIO), off))

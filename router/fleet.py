@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from cluster.prefix import block_hashes
 from router.breaker import Breaker
-from router.curves import Curves
 from router.output import Stage
 from router.placement import Target, WorkerView
 from router.prefix_index import PrefixIndex
+from router.speeds import Speeds
 
 RATE_SECONDS = 10.0
 """Time constant of the share of time that a worker spends on prompts."""
@@ -95,10 +95,7 @@ class Fleet:
         self._free: list[int] = []
         for name in _FLOATS:
             setattr(self, name, np.zeros(0))
-        # Before anything is observed: an 8B model on a current GPU.
-        self.prefill = Curves(4, 15, lambda tokens: 4e-3 + 2.5e-5 * tokens)
-        self.step = Curves(0, 11, lambda batch: 5e-3 + 6e-5 * batch)
-        self.exposed = Curves(4, 15, lambda tokens: 1e-3 + 1e-6 * tokens)
+        self.speeds = Speeds()
         self.output_tokens: dict[str, float] = {}
         self.breakers: dict[str, Breaker] = {}
         self.penalised = False
@@ -116,9 +113,7 @@ class Fleet:
         self.size = max(self.size, slot + 1)
         for name in _FLOATS:
             getattr(self, name)[slot] = 0.0
-        same = self._of_model(view.model)
-        for curves in (self.prefill, self.step, self.exposed):
-            curves.reset(slot, same)
+        self.speeds.join(slot, self._of_model(view.model))
         self._repace(slot)
         self.breakers.setdefault(view.model, Breaker()).join(slot)
         self.update(slot, view)
@@ -133,12 +128,9 @@ class Fleet:
         self.version += 1
 
     def _change_role(self, slot: int, model: str) -> None:
-        """What its former role made of its time says nothing of the new one; what that takes,
-        others may know."""
+        """What its former role made of its time says nothing of the new one."""
         self.work[slot] = 0.0
-        same = self._of_model(model)
-        for curves in (self.prefill, self.step, self.exposed):
-            curves.adopt(slot, same)
+        self.speeds.change_role(slot, self._of_model(model))
         self._repace(slot)
 
     def _of_model(self, model: str) -> list[int]:
@@ -199,11 +191,14 @@ class Fleet:
         if (breaker := self._breaker(slot)) and breaker.failed(now, slot, shared):
             self._penalise(slot, EJECTED)
 
-    def try_again(self, now: float) -> None:
-        """Lets one sequence try each ejected worker whose rest is over."""
+    def tick(self, now: float) -> None:
+        """What time alone changes: one sequence may try each ejected worker whose rest is over, and
+        what is known of workers that have had nothing to do grows old."""
         for breaker in self.breakers.values():
             for slot in breaker.due(now):
                 self._penalise(slot, 0.0)
+        for slot in self.speeds.fade(now, self.views):
+            self._repace(slot)
 
     def ejected(self, slot: int) -> bool:
         """It failed of late, and is left alone."""
@@ -240,21 +235,21 @@ class Fleet:
 
     def saw_prefill(self, slot: int, uncached: int, seconds: float) -> None:
         """Computing so many prompt tokens took so long."""
-        self.prefill.observe(slot, uncached, seconds)
+        self.speeds.prefill.observe(slot, uncached, seconds)
 
     def saw_step(self, slot: int, batch: float, seconds: float) -> None:
         """Tokens came at this pace in a batch of this size."""
-        self.step.observe(slot, batch, seconds)
+        self.speeds.step.observe(slot, batch, seconds)
         self._repace(slot)
 
     def saw_exposed(self, slot: int, moved: int, seconds: float) -> None:
         """Of moving so many tokens' KV to it, so much was not hidden."""
-        self.exposed.observe(slot, max(1, moved), max(seconds, 1e-5))
+        self.speeds.exposed.observe(slot, max(1, moved), max(seconds, 1e-5))
 
     def _repace(self, slot: int) -> None:
         batch = self.decodes[slot]
-        self.pace[slot] = self.step.one(batch + 1.0, slot)
-        self.slower[slot] = max(0.0, self.step.one(batch + 2.0, slot) - self.pace[slot])
+        self.pace[slot] = self.speeds.step.one(batch + 1.0, slot)
+        self.slower[slot] = max(0.0, self.speeds.step.one(batch + 2.0, slot) - self.pace[slot])
         self.drag[slot] = batch * self.slower[slot]
 
     def busy(self, now: float) -> NDArray[np.float64]:
@@ -293,7 +288,6 @@ class Fleet:
             column = np.zeros(new)
             column[:old] = getattr(self, name)
             setattr(self, name, column)
-        for curves in (self.prefill, self.step, self.exposed):
-            curves.resize(new)
+        self.speeds.resize(new)
         self.views += [None] * (new - old)
         self._free = list(range(new - 1, old - 1, -1))

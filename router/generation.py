@@ -60,6 +60,8 @@ class Sampling:
 
     def completion(self, index: int) -> Sampling:
         """The sampling of completion `index` of n: alone, with its own seed, as vLLM splits it."""
+        if self.n == 1 and not index:
+            return self
         seed = None if self.seed is None else self.seed + index
         return replace(self, n=1, seed=seed)
 

@@ -13,9 +13,9 @@ from router import client_wire as wire
 from router import validate
 from router.answer import Answer
 from router.caller import shown_by
+from router.cancel import Canceller
 from router.catalog import Catalog
 from router.delta_wire import DeltaEncoder
-from router.dispatch import Dispatch
 from router.intake import Intake
 from router.reception import Reception
 from router.refusal import refuse, refusing
@@ -32,7 +32,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         catalog: Catalog,
         intake: Intake,
         reception: Reception,
-        dispatch: Dispatch,
+        canceller: Canceller,
         clock: Clock,
         missing: Callable[[str], str],
     ) -> None:
@@ -40,7 +40,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._catalog = catalog
         self._intake = intake
         self._reception = reception
-        self._dispatch = dispatch
+        self._canceller = canceller
         self._clock = clock
         self._missing = missing
 
@@ -70,9 +70,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         tenant = self._tenants.identify(shown_by(call))
         wire.refuse_unknown_fields(request)
         request_id = validate.check_request_id(request.request_id)
-        return inference_pb2.CancelResponse(
-            cancelled=self._dispatch.cancel(tenant.name, request_id)
-        )
+        cancelled = await self._canceller.cancel(tenant.name, request_id)
+        return inference_pb2.CancelResponse(cancelled=cancelled)
 
     @refusing
     async def Tokenize(

@@ -169,14 +169,14 @@ class JointPlacement:
         """Per slot: tokens to compute, seconds of that, and the exposed seconds of a handoff."""
         fleet, rows, prompt = self._fleet, slice(0, n), demand.prompt_tokens
         uncached = np.full(n, float(prompt))
-        work, moved = fleet.prefill.at(prompt, rows), fleet.exposed.at(prompt, rows)
+        work, moved = fleet.speeds.prefill.at(prompt, rows), fleet.speeds.exposed.at(prompt, rows)
         if demand.held:
             slots = np.fromiter(demand.held, np.intp, len(demand.held))
             held = np.fromiter(demand.held.values(), np.float64, len(demand.held))
             left = np.maximum(prompt - held, 1.0)
             uncached[slots] = left
-            work[slots] = fleet.prefill.each(left, slots)
-            moved[slots] = fleet.exposed.each(left, slots)
+            work[slots] = fleet.speeds.prefill.each(left, slots)
+            moved[slots] = fleet.speeds.exposed.each(left, slots)
         return uncached, work, moved
 
     def _penalty(self, demand: Demand, by_id: dict[str, int]) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Protocol
 
@@ -21,8 +21,10 @@ from router.output import Completed, CompletionReport, Handoff
 from router.running import Running
 from router.spans import overlap, request_spans
 
-JOURNAL_QUEUE = 1024
+JOURNAL_QUEUE = 4096
 JOURNAL_TIMEOUT_SECONDS = 2.0
+JOURNAL_BATCH, JOURNAL_EVERY_SECONDS = 512, 0.1
+"""Entries are written together; of a request that ends meanwhile, the last one."""
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 class Journal(Protocol):
     """Where requests' entries go; raises Unavailable when the store is out."""
 
-    async def record(self, entry: JournalEntry) -> None: ...
+    async def record(self, entries: Sequence[JournalEntry]) -> None: ...
 
 
 class Observer:
@@ -150,17 +152,22 @@ class Observer:
     async def write_journal(self, journal: Journal) -> None:
         """Writes entries until cancelled; drops and counts those that the store does not take."""
         while True:
-            entry = await self._entries.get()
+            entries = [await self._entries.get()]
+            while not self._entries.empty() and len(entries) < JOURNAL_BATCH:
+                entries.append(self._entries.get_nowait())
+            latest = {(entry.tenant, entry.request_id): entry for entry in entries}
             try:
                 async with asyncio.timeout(JOURNAL_TIMEOUT_SECONDS):
-                    await journal.record(entry)
+                    await journal.record(list(latest.values()))
             except (Unavailable, TimeoutError):
-                self.metrics.journal_dropped.inc()
+                self.metrics.journal_dropped.inc(len(entries))
             except Exception:
-                self.metrics.journal_dropped.inc()
-                log.exception("journal entry not written")
+                self.metrics.journal_dropped.inc(len(entries))
+                log.exception("journal entries not written")
             finally:
-                self._entries.task_done()
+                for _ in entries:
+                    self._entries.task_done()
+            await asyncio.sleep(JOURNAL_EVERY_SECONDS)
 
     async def flush(self, seconds: float) -> None:
         """Waits until the journal is written, at most so long."""

@@ -93,7 +93,7 @@ class Placer:
             ),
             avoid=place.avoid,
         )
-        self._fleet.try_again(now)
+        self._fleet.tick(now)
         decision = self._placement.place(now, demand)
         if isinstance(decision, Decision):
             placed = self._requests.setdefault(key, _Placed(generation.request_id))

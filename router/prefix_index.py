@@ -57,7 +57,7 @@ class PrefixIndex:
 
     def held(self, names: Hashes) -> dict[int, int]:
         """How many of a prompt's leading blocks each worker holds; those with none are left out."""
-        if not len(names) or self._find(names[:1])[0] < 0:
+        if not len(names) or not self._has(int(names[0])):
             return {}
         cells = self._find(names)
         missing = np.flatnonzero(cells < 0)
@@ -96,6 +96,14 @@ class PrefixIndex:
                 self._bits[number] = bits & ~bit
                 self._empty[number] = not self._bits[number]
         self._numbers = {bits: number for number, bits in enumerate(self._bits) if bits}
+
+    def _has(self, name: int) -> bool:
+        """Of one name: most prompts are new to all."""
+        mask = int(self._mask)
+        for bucket in (name & mask, int(mixed(np.array([name], dtype=np.uint64))[0]) & mask):
+            if name in self._names[bucket * WAYS : (bucket + 1) * WAYS].tolist():
+                return True
+        return False
 
     def _find(self, names: Hashes) -> Cells:
         """Each name's cell, or -1."""

@@ -15,6 +15,7 @@ from router.observe import Observer
 from router.resume.service import Resumption
 from router.slo import slo_of
 from router.tenants import Tenant
+from router.turns import Turns
 
 
 class Reception:
@@ -35,6 +36,7 @@ class Reception:
         self._dispatch = dispatch
         self._resumption = resumption
         self._observer = observer
+        self._turns = Turns()
 
     def set_classes(self, classes: ClassesConfig) -> None:
         """For the requests that come from now on."""
@@ -47,6 +49,7 @@ class Reception:
             PdserveError: it is refused.
         """
         slo: Slo | None = None
+        await self._turns.take()
         try:
             timeout = validate.check_timeout(ask.timeout_seconds)
             slo = slo_of(self._classes, tenant, ask.urgency, timeout)

@@ -19,6 +19,7 @@ from cluster.obs.tracing import tracer_from_environment
 from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
 from router.batch.assemble import BatchPart, batch_part
+from router.cancel import Canceller
 from router.capacity import Capacities, policy
 from router.catalog import Catalog
 from router.demand import DemandReport
@@ -151,6 +152,7 @@ class RouterServer:
             self._catalog.settled,
             self._pace,
         )
+        self._canceller = Canceller(self._dispatch.cancel, store.cancellations)
         intake = Intake(self._catalog, clock)
         owner = f"{self._router_id} {self._incarnation}"
         self._resumption = Resumption(config.resume, store.streams, self._dispatch, owner, clock)
@@ -166,7 +168,7 @@ class RouterServer:
                 self._catalog,
                 intake,
                 reception,
-                self._dispatch,
+                self._canceller,
                 clock,
                 self._workers.missing,
             ),
@@ -274,6 +276,7 @@ class RouterServer:
             if self._batch is not None:
                 self._batch_work = tasks.create_task(self._batch.runner.run(), name="batch")
             tasks.create_task(self._pace.run(), name="pace")
+            tasks.create_task(self._canceller.serve(), name="cancellations")
             if store.plans is not None:
                 metrics = PlanMetrics(self.metrics.registry)
                 tasks.create_task(metrics.follow(store.plans), name="plan metrics")

@@ -10,6 +10,7 @@ from cluster.store import client as store_client
 from cluster.store import journal as store_journal
 from cluster.store import registry as store_registry
 from cluster.store.batches import Batches
+from cluster.store.cancellations import Cancellations
 from cluster.store.files import Files
 from cluster.store.plans import Plans
 from cluster.store.streams import Streams
@@ -21,13 +22,14 @@ from router.workers import Registry
 @dataclass(frozen=True)
 class Store:
     """Its parts. Without streams nothing is resumable, without batch there are no batch jobs,
-    without plans nothing is planned."""
+    without plans nothing is planned, without cancellations each router cancels its own."""
 
     registry: Registry
     journal: Journal
     streams: Streams | None = None
     batch: BatchStore | None = None
     plans: Plans | None = None
+    cancellations: Cancellations | None = None
 
 
 async def connect(config: Config, url: str, stack: contextlib.AsyncExitStack) -> Store:
@@ -41,4 +43,5 @@ async def connect(config: Config, url: str, stack: contextlib.AsyncExitStack) ->
         Streams(client, name),
         BatchStore(Batches(client, name, config.batch.max_stored_bytes), Files(client, name)),
         Plans(client, name),
+        Cancellations(client, name),
     )

@@ -22,6 +22,8 @@ INLINE_CHARS = 50_000
 MAX_CHAR_TOKENS = 4
 """UTF-8 has characters of four bytes."""
 
+_SAMPLE = " Grüße,\n\tworld  42 <s></s><|endoftext|>\U0001f30d "
+
 MESSAGE_CHARS = 16
 """What a chat template is taken to write around a message."""
 
@@ -37,6 +39,7 @@ class Tokenizer:
 
     def __init__(self, pretrained: Any, limits: tuple[int, int] = (0, 0)) -> None:
         self._pretrained = pretrained
+        self._fast = _backend(pretrained)
         self.max_model_len, vocab_size = limits
         self.vocab_size = vocab_size or len(pretrained)
         # One thread: the tokenizer itself is not safe to share.
@@ -106,7 +109,7 @@ class Tokenizer:
             self._thread_users -= 1
 
     def _encode_text(self, text: str) -> Sequence[int]:
-        return self._pretrained.encode(text)  # type: ignore[no-any-return]
+        return self._ids(text, add_special_tokens=True)
 
     def _encode_chat(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
         if not getattr(self._pretrained, "chat_template", None):
@@ -123,4 +126,24 @@ class Tokenizer:
             raise InvalidRequest(
                 "chat.messages", f"the model's chat template refuses them: {str(error)[:200]}"
             ) from error
-        return self._pretrained.encode(rendered, add_special_tokens=False)  # type: ignore[no-any-return]
+        return self._ids(rendered, add_special_tokens=False)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> Sequence[int]:
+        if self._fast is None:
+            ids = self._pretrained.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            ids = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids  # type: ignore[no-any-return]
+
+
+def _backend(pretrained: Any) -> Any:
+    """What does a tokenizer's work, without what transformers does around one text; None if that
+    would not come to the same."""
+    backend = getattr(pretrained, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    for special in (True, False):  # The first call also sets the backend's truncation and padding.
+        ids = pretrained.encode(_SAMPLE, add_special_tokens=special)
+        if ids != backend.encode(_SAMPLE, add_special_tokens=special).ids:
+            return None
+    return backend

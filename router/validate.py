@@ -175,7 +175,7 @@ def resolve_max_tokens(
             "sampling.min_tokens",
             f"must be at most max_tokens, which is {asked}, not {sampling.min_tokens}",
         )
-    return replace(sampling, max_tokens=asked)
+    return sampling if asked == sampling.max_tokens else replace(sampling, max_tokens=asked)
 
 
 def check_sampling(sampling: Sampling, limits: ModelLimits) -> None:

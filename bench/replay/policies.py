@@ -26,7 +26,7 @@ class Pair:
         p, d = self._choose(demand, prefills, decodes)
         plan = Plan(prefill=views[p].target, decode=views[d].target)
         left = demand.prompt_tokens - demand.held.get(p, 0)
-        seconds = self._fleet.prefill.one(left, p)
+        seconds = self._fleet.speeds.prefill.one(left, p)
         return Decision(Candidate(plan, (p, d), 0.0, 0.0, left, seconds, 0.0), ())
 
 

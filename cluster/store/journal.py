@@ -5,6 +5,7 @@ One JSON entry per request under a TTL, and a sorted set of the ids by age that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -15,19 +16,23 @@ from cluster.store.records import JournalEntry
 TTL_SECONDS = 24 * 3600
 MAX_ENTRIES = 100_000
 
-# KEYS: index. ARGV: entry key prefix, id, entry, received_at, ttl s, cap, oldest score kept.
-# Entry keys are built from the prefix: they share the index's slot by its hash tag. At most 64 are
-# dropped a call, so that no call is long; each adds one, so the cap holds.
+# KEYS: index. ARGV: entry key prefix, ttl s, cap, then id, entry and received_at of each. What is
+# older than the ttl goes, and of what is over the cap a bounded part: no call is long.
+# Entry keys are built from the prefix: they share the index's slot by its hash tag.
 _RECORD = """
-redis.call('SET', ARGV[1] .. ARGV[2], ARGV[3], 'EX', ARGV[5])
-redis.call('ZADD', KEYS[1], ARGV[4], ARGV[2])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(' .. ARGV[7])
-local over = redis.call('ZCARD', KEYS[1]) - tonumber(ARGV[6])
+local newest = 0
+for i = 4, #ARGV, 3 do
+  redis.call('SET', ARGV[1] .. ARGV[i], ARGV[i + 1], 'EX', ARGV[2])
+  redis.call('ZADD', KEYS[1], ARGV[i + 2], ARGV[i])
+  newest = math.max(newest, tonumber(ARGV[i + 2]))
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(' .. string.format('%.6f', newest - ARGV[2]))
+local over = redis.call('ZCARD', KEYS[1]) - tonumber(ARGV[3])
 if over > 0 then
-  local old = redis.call('ZPOPMIN', KEYS[1], math.min(over, 64))
+  local old = redis.call('ZPOPMIN', KEYS[1], math.min(over, 64 + #ARGV))
   for i = 1, #old, 2 do redis.call('DEL', ARGV[1] .. old[i]) end
 end
-redis.call('EXPIRE', KEYS[1], ARGV[5])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
 return 1
 """
 
@@ -41,21 +46,13 @@ class Journal:
         self._max_entries = max_entries
         self._record = client.register_script(_RECORD)
 
-    async def record(self, entry: JournalEntry) -> None:
-        """Writes the entry over the one of the same request."""
+    async def record(self, entries: Sequence[JournalEntry]) -> None:
+        """Writes each entry over the one of the same request."""
+        args: list[str | int] = [f"{self._prefix}:entry:", TTL_SECONDS, self._max_entries]
+        for entry in entries:
+            args += [entry.request_id, entry.to_json(), repr(entry.received_at)]
         with store_errors():
-            await self._record(
-                keys=[f"{self._prefix}:index"],
-                args=[
-                    f"{self._prefix}:entry:",
-                    entry.request_id,
-                    entry.to_json(),
-                    repr(entry.received_at),
-                    TTL_SECONDS,
-                    self._max_entries,
-                    repr(entry.received_at - TTL_SECONDS),
-                ],
-            )
+            await self._record(keys=[f"{self._prefix}:index"], args=args)
 
     async def get(self, request_id: str) -> JournalEntry | None:
         """The request's entry, for a day or until `max_entries` newer ones came."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,8 +104,8 @@ class FakeJournal:
     def __init__(self) -> None:
         self.entries: list[JournalEntry] = []
 
-    async def record(self, entry: JournalEntry) -> None:
-        self.entries.append(entry)
+    async def record(self, entries: Sequence[JournalEntry]) -> None:
+        self.entries += entries
 
 
 def going_on(start: worker_pb2.StartSequence) -> int:

@@ -15,6 +15,7 @@ from cluster.store.registry import Registry
 from tests.integration.simulated import answer, config, simulated_cluster
 
 ROLES = {"w-0": "prefill", "w-1": "prefill", "w-2": "prefill", "w-3": "decode"}
+WAVE = 40
 
 
 async def test_roles_change_under_load(tmp_path: Path) -> None:
@@ -22,27 +23,46 @@ async def test_roles_change_under_load(tmp_path: Path) -> None:
     split = config(placement={"disaggregate": "always"})
     async with simulated_cluster(tmp_path, ROLES, split) as cluster:
         engine = cluster.hosts["w-0"]._engine
-        prompts = [[rng.randrange(800) for _ in range(rng.randrange(1, 900))] for _ in range(150)]
+        prompts = [
+            [rng.randrange(800) for _ in range(rng.randrange(1, 900))] for _ in range(4 * WAVE)
+        ]
+        asked: list[asyncio.Task[tuple[list[int], str, str]]] = []
 
         async def ask(i: int) -> tuple[list[int], str, str]:
-            await asyncio.sleep(i * 0.02)
+            await asyncio.sleep(i % WAVE * 0.02)
             tokens, completed = await cluster.generate(prompts[i], max_tokens=20 + i % 60)
             (report,) = completed.completions
             return tokens, report.prefill_worker, report.decode_worker
 
-        asked = [asyncio.create_task(ask(i)) for i in range(len(prompts))]
-        await asyncio.sleep(0.8)
-        await cluster.hosts["w-0"].set_role("decode", 5.0)
-        turned = sum(task.done() for task in asked)
-        await cluster.hosts["w-1"].set_role("decode", 0.0)  # what runs there goes on
-        await cluster.hosts["w-0"].set_role("prefill", 5.0)
+        async def wave() -> None:
+            """Asks for WAVE more; returns while half of them run or are still to come."""
+            new = [asyncio.create_task(ask(i)) for i in range(len(asked), len(asked) + WAVE)]
+            asked.extend(new)
+            ended = asyncio.as_completed(new)
+            for _ in range(WAVE // 2):
+                await next(ended)
+
+        async def flip(worker_id: str, role: str, drain_seconds: float = 5.0) -> None:
+            await cluster.hosts[worker_id].set_role(role, drain_seconds)
+
+        await wave()
+        await flip("w-0", "decode")
+        await flip("w-3", "prefill")
+        await wave()
+        await flip("w-1", "decode", 0.0)  # what runs there goes on
+        await flip("w-0", "prefill")
+        await wave()
+        await flip("w-2", "decode")
+        await flip("w-3", "decode")
+        await wave()
         answers = await asyncio.gather(*asked)
         assert [tokens for tokens, _, _ in answers] == [
             answer(p, 20 + i % 60) for i, p in enumerate(prompts)
         ]
-        assert "w-0" in {decode for _, _, decode in answers[turned:]}
-        assert "w-1" in {decode for _, _, decode in answers}
-        assert "w-0" in {prefill for _, prefill, _ in answers[-20:]}
+        second, third, fourth = (answers[n * WAVE : (n + 1) * WAVE] for n in (1, 2, 3))
+        assert {decode for _, _, decode in second} == {"w-0"}
+        assert {decode for _, _, decode in third} == {"w-1"}
+        assert {prefill for _, prefill, _ in fourth} == {"w-0"}
         record = cluster.hosts["w-0"].record
         assert (record.role, record.epoch, record.state) == ("prefill", 2, "ready")
         assert cluster.hosts["w-0"]._engine is engine

@@ -433,3 +433,27 @@ async def test_http_repetitions(pair: Pair) -> None:
                 assert (await reply.json())["error"]["param"] == "Idempotency-Key"
     assert texts == [ALL_TEXT] * 4
     assert pair.executions == 1
+
+
+async def test_cancel_reaches_the_router_that_runs_it(store: EmbeddedStore, tmp_path: Path) -> None:
+    for name, token in TOKENS.items():
+        (tmp_path / name).write_text(token)
+    tenants = [{"name": name, "token_file": str(tmp_path / name)} for name in TOKENS]
+    async with running(store, tenants=tenants) as pair:
+        first, second = ([("authorization", f"Bearer {token}")] for token in TOKENS.values())
+        pair.fakes.decode.gate.clear()
+        request = ask()
+        request.request_id = "mine"
+        call = pair.stub(0).Generate(request, timeout=TIMEOUT, metadata=first)
+        await call.read()
+        cancel = inference_pb2.CancelRequest(request_id="mine")
+        assert not (await pair.stub(1).Cancel(cancel, timeout=TIMEOUT, metadata=second)).cancelled
+        assert (await pair.stub(1).Cancel(cancel, timeout=TIMEOUT, metadata=first)).cancelled
+        assert (await refusal(call))[0] is grpc.StatusCode.CANCELLED
+        assert not (await pair.stub(1).Cancel(cancel, timeout=TIMEOUT, metadata=first)).cancelled
+        assert await pair.client.keys("pdserve:*:cancel:*") == []
+        store.stop()
+        late = pair.stub(1).Cancel(cancel, timeout=TIMEOUT, metadata=first)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await late
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -145,9 +145,9 @@ async def test_following_the_changes_can_be_cancelled_at_any_moment(client: Redi
 async def test_the_journal_keeps_the_latest_entry_and_its_cap(client: Redis) -> None:
     journal = Journal(client, "c", max_entries=3)
     entries = [JournalEntry(f"r{i}", "m", "done", "router-0", 5, received_at=i) for i in range(5)]
-    for entry in entries:
-        await journal.record(entry)
-    await journal.record(replace(entries[4], state="failed", error="gone"))
+    await journal.record(entries[:1])
+    await journal.record(entries[1:])
+    await journal.record([replace(entries[4], state="failed", error="gone")])
     assert await journal.get("r0") is None
     assert (await journal.get("r4")) == replace(entries[4], state="failed", error="gone")
     assert [e.request_id for e in await journal.latest(9)] == ["r4", "r3", "r2"]

@@ -91,7 +91,7 @@ def test_placement_leaves_it_alone_until_its_rest_is_over() -> None:
     placement = JointPlacement(fleet, "never", random.Random(1))
 
     def chosen(now: float) -> set[int]:
-        fleet.try_again(now)
+        fleet.tick(now)
         decisions = [placement.place(now, Demand("m", 10, 10, True)) for _ in range(40)]
         assert all(isinstance(d, Decision) for d in decisions)
         return {d.chosen.slots[0] for d in decisions if isinstance(d, Decision)}

@@ -88,6 +88,19 @@ def test_the_speed_that_was_seen_counts() -> None:
     assert decide(made, mode="always").chosen.ttft_seconds == pytest.approx(0.029, abs=0.005)
 
 
+def test_a_worker_that_was_slow_once_is_tried_again() -> None:
+    made = two_of_each()
+    made.tick(0.0)
+    made.saw_prefill(0, 1000, 0.4)
+    chosen = set()
+    for second in range(1, 90):
+        made.tick(float(second))
+        made.saw_prefill(1, 1000, 0.03)
+        chosen.add(ids(decide(made, mode="always", now=float(second)))[0])
+        assert second > 10 or chosen == {"p1"}
+    assert chosen == {"p0", "p1"}
+
+
 def test_a_full_kv_pool_is_waited_for() -> None:
     made = fleet(
         worker("p0", "prefill"),
