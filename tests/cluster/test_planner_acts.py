@@ -53,7 +53,7 @@ lifecycle: {{{{drain_timeout_seconds: 10}}}}
 planner:
   mode: act
   interval_seconds: 0.5
-  cold_start_seconds: 2
+  cold_start_seconds: 10
   flip_drain_seconds: 3
   down_after_seconds: 900
 secret: {{secret}}
