@@ -1,6 +1,6 @@
 """The planner against a static best ratio, two HPA-style scalers and a Dynamo-style formula.
 
-    python bench/planner_replay.py TRACE… [--seconds 1000] [--compress 3] [--budget 16]
+    python -m bench.planner_replay TRACE… [--seconds 1000] [--compress 3] [--budget 16] [--seed 1]
 
 A trace is played `compress` times as fast, for `seconds`, with a day's rise and fall laid over its
 rate: thinned to a quarter at night, whole at noon. Everyone starts with the same two workers, sees
@@ -126,8 +126,8 @@ def act(policy: Policy, now: float, observed: Observed, want: Counts) -> Decisio
     return Decision(now, after(observed.workers, actions), want, tuple(actions))
 
 
-def day(arrivals: tuple[Arrival, ...], seconds: float, compress: float) -> list[Arrival]:
-    rng = random.Random(1)
+def day(arrivals: tuple[Arrival, ...], seconds: float, compress: float, seed: int) -> list[Arrival]:
+    rng = random.Random(seed)
     kept = []
     for each in (replace(a, at=a.at / compress) for a in arrivals):
         if each.at >= seconds:
@@ -159,10 +159,11 @@ def play(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.planner_replay", description=__doc__)
     parser.add_argument("traces", type=Path, nargs="+")
     parser.add_argument("--seconds", type=float, default=1000.0)
     parser.add_argument("--compress", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=1, help="of the thinning (1)")
     parser.add_argument("--gpu", default="L40S")
     parser.add_argument("--budget", type=int, default=16)
     parser.add_argument("--ttft", type=float, default=1.5)
@@ -175,7 +176,10 @@ def main() -> None:
     print("| trace | who | attainment | GPU-s | of static's |\n|---|---|---|---|---|")
     for path in asked.traces:
         arrivals = day(
-            read_trace(path, shape.max_model_len).arrivals, asked.seconds, asked.compress
+            read_trace(path, shape.max_model_len).arrivals,
+            asked.seconds,
+            asked.compress,
+            asked.seed,
         )
         sample = RecentLengths(4096)
         for each in arrivals:

@@ -45,6 +45,7 @@ class _Ledger:
 
     pools: dict[Role, list[WorkerSeen]]
     used: Counter[str]
+    leaving: Counter[str]
     actions: list[Action] = field(default_factory=list)
     moved: set[str] = field(default_factory=set)
     promised: set[str] = field(default_factory=set)
@@ -90,7 +91,8 @@ def plan_actions(policy: Policy, workers: Sequence[WorkerSeen], wish: Wish) -> l
         pools[worker.role].append(worker)
     for pool in pools.values():  # the newest go first: the oldest have the warmest caches
         pool.sort(key=lambda w: (w.phase == "ready", -w.since))
-    ledger = _Ledger(pools, Counter(w.node_type for w in workers))
+    leaving = Counter(w.node_type for w in workers if w.phase == "draining")
+    ledger = _Ledger(pools, Counter(w.node_type for w in workers), leaving)
     _flip(policy, wish, ledger)
     if wish.may_add:
         _add(policy, wish, ledger)
@@ -165,7 +167,8 @@ def _add(policy: Policy, wish: Wish, ledger: _Ledger) -> None:
 
 
 def _remove(policy: Policy, wish: Wish, ledger: _Ledger) -> None:
-    """What is kept for no reason, and what a smaller budget has no room for."""
+    """What is kept for no reason, and what a smaller budget has no room for: those that drain give
+    their room back without any other's end."""
     reasons: list[tuple[Role, str]] = []
     for role in ROLES:
         surplus = len(ledger.pools[role]) - max(wish.keep.of(role), wish.want.of(role))
@@ -174,7 +177,7 @@ def _remove(policy: Policy, wish: Wish, ledger: _Ledger) -> None:
     for role, reason in reasons[: policy.max_step]:
         removed += ledger.end(role, reason, min(policy.minimum, wish.want.of(role)))
     over = sum(
-        max(0, ledger.used[node_type] - gpus // policy.worker_gpus)
+        max(0, ledger.used[node_type] - ledger.leaving[node_type] - gpus // policy.worker_gpus)
         for node_type, gpus in policy.budget.items()
     )
     while removed < min(over, policy.max_step):

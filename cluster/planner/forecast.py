@@ -22,8 +22,13 @@ class Forecast(Protocol):
         """The rate expected so many intervals from now; never negative, 0 before any value."""
         ...
 
-    def highest(self, intervals: float) -> float:
-        """The highest rate expected from now until then."""
+    def highest(self, intervals: float, scatter: float = 0.0) -> float:
+        """The highest rate expected from now until then.
+
+        Args:
+            scatter: standard deviation of the values about their rate: a trend that this alone
+                would make is not drawn on.
+        """
         ...
 
     @property
@@ -67,13 +72,16 @@ class Holt:
             self.variance += gain * (error**2 - self.variance)
         self.count += 1
 
-    def ahead(self, intervals: float) -> float:
+    def ahead(self, intervals: float, scatter: float = 0.0) -> float:
         survives: float = self.damping**intervals
         reach = self.damping * (1 - survives) / (1 - self.damping)
-        return max(0.0, self.level + reach * self.trend)
+        # The trend is a sum of errors, each weighted trend_gain and damped since.
+        noise = scatter * self.trend_gain / math.sqrt(1 - self.damping**2)
+        trend = self.trend if abs(self.trend) > noise else 0.0
+        return max(0.0, self.level + reach * trend)
 
-    def highest(self, intervals: float) -> float:
-        return max(self.ahead(0), self.ahead(intervals))
+    def highest(self, intervals: float, scatter: float = 0.0) -> float:
+        return max(self.ahead(0), self.ahead(intervals, scatter))
 
     @property
     def spread(self) -> float:
@@ -124,15 +132,15 @@ class Seasonal:
         self._offsets = [value - mean for value in self._first]
         self._holt.level, self._holt.trend, self._holt.variance = mean, 0.0, 0.0
 
-    def ahead(self, intervals: float) -> float:
-        rate = self._holt.ahead(intervals)
+    def ahead(self, intervals: float, scatter: float = 0.0) -> float:
+        rate = self._holt.ahead(intervals, scatter)
         if self._offsets:
             rate += self._offsets[(self._phase + max(0, round(intervals) - 1)) % self._period]
         return max(0.0, rate)
 
-    def highest(self, intervals: float) -> float:
+    def highest(self, intervals: float, scatter: float = 0.0) -> float:
         steps = min(max(1, math.ceil(intervals)), self._period)
-        return max(self.ahead(step) for step in range(1, steps + 1))
+        return max(self.ahead(step, scatter) for step in range(1, steps + 1))
 
     @property
     def spread(self) -> float:

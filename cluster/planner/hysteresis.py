@@ -30,11 +30,14 @@ class _Needs:
     """What one moment needed, kept for the hysteresis.
 
     Attributes:
+        feared: for the forecast at its highest, and the backlog.
+        come: for the rate that had been reached.
         measured: it is a need, and not what merely was there at first.
     """
 
     at: float
-    counts: Counts
+    feared: Counts
+    come: Counts
     measured: bool = True
 
 
@@ -57,6 +60,7 @@ class Hysteresis:
         self,
         now: float,
         needed: Counts,
+        come: Counts,
         have: Counts,
         manual: Mapping[Role, int],
         may_add: bool,
@@ -64,24 +68,35 @@ class Hysteresis:
     ) -> Wish:
         """Growth at once, loans after moments, shrinking after `down_after`.
 
+        Workers are raised for what is feared and kept for what has come. A fear that did not come
+        true is provided for the longer the less that costs: one worker too many for `down_after`,
+        k for its k-th part, so that no fear costs more worker-seconds than another; but what was
+        started is waited for before it is judged.
+
         Two pools that were large one after the other are not both kept at their largest if the
-        budget has no room for that: then what is needed now decides.
+        budget has no room for that: then what was needed of late decides about each, and all
+        together are as many as any one moment needed.
         """
         policy = self.policy
         if not self._needs:
-            self._needs.append(_Needs(now, _converted(have, needed), measured=False))
-        self._needs.append(_Needs(now, needed))
-        # What was started is waited for before it is judged.
-        late = self._damping * max(policy.down_after, 1.5 * policy.cold_start)
+            first = _converted(have, needed)
+            self._needs.append(_Needs(now, first, first, measured=False))
+        self._needs.append(_Needs(now, needed, come))
+        soon = self._damping * 1.5 * policy.cold_start
+        late = max(self._damping * policy.down_after, soon)
         while self._needs[0].at < now - late:
             self._needs.popleft()
-        keep, lend = needed, needed
+        keep, lend, total = needed, needed, needed.total
         for each in self._needs:
-            keep = _largest(keep, each.counts)
+            excess = max(1, each.feared.total - each.come.total)
+            patience = max(soon, late / excess)
+            held = each.feared if each.at >= now - patience else each.come
+            keep, total = _largest(keep, held), max(total, held.total)
             if each.measured and each.at > now - LEND_STEPS * policy.interval:
-                lend = _largest(lend, each.counts)
+                lend = _largest(lend, each.feared)
         if keep.total > policy.max_workers:
             keep = lend if lend.total <= policy.max_workers else needed
+            keep = _filled(keep, have, min(total, policy.max_workers))
         # Until every worker has a role of this mode, all of them are wanted in it.
         other = have.prefill or have.decode if _mode(needed) else have.both
         # The roles that they get are settled once: needs that waver meanwhile would have one turned
@@ -122,6 +137,15 @@ def _converted(have: Counts, needed: Counts) -> Counts:
     spare = max(0, have.total - needed.total)
     prefill = needed.prefill + round(spare * needed.prefill / max(1, needed.total))
     return Counts(prefill=prefill, decode=max(needed.decode, have.total - prefill))
+
+
+def _filled(counts: Counts, have: Counts, total: int) -> Counts:
+    """`counts`, with what is there more than that until it is `total`."""
+    for role in ROLES:
+        more = min(total - counts.total, have.of(role) - counts.of(role))
+        if more > 0:
+            counts = replace(counts, **{role: counts.of(role) + more})
+    return counts
 
 
 def _largest(one: Counts, other: Counts) -> Counts:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cluster.planner.actions import Wish, after, counted, plan_actions, serving
 from cluster.planner.capacity import Load
-from cluster.planner.demand import Demand, Lengths, RecentLengths
 from cluster.planner.forecast import Forecast, Holt
 from cluster.planner.hysteresis import Hysteresis
+from cluster.planner.outlook import Outlook
 from cluster.planner.performance import Performance
 from cluster.planner.reasons import inputs_of, spoken_load, spoken_shortfall
 from cluster.planner.sizing import Sizing, shortfalls, size_split, size_whole
@@ -33,19 +33,10 @@ from cluster.planner.state import (
     WorkerSeen,
 )
 
-SAMPLE = 96
-"""Requests of a class that its lengths are planned with."""
 JUMP_INTERVALS = 20.0
 """A clock that moved on by more intervals than this between two steps has jumped."""
 MODE_STEPS = 12
 """Over so many decisions another mode must be better before it is taken."""
-
-
-@dataclass
-class _Class:
-    forecast: Forecast
-    lengths: RecentLengths
-    burstiness: float = 1.0
 
 
 class Planner:
@@ -68,9 +59,8 @@ class Planner:
         self._steady = Hysteresis(policy)
         self._performance = performance
         self._targets = dict(targets)
-        self._new_forecast = forecast
+        self._outlook = Outlook(forecast)
         self._chunk = chunk
-        self._classes: dict[str, _Class] = {}
         self._last: float | None = None
         self._whole: bool | None = None
         self._modes: deque[tuple[Sizing, Sizing]] = deque(maxlen=MODE_STEPS)
@@ -107,7 +97,7 @@ class Planner:
         have = counted(serving(observed.workers))
         if held := self._unusable(now, observed):
             return self._held(now, observed, have, held)
-        self._learn(observed)
+        self._outlook.learn(observed)
         load = self._load(observed)
         reasons = [spoken_load(load)]
         stuck = self._stuck(now, observed.workers)
@@ -128,7 +118,8 @@ class Planner:
         missed = shortfalls(load, sizing) if not sizing.enough else ()
         reasons += [spoken_shortfall(each) for each in missed]
         may_add = now >= self._no_new_until
-        wish = self._steady.wish(now, sizing.counts, have, self._manual, may_add, reasons)
+        kept = self._kept(load, most)
+        wish = self._steady.wish(now, sizing.counts, kept, have, self._manual, may_add, reasons)
         workers = [w for w in observed.workers if w not in stuck]
         removed = tuple(Remove(w.worker_id, "stuck while starting") for w in stuck)
         actions = (*removed, *plan_actions(self.policy, workers, wish))
@@ -186,17 +177,6 @@ class Planner:
             return replace(counts, both=max(least, counts.both))
         return replace(counts, prefill=max(least, counts.prefill), decode=max(least, counts.decode))
 
-    def _learn(self, observed: Observed) -> None:
-        for kind, traffic in observed.traffic.items():
-            each = self._classes.get(kind)
-            if each is None:
-                each = self._classes[kind] = _Class(self._new_forecast(), RecentLengths())
-            each.forecast.observe(traffic.rate)
-            for lengths in traffic.lengths:
-                each.lengths.observe(lengths)
-            if math.isfinite(traffic.burstiness) and traffic.burstiness > 0:
-                each.burstiness += 0.2 * (min(20.0, traffic.burstiness) - each.burstiness)
-
     def _stuck(self, now: float, workers: tuple[WorkerSeen, ...]) -> list[WorkerSeen]:
         patience = 2 * self.policy.cold_start
         return [w for w in workers if w.phase == "starting" and now - w.since > patience]
@@ -205,37 +185,17 @@ class Planner:
 
     def _load(self, observed: Observed) -> Load:
         """What is expected when a worker that is started now would serve."""
-        intervals = self.policy.cold_start / self.policy.interval
-        rates, samples = {}, {}
-        for kind, each in self._classes.items():
-            rate = each.forecast.highest(intervals) + self.policy.headroom * each.forecast.spread
-            if sample := each.lengths.sample(SAMPLE):
-                rates[kind], samples[kind] = rate, sample
-        backlog = self._backlog_rate(observed, samples)
-        total = sum(rates.values())
-        demands = {}
-        for kind, rate in rates.items():
-            share = rate / total if total else 1 / len(rates)
-            demands[kind] = Demand(
-                rate + backlog * share, samples[kind], self._classes[kind].burstiness
-            )
+        demands = self._outlook.feared(self.policy, observed, self._performance, self._targets)
         targets = {k: self._targets.get(k) or self._targets[""] for k in demands}
         return Load(self._performance, demands, targets, self._chunk)
 
-    def _backlog_rate(
-        self, observed: Observed, samples: Mapping[str, tuple[Lengths, ...]]
-    ) -> float:
-        """Requests/s that work the backlog off in time. Prompts in service are no backlog: what the
-        workers compute within the tightest TTFT is taken off."""
-        new = [each.new for sample in samples.values() for each in sample]
-        if not new or observed.queued_prompt_tokens <= 0:
-            return 0.0
-        mean = sum(new) / len(new)
-        tightest = min(t.ttft for t in self._targets.values())
-        ready = sum(w.phase == "ready" and w.role != "decode" for w in observed.workers)
-        per_worker = min(tightest, 1.0) / self._performance.prefill_seconds(round(mean))
-        waiting = observed.queued_prompt_tokens / mean - ready * max(1.0, per_worker)
-        return max(0.0, waiting) / self.policy.recover_within
+    def _kept(self, load: Load, most: int) -> Counts:
+        """What would be enough for the rates that have come, in the mode that is on."""
+        rates, least = self._outlook.come(self.policy), self.policy.minimum
+        demands = {kind: replace(each, rate=rates[kind]) for kind, each in load.demands.items()}
+        came = replace(load, demands=demands)
+        split = None if self._whole else size_split(came, most, least)
+        return (split or size_whole(came, most, least)).counts
 
     def _sized(self, load: Load, most: int, have: Counts, ready: int, reasons: list[str]) -> Sizing:
         """Split or not: the mode that needs fewer workers, or serves the worst class better.

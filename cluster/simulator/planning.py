@@ -19,9 +19,13 @@ from cluster.planner.state import (
     Traffic,
     WorkerSeen,
 )
+from cluster.simulator.outcome import Outcome
 from cluster.simulator.worker import VirtualWorker
 from cluster.simulator.workload import Arrival
 from cluster.simulator.world import World
+
+CACHED_GAIN = 0.02
+"""Weight of the latest request in the share of prompts that caches are taken to hold."""
 
 
 class Decider(Protocol):
@@ -79,13 +83,21 @@ class Controller:
     def __post_init__(self) -> None:
         self._seen: dict[str, list[Lengths]] = {kind: [] for kind in self.kinds}
         self._since: dict[str, tuple[str, float]] = {}
-        self._waiting_tokens = 0
+        self._cached: dict[str, float] = {}
         self._last: tuple[Mapping[str, Traffic], float] | None = None
         self.world.on_arrival = self._arrived
+        self.world.on_end = self._ended
         self.world.agenda.after(self.interval, self._step)
 
     def _arrived(self, arrival: Arrival) -> None:
-        self._seen[arrival.kind].append(Lengths(arrival.prompt, arrival.output))
+        cached = round(arrival.prompt * self._cached.get(arrival.kind, 0.0))
+        self._seen[arrival.kind].append(Lengths(arrival.prompt, arrival.output, cached))
+
+    def _ended(self, outcome: Outcome) -> None:
+        """What caches hold of a prompt is told by those that ended of late."""
+        if not outcome.error:
+            share, before = outcome.cached / outcome.prompt, self._cached.get(outcome.kind, 0.0)
+            self._cached[outcome.kind] = before + CACHED_GAIN * (share - before)
 
     def _step(self) -> None:
         now = self.world.agenda.now

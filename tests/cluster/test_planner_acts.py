@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
 import time
 import urllib.request
 from collections import Counter
@@ -49,7 +50,12 @@ router: {{{{grpc_port: 0, http_port: 0}}}}
 placement: {{{{disaggregate: always}}}}
 classes: {{{{interactive: {{{{ttft_seconds: 1.5, tpot_seconds: 0.033}}}}}}}}
 lifecycle: {{{{drain_timeout_seconds: 10}}}}
-planner: {{{{mode: act, interval_seconds: 0.5, cold_start_seconds: 2, flip_drain_seconds: 3}}}}
+planner:
+  mode: act
+  interval_seconds: 0.5
+  cold_start_seconds: 10
+  flip_drain_seconds: 3
+  down_after_seconds: 900
 secret: {{secret}}
 """
 
@@ -159,8 +165,8 @@ def test_roles_follow_the_load(running: RunningCluster) -> None:
         async with grpc.aio.insecure_channel(running.grpc_address) as channel:
             load = Load(channel)
             seen: Counter[str] = Counter()
-            await load.run(9.0, 2000, 4, turned(running, seen, "prefill"), 3.0)
-            await load.run(5.0, 40, 130, turned(running, seen, "decode"), 3.0)
+            await load.run(9.0, 2000, 4, turned(running, seen, "prefill"), 5.0)
+            await load.run(5.0, 40, 130, turned(running, seen, "decode"), 5.0)
             return load.ended
 
     ended = asyncio.run(shift())
@@ -186,6 +192,30 @@ def test_roles_follow_the_load(running: RunningCluster) -> None:
             break
         assert time.monotonic() < deadline, [x for x in lines if "pdserve_plan" in x]
         time.sleep(0.5)
+
+
+def test_the_advisor_reads_the_past_of_the_cluster(running: RunningCluster) -> None:
+    """The load of the test before: long prompts with short answers, then the other way round."""
+
+    def advised(*more: str) -> subprocess.CompletedProcess[str]:
+        worker = ("--model", "llama-3.1-8b", "--gpu", "L40S", "--gpus", "3")
+        options = (*worker, "--slo", "ttft=2,tpot=0.08")
+        return running.pdserve("plan", "--from-cluster", *options, *more, timeout=300)
+
+    done = advised("--served", "m", "--json")
+    assert done.returncode == 0, done.stderr
+    advice = json.loads(done.stdout)
+    assert advice["trace"]["requests"] > 50 and advice["trace"]["rate"] > 0
+    assert {o["option"] for o in advice["options"]} == {"3 aggregated", "1P:2D", "2P:1D"}
+    assert advice["best"] in {o["option"] for o in advice["options"]}
+    assert max(o["goodput"] for o in advice["options"]) > 0
+
+    nobody = advised("--served", "nobody")
+    assert nobody.returncode != 0
+    assert "the cluster's journal is empty" in nobody.stderr
+    both = advised("--trace", str(running.file))
+    assert both.returncode != 0
+    assert "give --trace FILE, or --from-cluster" in both.stderr
 
 
 def test_people_steer_and_the_controller_dies(running: RunningCluster) -> None:

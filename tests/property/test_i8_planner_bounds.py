@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -150,6 +151,18 @@ def test_flips_come_before_new_workers() -> None:
     assert [type(a) for a in actions] == [Flip, Flip, Add]
 
 
+def test_workers_that_drain_already_make_room_in_a_smaller_budget() -> None:
+    from cluster.planner.actions import Wish
+    from cluster.planner.state import Counts
+
+    want = Counts(prefill=2, decode=2)
+    stay = [WorkerSeen(f"w{i}", "decode" if i % 2 else "prefill", "ready") for i in range(4)]
+    leaves = WorkerSeen("gone", "decode", "draining")
+    assert plan_actions(Policy({"default": 4}), [*stay, leaves], Wish(want, want, want)) == []
+    smaller = plan_actions(Policy({"default": 3}), [*stay, leaves], Wish(want, want, want))
+    assert [a.reason for a in smaller if isinstance(a, Remove)] == ["over the budget"]
+
+
 def test_a_decision_says_why() -> None:
     planner = Planner(Policy({"default": 4}), WORKER, TARGETS)
     seen = (WorkerSeen("p", "prefill", "ready"), WorkerSeen("d", "decode", "ready"))
@@ -165,3 +178,39 @@ def test_unknown_classes_without_targets_are_held_and_named() -> None:
     planner = Planner(Policy({"default": 4}), WORKER, {"chat": ClassTargets(1, 1)})
     decision = planner.step(0.0, Observed((), {"code": Traffic(1.0, LENGTHS)}, 0.0))
     assert decision.held == "class 'code' has no targets"
+
+
+@pytest.mark.parametrize(
+    ("now", "observed", "said"),
+    [
+        (5.0, Observed((), {"": Traffic(math.nan)}, 5.0), "the arrival rate of '' is not a number"),
+        (5.0, Observed((), {"": Traffic(-1.0)}, 5.0), "the arrival rate of '' is not a number"),
+        (5.0, Observed((), {"": Traffic(1.0)}, 5.0, math.nan), "the backlog is not a number"),
+        (5.0, Observed((), {}, 5.0), "there are no metrics"),
+        (5.0, Observed((), {"": Traffic(1.0)}, -60.0), "the metrics are 65 s old"),
+        (5.0, Observed((), {"": Traffic(1.0)}, 60.0), "the metrics are -55 s old"),
+        (5.0, Observed((), {"": Traffic(1.0)}, math.nan), "the metrics are nan s old"),
+        (9000.0, Observed((), {"": Traffic(1.0)}, 9000.0), "the clock jumped by +9000.0 s"),
+        (-9000.0, Observed((), {"": Traffic(1.0)}, -9000.0), "the clock jumped by -9000.0 s"),
+        (math.nan, Observed((), {"": Traffic(1.0)}, 5.0), "the clock jumped by +nan s"),
+    ],
+)
+def test_what_decides_nothing_is_said_and_holds(now: float, observed: Observed, said: str) -> None:
+    planner = Planner(Policy({"default": 4}), WORKER, TARGETS)
+    seen = (WorkerSeen("p", "prefill", "ready"), WorkerSeen("d", "decode", "ready"))
+    planner.step(0.0, Observed(seen, {"": Traffic(1.0, LENGTHS)}, 0.0))
+    decision = planner.step(now, replace(observed, workers=seen))
+    assert decision.held == said
+    assert decision.actions == ()
+    assert decision.target == counted(seen)
+
+
+@pytest.mark.parametrize("burstiness", [math.nan, math.inf, -1.0, 0.0])
+def test_a_burstiness_that_is_none_is_taken_for_none(burstiness: float) -> None:
+    seen = (WorkerSeen("p", "prefill", "ready"), WorkerSeen("d", "decode", "ready"))
+    wrong, plain = (Planner(Policy({"default": 4}), WORKER, TARGETS) for _ in range(2))
+    for step in range(3):
+        at = 5.0 * step
+        odd = Observed(seen, {"": Traffic(4.0, LENGTHS, burstiness)}, at)
+        even = Observed(seen, {"": Traffic(4.0, LENGTHS)}, at)
+        assert wrong.step(at, odd) == plain.step(at, even)

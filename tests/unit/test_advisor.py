@@ -22,6 +22,7 @@ from cluster.advisor.svg import Axis, Series, chart
 from cluster.cli.main import app
 from cluster.errors import InvalidRequest
 from cluster.planner.hardware import hardware
+from cluster.planner.profile import DecodeSample, PrefillSample, Profile
 from cluster.planner.roofline import roofline
 from cluster.planner.shape import load_shape
 from cluster.simulator.engine import EngineLimits
@@ -174,6 +175,20 @@ def test_the_command_names_the_option_that_is_wrong(
     result = CliRunner().invoke(app, ["plan", *(x for pair in options.items() for x in pair)])
     assert isinstance(result.exception, InvalidRequest)
     assert said in str(result.exception)
+
+
+def test_the_command_refuses_a_profile_of_other_hardware(tmp_path: Path) -> None:
+    trace, profile = tmp_path / "trace.jsonl", tmp_path / "profile.json"
+    line = '{"at": %d, "prompt": 100, "output": 9}\n'
+    trace.write_text(line % 0 + line % 1)
+    samples = tuple(PrefillSample(n, 0, n / 1e4) for n in (100, 200, 400))
+    steps = tuple(DecodeSample(n, 100 * n, 0.01) for n in (1, 2, 4))
+    profile.write_text(Profile("llama-3.1-8b", "A100", 1, samples, steps).to_json())
+    options = ("--model", "llama-3.1-8b", "--gpu", "H200", "--gpus", "2", "--slo", "ttft=1")
+    where = ("--trace", str(trace), "--profile", str(profile))
+    result = CliRunner().invoke(app, ["plan", *options, *where])
+    assert isinstance(result.exception, InvalidRequest)
+    assert "1 × A100, not with llama-3.1-8b on 1 × H200" in str(result.exception)
 
 
 def test_simulate_prints_one_deployment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,3 +90,14 @@ def test_something_is_always_computed() -> None:
 def test_a_demand_needs_lengths() -> None:
     with pytest.raises(ValueError, match="without lengths"):
         Demand(1.0, ())
+
+
+def test_a_trend_that_scatter_alone_would_make_is_not_drawn_on() -> None:
+    holt = Holt()
+    for rate in (10.0, 10.0, 10.0, 11.0):
+        holt.observe(rate)
+    assert holt.highest(6) > holt.ahead(0)
+    assert holt.highest(6, scatter=2.0) == holt.ahead(0)
+    for _ in range(4):
+        holt.observe(holt.level + 10.0)
+    assert holt.highest(6, scatter=2.0) == holt.highest(6) > holt.ahead(0)
