@@ -82,7 +82,7 @@ class GrpcTransport:
     ) -> None:
         self._host = host
         self._ports = ports
-        self._frame_bytes = max_message_bytes
+        self.frame_bytes = max_message_bytes
         self._further = dict(further or {})
         limit = max_message_bytes + HEADER_BYTES + _FRAME_SLACK
         self._options = [
@@ -148,8 +148,8 @@ class GrpcTransport:
     async def open(self, peer: Peer, handoff_id: str) -> GrpcOutbound:
         call = self.call(peer.address, "Push")
         if self._staging is None:
-            return GrpcOutbound(call, self._frame_bytes)
-        return StagedOutbound(call, self._frame_bytes, self._staging, self.milestones, self._mark)
+            return GrpcOutbound(call, self.frame_bytes)
+        return StagedOutbound(call, self.frame_bytes, self._staging, self.milestones, self._mark)
 
     def call(self, address: str, method: str) -> Any:
         """A stream of raw messages to a peer, on the channel whose turn it is."""

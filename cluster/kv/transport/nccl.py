@@ -82,7 +82,7 @@ class NcclTransport:
         self._checksums = checksums
         self._stuck_seconds = stuck_seconds
         self._staging_bytes = staging_bytes
-        self._slot_bytes = max(SLOT_BYTES, cache.block_bytes)
+        self.frame_bytes = max(SLOT_BYTES, cache.block_bytes)
         self._links: dict[Peer, asyncio.Task[OutboundLink]] = {}
         self._failed: dict[Peer, float] = {}
 
@@ -99,7 +99,7 @@ class NcclTransport:
         return await self._grpc.listen({"Push": push, "Link": self._inbound.serve})
 
     def _new_staging(self) -> Staging:
-        return Staging(self._device, self._staging_bytes // 2, self._slot_bytes)
+        return Staging(self._device, self._staging_bytes // 2, self.frame_bytes)
 
     async def open(self, peer: Peer, handoff_id: str) -> Outbound:
         inner = await self._grpc.open(peer, handoff_id)

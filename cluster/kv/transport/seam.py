@@ -138,9 +138,14 @@ Serve = Callable[[Inbound], Awaitable[None]]
 
 
 class Transport(Protocol):
-    """Opens pushes to peers and serves those of others."""
+    """Opens pushes to peers and serves those of others.
+
+    Attributes:
+        frame_bytes: the payload size that crosses best.
+    """
 
     name: str
+    frame_bytes: int
 
     async def start(self, serve: Serve) -> str:
         """Listens; returns the host:port that peers reach it at."""
