@@ -104,7 +104,8 @@ class GrpcTransport:
         return address
 
     def _reader(self, go_on: Callable[[], None]) -> Reader:
-        return Reader(self.frame_bytes + HEADER_BYTES, CONTROL_BYTES, HEADER_BYTES, go_on)
+        limit = self.frame_bytes + HEADER_BYTES + CONTROL_BYTES
+        return Reader(limit, CONTROL_BYTES, HEADER_BYTES, go_on)
 
     async def open(self, peer: Peer, handoff_id: str) -> GrpcOutbound:
         stream = await self.call(peer.address, "Push")

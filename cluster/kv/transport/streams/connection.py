@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -47,8 +48,18 @@ MAX_UNSENT_BYTES = 1 << 20
 """Of what the protocol has to say; a peer that makes it say more and reads nothing is dropped."""
 RESETS_A_SECOND = 1000
 """Streams that a peer may open only to cancel them; see CVE-2023-44487."""
-_scratch = memoryview(bytearray(64 << 10))
-"""For what has no place of its own. Emptied in the turn in which it was filled."""
+SCRATCH_BYTES = 64 << 10
+
+
+class _Scratch(threading.local):
+    """A loop's memory for what has no place of its own, emptied in the turn in which it was
+    filled."""
+
+    def __init__(self) -> None:
+        self.memory = memoryview(bytearray(SCRATCH_BYTES))
+
+
+_scratch = _Scratch()
 
 
 class Connection:
@@ -231,7 +242,8 @@ class Connection:
             current = self._data_of.reader.current
             if current is not None and current.left:
                 pieces = current.room(self._data_left)
-        size = int(self._sock.recvmsg_into([*pieces, _scratch])[0])
+        scratch = _scratch.memory
+        size = int(self._sock.recvmsg_into([*pieces, scratch])[0])
         if not size:
             self.close("the peer closed the connection")
             return 1
@@ -240,14 +252,14 @@ class Connection:
             current.filled(placed)
             self._came(placed)
         if size > placed:
-            self._guard(_scratch[: size - placed])
+            self._guard(scratch[: size - placed])
         return size
 
     def _guard(self, data: memoryview) -> None:
         try:
             self._parse(data)
         except (ProtocolError, UnicodeDecodeError, ValueError) as error:
-            log.debug("a peer broke HTTP/2: %s", error)
+            log.info("a peer broke HTTP/2: %s", error)
             self._pump()  # what h2 has to say of it
             self.close("the peer broke the protocol")
 

@@ -162,7 +162,7 @@ class Server:
 
 
 def tune(sock: socket.socket) -> None:
-    """A payload waits for nothing, and a peer whose host is gone is noticed within half a minute."""
+    """A payload waits for nothing; a peer whose host is gone is noticed within half a minute."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (

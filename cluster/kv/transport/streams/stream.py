@@ -44,7 +44,7 @@ class Stream:
         Raises:
             Broken: the stream is gone.
         """
-        if self.over or self.peer_over:
+        if self.over:
             raise Broken("the stream has ended")
         views = [piece if isinstance(piece, memoryview) else memoryview(piece) for piece in pieces]
         prefix = PREFIX.pack(0, sum(map(len, views)))
