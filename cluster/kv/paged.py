@@ -50,12 +50,21 @@ class PagedCache:
     Args:
         layers: layer name to a view `[blocks, heads, tokens, content]`, in model order.
         packing: how the attention kernel orders a block.
+        kept: the engine keeps a prompt's blocks until its handoff has ended. Otherwise – sliding
+            windows – it uses them for what follows, and they must be copied as soon as they are
+            computed.
 
     Raises:
         ValueError: the layers differ in shape or type, or are not such views.
     """
 
-    def __init__(self, layers: Mapping[str, torch.Tensor], packing: Packing | None = None) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, torch.Tensor],
+        packing: Packing | None = None,
+        kept: bool = True,
+    ) -> None:
+        self.kept = kept
         self.layer_names = list(layers)
         tensors = list(layers.values())
         kinds = {(tuple(layer.shape), layer.dtype) for layer in tensors}

@@ -123,6 +123,32 @@ async def test_a_block_dealt_anew_after_it_was_read_is_no_fault(
     assert torch.equal(contents(decode, (6,)), contents(prefill, (2,)))
 
 
+async def test_blocks_that_the_engine_does_not_keep_are_copied_before_they_leave(
+    prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sliding window's are the next tokens' by the time the socket takes them."""
+    send = GrpcOutbound.send_pieces
+    sent = contents(prefill, (1, 2))
+
+    async def reuse_as_it_leaves(
+        self: GrpcOutbound, run: BlockRun, pieces: Sequence[memoryview], seed: int
+    ) -> None:
+        if run.layer + run.num_layers == LAYERS:  # the last frame: nothing is read after it
+            prefill.agent.generations.renew([1, 2])
+            prefill.cache._items[LAYERS - 1][1:3] = 0
+        await send(self, run, pieces, seed)
+
+    monkeypatch.setattr(GrpcOutbound, "send_pieces", reuse_as_it_leaves)
+    monkeypatch.setattr(prefill.cache, "kept", False)
+    ticket = make_ticket(2 * TOKENS)
+    wire = sign(ticket)
+    decode.reserve(ticket, wire, (5, 6))
+    prefill.offer(ticket, wire, decode.agent.address, (1, 2))
+    prefill.release(ticket, token=42)
+    assert (await decode.result(ticket.handoff_id)).ok
+    assert torch.equal(contents(decode, (5, 6)), sent)
+
+
 async def test_blocks_dealt_anew_elsewhere_disturb_nothing(
     prefill: Prefill, decode: Decode
 ) -> None:

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
 )
 from vllm.forward_context import get_forward_context
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from cluster.kv.connector.kept import keep
 from cluster.kv.connector.scheduler import SchedulerSide
@@ -54,7 +55,8 @@ class PdserveConnector(KVConnectorBase_V1):
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = _scheduler_side(config, vllm_config, kv_cache_config)
         else:
-            self.worker = WorkerSide(config, vllm_config)
+            kept = isinstance(groups[0].kv_cache_spec, FullAttentionSpec)
+            self.worker = WorkerSide(config, vllm_config, kept)
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -27,9 +27,12 @@ _PLAIN_BACKENDS = {
 
 
 def describe(
-    config: VllmConfig, kv_caches: dict[str, torch.Tensor]
+    config: VllmConfig, kv_caches: dict[str, torch.Tensor], kept: bool
 ) -> tuple[PagedCache, KvGeometry]:
     """The cache and how it is cut.
+
+    Args:
+        kept: see `PagedCache`.
 
     Raises:
         ValueError: the handoff cannot move such a cache; says why.
@@ -41,7 +44,8 @@ def describe(
             f"the attention kernel splits blocks of {config.cache_config.block_size} tokens into"
             f" blocks of {tokens}; set block_size to {tokens}"
         )
-    cache = PagedCache(kv_caches, _packing(config, next(iter(kv_caches)), first, tokens, content))
+    packing = _packing(config, next(iter(kv_caches)), first, tokens, content)
+    cache = PagedCache(kv_caches, packing, kept)
     model, ranks = config.model_config, config.parallel_config.tensor_parallel_size
     if ranks & (ranks - 1):
         raise ValueError(f"tensor_parallel_size must be a power of two, not {ranks}")

@@ -62,9 +62,14 @@ class _Step:
 
 
 class WorkerSide:
-    """Starts the handoff agent on the registered cache and relays between it and the engine."""
+    """Starts the handoff agent on the registered cache and relays between it and the engine.
 
-    def __init__(self, config: ConnectorConfig, vllm_config: VllmConfig) -> None:
+    Args:
+        kept: see `PagedCache`.
+    """
+
+    def __init__(self, config: ConnectorConfig, vllm_config: VllmConfig, kept: bool = True) -> None:
+        self._kept = kept
         self._config = config
         self._vllm_config = vllm_config
         self._layers: dict[str, int] = {}
@@ -74,7 +79,7 @@ class WorkerSide:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The caches are there: open the transfer port."""
-        cache, geometry = describe(self._vllm_config, kv_caches)
+        cache, geometry = describe(self._vllm_config, kv_caches, self._kept)
         self.cache = cache
         self._layers = {name: i for i, name in enumerate(cache.layer_names)}
         config = self._config
