@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -291,6 +293,38 @@ def test_ray_asks_for_a_token_and_shows_no_dashboard(overlay: Overlay) -> None:
 def test_nothing_else_owns_the_numbers(overlay: Overlay) -> None:
     assert not overlay.of_kind("HorizontalPodAutoscaler")
     assert not overlay.of_kind("ScaledObject")
+
+
+def test_valkey_is_its_pods_first_process_and_gets_its_settings(
+    overlay: Overlay, tmp_path: Path
+) -> None:
+    """Where a shell stays in front of it, the signal that ends the pod never reaches it."""
+    server = tmp_path / "valkey-server"
+    server.write_text('#!/bin/sh\necho "pid $$"; echo "args $*"; exec cat\n')
+    server.chmod(0o755)
+    container = overlay.pod("pdserve-valkey").main
+    process = subprocess.Popen(
+        [*container["command"], *container["args"]],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "REDISCLI_AUTH": "a-password"},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = process.communicate(timeout=20)[0].splitlines()
+    assert said[0] == f"pid {process.pid}"
+    assert "a-password" not in said[1] and "noeviction" in said[1]
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert said[2:] == [
+        "requirepass a-password", "appendonly yes", "appendfsync everysec", f"dir {mounts[0]}"
+    ]  # fmt: skip
+
+
+def test_the_planner_knows_what_it_plans_with(overlay: Overlay, config: Config) -> None:
+    """Where Ray names several kinds of GPU, the configuration says which one is planned with."""
+    kinds = {
+        re.split(r"[^A-Z0-9]", gpu.upper())[1]
+        for pod in overlay.workers
+        if (gpu := pod.spec.get("nodeSelector", {}).get("nvidia.com/gpu.product"))
+    }
+    assert len(kinds) < 2 or config.planner.hardware in kinds
 
 
 def test_no_pod_can_do_more_than_it_must(overlay: Overlay) -> None:
