@@ -252,6 +252,24 @@ def test_pools_fit_into_their_pods(overlay: Overlay, config: Config) -> None:
     assert config.router.pool.replicas <= router.max_replicas
 
 
+def test_the_guide_says_what_the_pods_ask_for(overlay: Overlay) -> None:
+    asked = dict.fromkeys(("cpu", "memory", "nvidia.com/gpu"), 0.0)
+    scaler = overlay.ray_cluster["spec"]["autoscalerOptions"]["resources"]["requests"]
+    requests = [(1, scaler)] + [
+        (pod.replicas, container["resources"]["requests"])
+        for pod in overlay.pods for container in pod.containers
+    ]  # fmt: skip
+    for replicas, each in requests:
+        for name, amount in each.items():
+            asked[name] += replicas * quantity(amount)
+    said = f"{asked['cpu']:g} CPU, {asked['memory'] / 2**30:g} GiB"
+    if gpus := asked["nvidia.com/gpu"]:
+        said += f", {gpus:g} GPU"
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    (row,) = re.findall(rf"^\| `{overlay.name}` \|.*", guide, re.M)
+    assert f"| {said} |" in row
+
+
 def resources(pod: PodTemplate) -> dict[str, float]:
     """KubeRay wants JSON within quotes."""
     found: dict[str, float] = json.loads(json.loads(pod.ray["resources"].replace("'", "")))
@@ -261,6 +279,21 @@ def resources(pod: PodTemplate) -> dict[str, float]:
 def volume(pod: PodTemplate, name: str) -> Document:
     found: Document = next(v for v in pod.spec["volumes"] if v["name"] == name)
     return found
+
+
+def test_weights_are_on_a_claim_or_in_the_image(overlay: Overlay, config: Config) -> None:
+    """Whoever reads a model has it, and no claim is made that a small cluster could not bind."""
+    claims = {claim["metadata"]["name"] for claim in overlay.of_kind("PersistentVolumeClaim")}
+    for pod in (overlay.pod("router"), *overlay.workers):
+        mounted = {
+            mount["mountPath"]: source["persistentVolumeClaim"]["claimName"]
+            for source in pod.spec["volumes"] if "persistentVolumeClaim" in source
+            for mount in pod.main["volumeMounts"] if mount["name"] == source["name"]
+        }  # fmt: skip
+        assert set(mounted.values()) == claims
+        for model in config.models:
+            image = model.path.startswith("/opt/pdserve/")
+            assert image or any(Path(model.path).is_relative_to(at) for at in mounted)
 
 
 def test_rays_memory_fits(overlay: Overlay) -> None:
