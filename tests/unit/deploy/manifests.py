@@ -130,6 +130,12 @@ class Overlay:
     def pod(self, name: str) -> PodTemplate:
         return next(pod for pod in self.pods if pod.name == name)
 
+    def matching(self, selector: Document) -> list[PodTemplate]:
+        """The pods that a label selector finds; asserts that there are some."""
+        pods = [pod for pod in self.pods if pod.matches(selector)]
+        assert pods, f"{selector} selects nothing"
+        return pods
+
     @property
     def workers(self) -> list[PodTemplate]:
         """The groups whose pods carry workers."""
