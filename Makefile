@@ -17,7 +17,7 @@ demo: setup ## start a cluster on this machine and send it requests
 	@.venv/bin/pdserve demo $(ARGS)
 
 test: lint ## lint, types, import contracts, then the whole test suite without GPUs
-	@$(PY) -m pytest -q -m "not gpu" $(ARGS)
+	@scripts/test.sh $(ARGS)
 
 check: lint ## the same, with the unit and property tests only (under two minutes)
 	@$(PY) -m pytest -q -m "not gpu and not slow" $(wildcard tests/unit tests/property) $(ARGS)

@@ -7,12 +7,18 @@ path, what was meant and how to mend it. Environment: `PDSERVE_ROUTER__GRPC_PORT
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from cluster.config_clients import (
     BatchConfig,
@@ -22,6 +28,7 @@ from cluster.config_clients import (
     TenantConfig,
     check_callers,
 )
+from cluster.config_environment import check_environment, unreadable
 from cluster.config_errors import explain
 from cluster.config_files import default_cluster, read_yaml, with_secret_files
 from cluster.config_models import MIB, ModelConfig, PoolConfig, Section, WorkerPoolConfig
@@ -223,13 +230,17 @@ class Config(BaseSettings):
         """Reads `path`, or the shipped demo cluster if it is None.
 
         Raises:
-            ConfigError: the file cannot be read, or a field is unknown or impossible.
+            ConfigError: the file cannot be read, or a field, there or in the environment, is
+                unknown or impossible.
         """
+        check_environment(cls, os.environ)
         raw = with_secret_files(read_yaml(path) if path else default_cluster())
         try:
             config = cls(**raw)
         except ValidationError as error:
             raise ConfigError(explain(error, cls, path)) from None
+        except SettingsError as error:
+            raise unreadable(error) from None
         return config if path is None else config._relative_to(path.resolve().parent)
 
     def _relative_to(self, base: Path) -> Config:

@@ -63,12 +63,21 @@ def flatten(config: Config) -> Flat:
 
 
 def changes(old: Flat, new: Flat) -> list[Change]:
-    """What differs, sorted by path."""
-    return [
-        Change(path, old.get(path), new.get(path), _why_not(path, old, new))
-        for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path)
-    ]
+    """What differs, sorted by path. A model that is new or gone is one change, of its path."""
+    found, of_models = [], set()
+    for kind, name in (
+        *(("new", name) for name in _models(new) - _models(old)),
+        *(("gone", name) for name in _models(old) - _models(new)),
+    ):
+        prefix = f"models.{name}."
+        of_models |= {path for path in old.keys() | new.keys() if path.startswith(prefix)}
+        where = f"{prefix}path"
+        why_not = f"a model that is {kind} needs a restart"
+        found.append(Change(prefix[:-1], old.get(where), new.get(where), why_not))
+    for path in (old.keys() | new.keys()) - of_models:
+        if old.get(path) != new.get(path):
+            found.append(Change(path, old.get(path), new.get(path), _why_not(path)))
+    return sorted(found, key=lambda change: change.path)
 
 
 def is_live(path: str) -> bool:
@@ -86,13 +95,8 @@ def _named(path: str, pattern: str) -> bool:
     return path.startswith(f"{head}.") and fnmatchcase(".".join(rest.split(".")[-depth:]), tail)
 
 
-def _why_not(path: str, old: Flat, new: Flat) -> str:
+def _why_not(path: str) -> str:
     section = path.partition(".")[0]
-    if section == "models":
-        for kind, flat, other in (("new", new, old), ("gone", old, new)):
-            for name in _models(flat) - _models(other):
-                if path.startswith(f"models.{name}."):
-                    return f"a model that is {kind} needs a restart"
     if is_live(path):
         return ""
     if section == "models":

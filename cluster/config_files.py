@@ -44,7 +44,7 @@ def with_secret_files(raw: dict[str, Any]) -> dict[str, Any]:
     """`raw` with the secrets that the environment says are in files.
 
     Raises:
-        ConfigError: such a file cannot be read, or holds nothing.
+        ConfigError: such a file cannot be read, or holds nothing; or its section in `raw` is none.
     """
     whole = dict(raw)
     for variable, (*sections, field) in SECRET_FILES.items():
@@ -59,6 +59,8 @@ def with_secret_files(raw: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{variable}: {path} is empty; it must hold the secret")
         inner = whole
         for section in sections:
+            if not isinstance(inner.get(section) or {}, dict):
+                raise ConfigError(f"{section}: must be a section, as {variable} sets a field of it")
             inner[section] = dict(inner.get(section) or {})
             inner = inner[section]
         inner[field] = value
@@ -66,13 +68,36 @@ def with_secret_files(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """What `path` says. Raises ConfigError if it cannot be read or is not a mapping."""
+    """What `path` says. Raises ConfigError if it cannot be read, is not a mapping or names a key
+    twice; the error never repeats a line of the file, which may hold a secret."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), _EachKeyOnce)  # noqa: S506 - it is a SafeLoader
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not text in UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}: is not YAML: {error.problem}{where}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping with a `models` list")
     return raw
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML itself would take the last of two equal keys and drop the first in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value == "<<":
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

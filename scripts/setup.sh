@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 key() { # names the state that a finished setup reaches
-  { cat requirements/*.txt pyproject.toml setup.py; grep '^version' .venv/pyvenv.cfg; pwd; } 2>/dev/null |
+  { cat requirements/*.txt pyproject.toml setup.py scripts/setup.sh; grep '^version' .venv/pyvenv.cfg; pwd; } 2>/dev/null |
     sha256sum | cut -c1-64
 }
 done_already() { [[ -x .venv/bin/python && -e .venv/.pdserve-setup-$(key) ]]; }
@@ -25,7 +25,7 @@ trap stop EXIT
 trap 'echo; echo "setup: interrupted; run it again to go on" >&2; exit 130' INT TERM
 
 fail() { printf '\nsetup: %s\n' "$1" >&2; exit 1; }
-step() { step_no=$((${step_no:-0} + 1)); began=$SECONDS; printf '[%d/4] %s\n' "$step_no" "$1"; }
+step() { step_no=$((${step_no:-0} + 1)); began=$SECONDS; printf '[%d/5] %s\n' "$step_no" "$1"; }
 ok() { printf '      done in %d s\n' $((SECONDS - began)); }
 pip() { .venv/bin/python -m pip "$@" --disable-pip-version-check --no-input --progress-bar off; }
 
@@ -85,6 +85,17 @@ install_all() { # downloads wait for the network, unpacking for a core: run them
   ((bad == 0)) || fail "pip could not install everything; the lines above say why. What is there is kept: run it again to go on"
 }
 
+# Byte code of what the cluster's processes import: an engine is three that import all of vLLM, and
+# without it each would compile all of that, at every start where Python may not write it down.
+write_bytecode() {
+  env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore - >"$logs/bytecode" 2>&1 <<'END'
+import cluster.cli.up, cluster.control.actors, cluster.control.controller, router.server
+import cluster.engine.cpu_worker, cluster.engine.vllm, cluster.kv.connector, cluster.kv.worker_extension
+import ray._private.workers.default_worker, ray.dashboard.agent, ray.scripts.scripts
+import vllm.model_executor.models.llama, vllm.v1.attention.backends.cpu_attn, vllm.v1.engine.core
+END
+}
+
 step "Python environment in .venv"; make_venv; ok
 goal=$(key) # now, so that a file edited meanwhile is installed next time
 step "Packages (about 1 GB the first time)"; install_all; ok
@@ -92,6 +103,9 @@ step "Protobuf modules"; rm -f proto/.generated; scripts/protoc.sh; ok
 step "pdserve itself"
 pip install --no-compile --no-deps --no-build-isolation --editable . >"$logs/self" 2>&1 ||
   { cat "$logs/self" >&2; fail "pdserve did not install"; }
+ok
+step "Byte code of what engines import"
+write_bytecode || { tail -1 "$logs/bytecode" >&2; echo "setup: engines will not start: pdserve doctor says more" >&2; }
 ok
 rm -f .venv/.pdserve-setup-*
 touch ".venv/.pdserve-setup-$goal"

@@ -37,10 +37,8 @@ def _print(terminal: Terminal, view: ClusterView) -> None:
         workers.add_column(column, no_wrap=True)
     for column in ("blocks", "pinned", "memory"):
         workers.add_column(column, justify="right", no_wrap=True)
-    workers.add_column("detail")
     for worker in view.workers:
         colour = _COLOURS.get(worker.state, "yellow")
-        link = "" if worker.connected or worker.state != "ready" else "no stream from the router"
         workers.add_row(
             worker.worker_id,
             worker.role,
@@ -49,7 +47,6 @@ def _print(terminal: Terminal, view: ClusterView) -> None:
             f"{worker.engine_blocks_used}/{worker.engine_blocks_total}",
             f"{worker.pinned_blocks} ({spoken_bytes(worker.pinned_bytes)})",
             spoken_bytes(worker.resident_bytes),
-            worker.detail or link,
         )
     routers = Table(box=None)
     for column in ("router", "gRPC", "HTTP", "running"):
@@ -59,5 +56,11 @@ def _print(terminal: Terminal, view: ClusterView) -> None:
         routers.add_row(router.router_id, router.grpc_address, router.http_address, running)
     terminal.out.print(workers)
     terminal.out.print(routers)
+    for worker in view.workers:  # not in the table, which a narrow terminal would cut
+        link = "" if worker.connected or worker.state != "ready" else "no stream from the router"
+        if detail := worker.detail or link:
+            terminal.out.print(
+                f"{worker.worker_id} {worker.state}: {detail}", markup=False, highlight=False
+            )
     if not view.store_reachable:
         terminal.err.print("[yellow]the store does not answer: this is the router's last view[/]")

@@ -16,42 +16,29 @@ from cluster.clock import SystemClock
 from cluster.config import Config
 from cluster.control.actors import log_path
 from cluster.control.desk import PlanDesk
-from cluster.control.fleet import (
-    End,
-    RayLife,
-    any_gpus,
-    drop_former_groups,
-    hosts,
-    need_of,
-    resource_names,
-    restarted,
-)
-from cluster.control.hosts import Placed, avoiding, lacking, preferred
+from cluster.control.fleet import drop_former_groups, resource_names, restarted
 from cluster.control.launch import Launch
 from cluster.control.life_log import redirect_output
+from cluster.control.lives import Lives
 from cluster.control.plan_loop import PlanLoop, Sight
 from cluster.control.reconcile import (
     DropLease,
     GiveUp,
     Kill,
-    Life,
     Observed,
-    Slot,
     SlotState,
     Start,
     Stop,
     Turn,
     desired_slots,
-    ended,
     reconcile,
     renewed,
 )
-from cluster.control.registered import as_placed, as_registered, as_wanted, leases
+from cluster.control.registered import as_registered, as_wanted, leases
 from cluster.control.status import ClusterStatus, slot_status
 from cluster.control.store_view import StoreView
 from cluster.control.turning import Turns
 from cluster.errors import Unavailable
-from cluster.ids import new_incarnation
 
 INTERVAL_SECONDS = 0.5
 
@@ -61,14 +48,13 @@ class Controller:
 
     def __init__(self, launch: Launch, namespace: str) -> None:
         redirect_output(log_path(launch, "controller"))
-        self._launch, self._namespace = launch, namespace
+        self._launch = launch
         self._clock = SystemClock()
         self._desired = desired_slots(launch.config)
         self._slots = {slot.slot_id: SlotState(slot) for slot in self._desired}
-        self._lives: dict[str, RayLife] = {}
-        self._tails: dict[str, tuple[str, ...]] = {}
-        self._leaving: set[str] = set()
-        self._stops: set[asyncio.Task[None]] = set()
+        self._lives = Lives(
+            self._slots, self._clock, namespace, lambda: self._launch, lambda: self._desired
+        )
         self._store = StoreView(launch.store_url, lambda: self._launch.config)
         self._desk = PlanDesk(launch.config)
         self._turns = Turns(
@@ -96,9 +82,9 @@ class Controller:
                 slot_status(
                     now,
                     state,
-                    self._lives.get(slot_id),
+                    self._lives.running.get(slot_id),
                     self._store.members,
-                    self._tails.get(slot_id, ()),
+                    self._lives.tails.get(slot_id, ()),
                 )
                 for slot_id, state in sorted(self._slots.items())
             ),
@@ -126,7 +112,8 @@ class Controller:
         config = self._desk.config
         self._launch = replace(self._launch, config=config)
         routers = (s.slot.slot_id for s in self._slots.values() if s.slot.kind == "router")
-        lives = [self._lives[slot_id] for slot_id in routers if slot_id in self._lives]
+        running = self._lives.running
+        lives = [running[slot_id] for slot_id in routers if slot_id in running]
         said = await asyncio.gather(*(life.reload(config) for life in lives))
         return [complaint for complaint in said if complaint]
 
@@ -136,14 +123,7 @@ class Controller:
         Returns the slots that were on it; each gets its next life on another host.
         """
         self._ensure_running()
-        self._leaving.add(node_id)
-        there = [slot_id for slot_id, life in self._lives.items() if life.node_id == node_id]
-        # Those that still wait for a host would be free to take this one: they ask anew.
-        waiting = [slot_id for slot_id, life in self._lives.items() if not life.node_id]
-        print(f"host {node_id[:8]} leaves: {there}", flush=True)
-        ends = (self._end(self._slots[slot_id].slot, drain_seconds) for slot_id in there + waiting)
-        await asyncio.gather(*ends)
-        return there
+        return await self._lives.leave(node_id, drain_seconds)
 
     async def shutdown(self, drain_seconds: float) -> None:
         """Routers stop taking requests and drain, then the workers end. Returns when all is gone.
@@ -155,12 +135,12 @@ class Controller:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        await asyncio.gather(*self._stops)
+        await self._lives.settled()
         deadline = self._clock.now() + drain_seconds
         for kind in ("router", "worker"):
             left = max(0.0, deadline - self._clock.now())
             slots = [state.slot for state in self._slots.values() if state.slot.kind == kind]
-            await asyncio.gather(*(self._end(slot, left) for slot in slots))
+            await asyncio.gather(*(self._lives.end(slot, left) for slot in slots))
         if self._store.known:
             with suppress(Unavailable):
                 await self._observe()
@@ -184,10 +164,8 @@ class Controller:
             await asyncio.sleep(INTERVAL_SECONDS)
 
     async def _step(self) -> None:
-        for slot_id, life in list(self._lives.items()):
-            if life.ended.done() and not self._is_stopping(slot_id):
-                self._bury(slot_id, life.ended.result())
-        await self._note_places()
+        self._lives.bury_the_dead()
+        await self._lives.note_places()
         with suppress(Unavailable):
             await self._observe()
             await self._steer()
@@ -202,14 +180,13 @@ class Controller:
         for action in actions:
             match action:
                 case Start(slot):
-                    self._start(slot)
+                    self._lives.start(slot)
                 case Stop(slot_id):
-                    self._later(self._slots[slot_id].slot)
+                    self._lives.end_later(self._slots[slot_id].slot)
                 case Turn(slot_id):
-                    self._turns.start(self._lives[slot_id], action)
+                    self._turns.start(self._lives.running[slot_id], action)
                 case Kill(slot_id, _, reason):
-                    await self._lives[slot_id].kill()
-                    self._bury(slot_id, End(reason))
+                    await self._lives.kill(slot_id, reason)
                 case GiveUp(slot_id, reason):
                     state = self._slots[slot_id]
                     self._slots[slot_id] = replace(state, gave_up=True, reason=reason)
@@ -217,22 +194,7 @@ class Controller:
                 case DropLease(lease):
                     with suppress(Unavailable):
                         await self._store.drop(lease)
-        await self._store.tell_waiting(self._clock.now(), self._slots, self._lives)
-
-    async def _note_places(self) -> None:
-        """Which lives have got their host, and what keeps the others from getting one."""
-        waiting = {slot_id: life for slot_id, life in self._lives.items() if not life.node_id}
-        placed = {slot_id for slot_id, life in self._lives.items() if life.node_id}
-        self._slots |= as_placed(self._clock.now(), self._slots, placed)
-        known = hosts() if waiting else []
-        for slot_id, running in waiting.items():
-            lacks = lacking(running.need, known)
-            if lacks != running.lacks:
-                print(f"{slot_id}: {lacks or 'waits for room'}", flush=True)
-            running.lacks = lacks
-            if lacks and self._launch.embedded:  # no other host will ever join
-                await running.kill()
-                self._bury(slot_id, End(lacks, permanent=True))
+        await self._store.tell_waiting(self._clock.now(), self._slots, self._lives.running)
 
     async def _observe(self) -> None:
         """Reads the registry; a life is ready once its own record says so."""
@@ -258,51 +220,7 @@ class Controller:
         self._slots.update(slots)
 
     def _sight(self) -> Sight:
-        return Sight(self._store.plans, self._store.members, self._slots, self._lives)
+        return Sight(self._store.plans, self._store.members, self._slots, self._lives.running)
 
     def _observed(self) -> Observed:
         return Observed(tuple(self._slots.values()), leases(self._store.members))
-
-    def _start(self, slot: Slot) -> None:
-        incarnation = new_incarnation()
-        life = Life(incarnation, "starting", self._clock.now())
-        self._slots[slot.slot_id] = replace(self._slots[slot.slot_id], life=life)
-        known = hosts()
-        self._leaving &= {host.node_id for host in known}
-        need = avoiding(need_of(slot, any_gpus()), self._leaving)
-        placed = [Placed(life.node_id or life.aim, life.need) for life in self._lives.values()]
-        aim = preferred(need, known, placed)
-        self._lives[slot.slot_id] = RayLife(
-            self._launch, slot, incarnation, self._namespace, need, aim
-        )
-        print(f"{slot.slot_id}: life {incarnation} starts", flush=True)
-
-    def _bury(self, slot_id: str, end: End) -> None:
-        del self._lives[slot_id]
-        self._tails[slot_id] = end.log_tail
-        state = self._slots[slot_id]
-        self._slots[slot_id] = ended(state, self._clock.now(), end.reason, end.permanent)
-        print(f"{slot_id}: life ended: {end.reason}", flush=True)
-
-    def _later(self, slot: Slot) -> None:
-        drain = self._launch.config.lifecycle.drain_timeout_seconds
-        task = asyncio.create_task(self._end(slot, drain))
-        self._stops.add(task)
-        task.add_done_callback(self._stops.discard)
-
-    async def _end(self, slot: Slot, drain_seconds: float) -> None:
-        state, running = self._slots[slot.slot_id], self._lives.get(slot.slot_id)
-        if running is None or state.life is None:
-            return
-        was_ready = state.life.phase == "ready"
-        self._slots[slot.slot_id] = replace(state, life=replace(state.life, phase="stopping"))
-        await (running.stop(drain_seconds) if was_ready else running.kill())
-        self._lives.pop(slot.slot_id, None)
-        if slot.slot_id in {wanted.slot_id for wanted in self._desired}:
-            self._slots[slot.slot_id] = SlotState(slot)
-        else:
-            self._slots.pop(slot.slot_id, None)
-
-    def _is_stopping(self, slot_id: str) -> bool:
-        life = self._slots[slot_id].life
-        return life is not None and life.phase == "stopping"

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import Config
 from cluster.control.actors import Failure, RouterActor, Where, WorkerActor
-from cluster.control.hosts import Host, Need
+from cluster.control.hosts import Host, Need, spoken_labels
 from cluster.control.launch import Launch
 from cluster.control.reconcile import Slot
 from cluster.errors import ConfigError, PdserveError, Unavailable
@@ -266,5 +266,5 @@ def _first_line(error: BaseException) -> str:
 
 def _spoken(need: Need) -> str:
     wanted = [f"{amount:g} {name}" for name, amount in need.bundle.items() if amount > _SLIVER]
-    wanted += [f"{key}={value}" for key, value in need.labels.items()]
+    wanted += filter(None, [spoken_labels(need.labels)])
     return ", ".join(wanted) or "Ray"

@@ -80,8 +80,12 @@ def lacking(need: Need, hosts: Sequence[Host]) -> str:
     """Why no host could ever take it, in words; empty if one could, once it is free."""
     suited = [host for host in hosts if _suits(need, host)]
     if not suited:
-        selector = ", ".join(f"{key}={value}" for key, value in need.labels.items())
-        return f"no host has the labels {selector}" if hosts else "there is no host"
+        if not hosts:
+            return "there is no host"
+        if not (labels := spoken_labels(need.labels)):
+            return "no host is there but those that leave"
+        but = ", but for those that leave," if any(map(_avoids, need.labels.items())) else ""
+        return f"no host{but} has the labels {labels}"
     if any(_fits(need.bundle, host.resources) for host in suited):
         return ""
     for name, amount in need.bundle.items():
@@ -91,6 +95,15 @@ def lacking(need: Need, hosts: Sequence[Host]) -> str:
             seen = f"the most is {has:g}, on {most.address}" if has else "none has any"
             return f"no host has {amount:g} {name}: {seen}"
     return f"no host has {_spoken(need.bundle)} together"
+
+
+def spoken_labels(labels: Mapping[str, str]) -> str:
+    """The labels that people have set; not what `avoiding` adds."""
+    return ", ".join(f"{label[0]}={label[1]}" for label in labels.items() if not _avoids(label))
+
+
+def _avoids(label: tuple[str, str]) -> bool:
+    return label[0] == NODE_ID and label[1].startswith("!in(")
 
 
 def matches(selector: str, value: str | None) -> bool:

@@ -143,5 +143,6 @@ def test_an_engine_that_dies_while_starting(tmp_path: Path) -> None:
     shutil.copytree(MODEL, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
-    said = refused(cluster_file(tmp_path, models=model(broken)), timeout=300)
+    one_engine = model(broken, decode={"replicas": 0})
+    said = refused(cluster_file(tmp_path, models=one_engine), timeout=300)
     assert "recall-tiny" in said and "log" in said

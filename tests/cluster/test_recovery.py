@@ -84,7 +84,7 @@ def test_a_dead_worker_is_replaced_and_its_streams_go_on(
     read(other, 20)
     process = psutil.Process(before.pid)
     if victim == "its engine":
-        process = next(p for p in process.children(recursive=True) if "EngineCore" in p.name())
+        process = next(p for p in process.children(recursive=True) if ENGINE_CORE in p.name())
     family = psutil.Process(before.pid).children(recursive=True)
     process.kill()
     if worker_id == DECODE:

@@ -6,6 +6,8 @@ import asyncio
 import json
 import shutil
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,21 @@ async def start_side(name: str, path: Path, **settings: Any) -> Side:
     )
     engine = VllmEngine(model, HandoffConfig(), name, f"{name}-1", SECRET, "127.0.0.1", 1)
     return Side(name, engine, await engine.start())
+
+
+@asynccontextmanager
+async def started(path: Path, shapes: dict[str, dict[str, Any]]) -> AsyncIterator[list[Side]]:
+    """A side for each name with its settings; they start, and end, at the same time."""
+    starts = [asyncio.create_task(start_side(n, path, **each)) for n, each in shapes.items()]
+    done = await asyncio.gather(*starts, return_exceptions=True)
+    sides = [side for side in done if isinstance(side, Side)]
+    try:
+        for failure in done:
+            if isinstance(failure, BaseException):
+                raise failure
+        yield sides
+    finally:
+        await asyncio.gather(*(side.engine.stop() for side in sides))
 
 
 async def split(

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from cluster.engine.protocol import Sampling
 from examples.recall_task import make_cases
-from tests.engines.pairs import RECALL, Side, split, start_side
+from tests.engines.pairs import RECALL, Side, split, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(400)]
 
@@ -23,14 +23,9 @@ SHAPES = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sides() -> AsyncIterator[dict[str, Side]]:
-    started = {}
-    try:
-        for name, settings in SHAPES.items():
-            started[name] = await start_side(name.replace(" ", "-"), RECALL, **settings)
-        yield started
-    finally:
-        for side in started.values():
-            await side.engine.stop()
+    shapes = {name.replace(" ", "-"): settings for name, settings in SHAPES.items()}
+    async with started(RECALL, shapes) as running:
+        yield dict(zip(SHAPES, running, strict=True))
 
 
 async def test_their_blocks_may_move(sides: dict[str, Side]) -> None:

@@ -81,11 +81,16 @@ class RayCluster:
         )  # fmt: skip
         self._wait_for_port()
 
-    def join(self, host: NamespaceHost, **resources: float) -> None:
+    def join(self, host: NamespaceHost, labels: str = "", **resources: float) -> None:
         """Starts a raylet on `host`, with a directory for Ray that no other host sees; returns at
-        once."""
+        once.
+
+        Args:
+            labels: of the host, as name=value.
+        """
         self._start(
             host, f"--address={self.address}", f"--resources={json.dumps(resources)}",
+            f"--labels={labels}",
             first=("sh", "-c", f'mount -t tmpfs ray {self.temp} && exec "$@"', "sh"),
         )  # fmt: skip
 

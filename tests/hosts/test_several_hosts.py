@@ -33,7 +33,7 @@ def settings(ray_address: str, store_url: str) -> str:
         "max_num_batched_tokens": 256,
         "kv_cache_bytes": 128 << 20,
         "enforce_eager": True,
-        "prefill": {"resources": {"prefill": 1}, "num_gpus": 0},  # the head claims to have one
+        "prefill": {"labels": {"pool": "prefill"}, "num_gpus": 0},  # the head claims to have one
         "decode": {"resources": {"decode": 1}, "num_gpus": 0},
     }
     return yaml.safe_dump(
@@ -69,8 +69,9 @@ class Hosts:
 def hosts(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     folder, ray = tmp_path_factory.mktemp("several"), ground.ray
     routers, prefill, decode = (ground.network.add() for _ in range(3))
-    for host, resource in ((routers, "routers"), (prefill, "prefill"), (decode, "decode")):
-        ray.join(host, **{resource: 1})
+    ray.join(routers, routers=1)
+    ray.join(prefill, labels="pool=prefill")
+    ray.join(decode, decode=1)
     text = settings(ray.address, ground.store_url)
     cluster = RunningCluster(folder, "hosts", text, within=ray.head.within)
     cluster.env = {**ray.env, "PDSERVE_RUNTIME_DIR": str(folder / "run")}
@@ -105,7 +106,7 @@ def answers_rightly(hosts: Hosts, channel: grpc.Channel, seed: int, count: int) 
     hosts.cluster.wait_idle()
 
 
-def test_each_part_is_where_its_resources_are(hosts: Hosts) -> None:
+def test_each_part_is_where_its_resources_and_labels_are(hosts: Hosts) -> None:
     prefill, decode = hosts.worker(PREFILL), hosts.worker(DECODE)
     assert prefill is not None and decode is not None
     for record, host in ((prefill, hosts.prefill), (decode, hosts.decode)):

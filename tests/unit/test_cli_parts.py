@@ -20,6 +20,8 @@ from cluster.cli.calls import ClusterView, WorkerView
 from cluster.cli.demo import _held, make_questions
 from cluster.cli.progress import Progress
 from cluster.cli.rundir import RunDir, RunState
+from cluster.cli.status import _print
+from cluster.cli.terminal import Terminal
 from cluster.cli.timeline import BAR_COLUMNS, Handoff, Served, bar, show, spoken_bytes
 from cluster.errors import ConfigError, Unavailable
 
@@ -135,3 +137,15 @@ def test_a_ledger_that_is_not_at_zero_is_named() -> None:
     (said,) = _held(ClusterView("c", True, (replace(idle, pinned_blocks=2, pinned_bytes=2048),)))
     assert said == "w-0 holds 2 blocks (2.0 KiB), 0 sequences"
     assert _held(ClusterView("c", True)) == ["no worker answered"]
+
+
+def test_status_says_what_a_worker_waits_for_however_narrow_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    why = "for 1 GPU, pool=decode; no host has 1 GPU: none has any"
+    waits = WorkerView(
+        "m-decode-0", "m", "decode", "waiting", False, 0, 0, 0, 0, 0, 0, "", "", "", why
+    )
+    _print(Terminal(), ClusterView("c", True, (waits,)))
+    assert f"m-decode-0 waiting: {why}" in " ".join(capsys.readouterr().out.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def load(folder: Path, text: str) -> Config:
         (GOOD + "worker: {ports: 9-8}", ["worker.ports", "lower port first"]),
         (GOOD + "store: {url: 'http://x'}", ["store", "redis://"]),
         (GOOD + "secret: short", ["16 characters"]),
+        (
+            GOOD + "router: {http_port: 1}\nrouter: {grpc_port: 2}",
+            ["router is there twice", "line 4"],
+        ),
+        (GOOD + "router: {http_port: 1, http_port: 2}", ["http_port is there twice"]),
+        (GOOD + "store: x", ["store: must be a section with fields of url, "]),
         ("models:\n- {name: m, path: p, engine_args: {block_size: 1}}", ["block_size"]),
         ("models:\n- {name: m, path: p, engine_args: {speculative_config: {}}}", ["speculative"]),
         ("models:\n- {name: m, path: p, decode: {replicas: -1}}", ["models.0.decode.replicas"]),
@@ -55,6 +62,46 @@ def test_secrets_are_never_repeated(tmp_path: Path) -> None:
     assert "hunter" not in str(caught.value)
     config = load(tmp_path, GOOD + "secret: hunter2-hunter2-hunter2")
     assert "hunter2" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "store: redis://:hunter2@h",
+        "store: {url: [redis://:hunter2@h]}",
+        "operator: hunter2",
+        "secret: hunter2-hunter2: x",  # not YAML
+    ],
+)
+def test_no_mistake_shows_a_secret(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, GOOD + text)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("PDSERVE_ROUTR__GRPC_PORT", "did you mean PDSERVE_ROUTER__…"),
+        ("PDSERVE_STORE_URL", "did you mean PDSERVE_STORE__URL"),
+        ("PDSERVE_STORE", "PDSERVE_STORE: must be JSON"),
+        ("PDSERVE_ROUTER__GRPC_PRT", "router.grpc_prt: is not a field; did you mean 'grpc_port'"),
+    ],
+)
+def test_a_variable_that_would_be_lost_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, "redis://:hunter2@h")
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        load(tmp_path, GOOD)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_variables_of_others_are_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes tells every pod of every Service in this way."""
+    for variable in ("PDSERVE_HTTP_SERVICE_HOST", "PDSERVE_OPERATOR_PORT", "PDSERVE_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, "tcp://10.0.0.1:8000")
+    load(tmp_path, GOOD)
 
 
 def test_secrets_come_from_files_that_the_environment_names(

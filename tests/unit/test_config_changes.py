@@ -56,9 +56,8 @@ def test_live(sections: dict[str, object], path: str) -> None:
     ("sections", "path", "why"),
     [
         ({"models": [{**MODELS[0], "dtype": "float32"}]}, "models.llama-3.1/8b.dtype", "engines"),
-        ({"models": [*MODELS, {"name": "m", "path": "q"}]}, "models.m.path", "model that is new"),
-        ({"models": [*MODELS, {"name": "m", "path": "q"}]},
-         "models.m.prefill.replicas", "model that is new"),
+        ({"models": [*MODELS, {"name": "m", "path": "q"}]}, "models.m", "model that is new"),
+        ({"models": [{**MODELS[0], "name": "m"}]}, f"models.{MODELS[0]['name']}", "that is gone"),
         ({"router": {"grpc_port": 1}}, "router.grpc_port", "at the start only"),
         ({"router": {"pool": {"num_cpus": 1}}}, "router.pool.num_cpus", "at the start only"),
         ({"store": {"lease_seconds": 3}}, "store.lease_seconds", "every process"),

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.control import controller as module
-from cluster.control import store_view, turning
+from cluster.control import lives, store_view, turning
 from cluster.control.controller import Controller
 from cluster.control.fleet import End
 from cluster.control.hosts import NODE_ID, Host, Need
@@ -165,7 +165,7 @@ def controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Controller:
         "redirect_output": lambda _: None,
         "INTERVAL_SECONDS": 0.01,
     }.items():
-        owner = module if hasattr(module, name) else store_view
+        (owner,) = [each for each in (module, lives, store_view) if hasattr(each, name)]
         monkeypatch.setattr(owner, name, fake)
     launch = Launch(config(), b"s" * 32, "", tmp_path, embedded=False)
     return Controller(launch, "n")
@@ -234,13 +234,13 @@ async def test_a_restarted_controller_waits_for_the_configuration_that_counts_no
 async def test_workers_that_wait_are_told_with_the_reason(
     controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "hosts", list)
+    monkeypatch.setattr(lives, "hosts", list)
     await until(controller, lambda s: len(WAITING) == 2)
     assert {(w.worker_id, w.state, w.detail) for w in WAITING} == {
         ("m-prefill-0", "waiting", "for a host"),
         ("m-decode-0", "waiting", "for a host"),
     }
-    monkeypatch.setattr(module, "hosts", lambda: list(NODES.values()))
+    monkeypatch.setattr(lives, "hosts", lambda: list(NODES.values()))
     for life in LIVES.values():
         life.node_id = "a"
     await until(controller, lambda s: not WAITING)
@@ -265,11 +265,11 @@ async def test_a_host_that_leaves_is_drained_and_its_lives_go_elsewhere(
 async def test_what_no_host_can_take_is_said_and_waits(
     controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "hosts", list)
+    monkeypatch.setattr(lives, "hosts", list)
     status = await until(controller, lambda s: any(life.lacks for life in LIVES.values()))
     assert {slot.state for slot in status.slots} == {"waiting"}
     assert {life.lacks for life in LIVES.values()} == {"there is no host"}
-    monkeypatch.setattr(module, "hosts", lambda: list(NODES.values()))
+    monkeypatch.setattr(lives, "hosts", lambda: list(NODES.values()))
     for life in LIVES.values():
         life.node_id = "a"
     await until(controller, lambda s: s.ready)

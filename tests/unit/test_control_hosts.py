@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.control.hosts import NODE_ID, Host, Need, Placed, avoiding, lacking, matches, preferred
@@ -53,10 +55,16 @@ def test_labels_choose_hosts() -> None:
         (Need("p", {"TPU": 1}, {}), "no host has 1 TPU: none has any"),
         (Need("p", {"CPU": 32, "GPU": 1}, {}), "no host has 32 CPU, 1 GPU together"),
         (Need("p", {"CPU": 1}, {"zone": "eu"}), "no host has the labels zone=eu"),
+        (avoiding(ONE, ("a", "b", "c")), "no host is there but those that leave"),
+        (
+            avoiding(Need("p", {"CPU": 1}, {"zone": "eu"}), ("a",)),
+            "no host, but for those that leave, has the labels zone=eu",
+        ),
     ],
 )
 def test_what_no_host_has_is_named(need: Need, said: str) -> None:
-    assert lacking(need, (A, B, C)) == said
+    hosts = [replace(h, labels={**h.labels, NODE_ID: h.node_id}) for h in (A, B, C)]
+    assert lacking(need, hosts) == said
 
 
 def test_a_host_that_leaves_is_avoided() -> None:

@@ -36,13 +36,14 @@ class PodTemplate:
 
     Attributes:
         ray: its rayStartParams; empty if it is none of Ray's.
-        max_replicas: of its group.
+        replicas, max_replicas: of its group.
     """
 
     name: str
     labels: dict[str, str]
     spec: Document
     ray: dict[str, str]
+    replicas: int = 1
     max_replicas: int = 1
 
     @property
@@ -118,7 +119,7 @@ class Overlay:
             }
             yield PodTemplate(
                 group["groupName"], labels, group["template"]["spec"], group["rayStartParams"],
-                group.get("maxReplicas", 1),
+                group.get("replicas", 1), group.get("maxReplicas", 1),
             )  # fmt: skip
         for kind in ("StatefulSet", "Deployment"):
             for owner in self.of_kind(kind):
@@ -128,6 +129,12 @@ class Overlay:
 
     def pod(self, name: str) -> PodTemplate:
         return next(pod for pod in self.pods if pod.name == name)
+
+    def matching(self, selector: Document) -> list[PodTemplate]:
+        """The pods that a label selector finds; asserts that there are some."""
+        pods = [pod for pod in self.pods if pod.matches(selector)]
+        assert pods, f"{selector} selects nothing"
+        return pods
 
     @property
     def workers(self) -> list[PodTemplate]:
