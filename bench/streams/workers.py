@@ -14,7 +14,16 @@ import grpc
 from aiohttp import web
 
 from bench.streams.processes import serve
-from bench.streams.setting import LOAD, PROBE, PROBE_ROLES, SECRET, WORKER_ROLES, Load, config
+from bench.streams.setting import (
+    LOAD,
+    PROBE,
+    PROBE_ROLES,
+    SECRET,
+    TOKENS_PER_CHAR,
+    WORKER_ROLES,
+    Load,
+    config,
+)
 from cluster.control.compose import worker_host
 from cluster.engine.protocol import Engine, EngineRequest, Sampling
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
@@ -51,7 +60,9 @@ class Bare:
                 await context.write(message)
 
     def _run(self, prompt: str, max_tokens: int) -> Any:
-        token_ids = [8 + ord(letter) % 500 for letter in prompt[::4]]
+        # Not tokenised, because proxies do not either, but as many tokens.
+        letters = prompt[: round(len(prompt) * TOKENS_PER_CHAR)]
+        token_ids = [8 + ord(letter) % 500 for letter in letters]
         sampling = Sampling(max_tokens=max_tokens, temperature=0)
         asked = EngineRequest(f"bare-{next(self._count)}", token_ids, sampling)
         return self._engine.generate(asked)
@@ -65,7 +76,8 @@ class Front(inference_pb2_grpc.InferenceServicer):
 
 
 async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
-    settings = config(Load(**arguments["load"]))
+    load = Load(**arguments["load"])
+    settings = config(load)
     kept: list[object] = []
     urls: dict[str, list[str]] = {LOAD: [], PROBE: []}
     server = grpc.aio.server()
@@ -77,7 +89,7 @@ async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
             )  # fmt: skip
             await host.start()
             kept.append(host)
-            if role != "decode":
+            if role != "decode" and not load.finite:
                 continue
             assert host._engine is not None
             bare = Bare(host._engine)
