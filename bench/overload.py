@@ -5,7 +5,7 @@
 One router alone on a core, in front of simulated engines with an 8B model's times on a small GPU;
 engines and clients share the other core. First the capacity: what pdserve ends a second with so
 many requests under way at any time. Then an open loop: requests come as a Poisson process at
-multiples of it, and none waits for another. Those of the first seconds of a load are left out.
+multiples of it, and none waits for another. Those of a load's first and last seconds are left out.
 A request is good if its client saw the first token within 2 s and 0.1 s per token from there on.
 The proxy has the same engines, each of which serves requests whole.
 """
@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from bench.streams.clients import Client, GrpcClient, HttpClient
@@ -28,8 +29,14 @@ from cluster.store.embedded import EmbeddedStore
 
 SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx")
 LOADS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-AT_ONCE = 128
-WARM_UP_SECONDS = 2.0
+AT_ONCE = 256
+PATIENT_SECONDS = 60.0
+"""Timeout of the requests that measure the capacity: a class of which none is refused."""
+
+LEARNING_SECONDS = 8.0
+WARM_UP_SECONDS, TAIL_SECONDS = 3.0, 2.0
+"""Requests that come before and after those that are counted: they meet the same load."""
+
 SEED = 11
 
 
@@ -39,34 +46,42 @@ def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -
     return Process("minimal", {0}, urls=urls)
 
 
-def client_of(system: str, process: Process) -> Client:
+def client_of(system: str, process: Process, timeout: float = TIMEOUT_SECONDS) -> Client:
     if system == "pdserve-grpc":
-        return GrpcClient(process.said["grpc"], timeout=TIMEOUT_SECONDS)
-    return HttpClient(process.said["http"], timeout=TIMEOUT_SECONDS)
+        return GrpcClient(process.said["grpc"], timeout=timeout)
+    return HttpClient(process.said["http"], timeout=timeout)
 
 
 async def capacity_of(process: Process, seconds: float) -> float:
-    client = client_of("pdserve-grpc", process)
+    client = client_of("pdserve-grpc", process, PATIENT_SECONDS)
     try:
-        return await Requests(client, SEED).capacity(AT_ONCE, seconds, WARM_UP_SECONDS)
+        return await Requests(client, SEED).capacity(AT_ONCE, seconds, LEARNING_SECONDS)
     finally:
         await client.close()
 
 
-async def one(system: str, process: Process, load: float, rate: float, seconds: float) -> LoadRow:
+async def one(
+    system: str, process: Process, workers: Process, load: float, rate: float, seconds: float
+) -> LoadRow:
     """One load, until its last request has ended."""
     client = client_of(system, process)
+    begin, end = WARM_UP_SECONDS, WARM_UP_SECONDS + seconds
     try:
-        cpu = process.cpu_seconds()
-        arriving = asyncio.create_task(
-            Requests(client, SEED).arrive(rate, WARM_UP_SECONDS + seconds)
-        )
-        await asyncio.sleep(WARM_UP_SECONDS + seconds)
-        cpu = process.cpu_seconds() - cpu
-        seen = [o for o in await arriving if o.at >= WARM_UP_SECONDS]
-        return LoadRow.of(system, load, seconds, seen, cpu / (WARM_UP_SECONDS + seconds))
+        arriving = asyncio.create_task(Requests(client, SEED).arrive(rate, end + TAIL_SECONDS))
+        await asyncio.sleep(begin)
+        cpu, beside = process.cpu_seconds(), _beside(workers)
+        await asyncio.sleep(seconds)
+        cpu, beside = process.cpu_seconds() - cpu, _beside(workers) - beside
+        seen = [outcome for outcome in await arriving if begin <= outcome.at < end]
+        shares = {"system": round(cpu / seconds, 2), "beside": round(beside / seconds, 2)}
+        return LoadRow.of(system, load, seconds, seen, shares)
     finally:
         await client.close()
+
+
+def _beside(workers: Process) -> float:
+    """CPU seconds on the other core: of the engines, and of the clients, which run here."""
+    return workers.cpu_seconds() + time.process_time()
 
 
 def run(
@@ -89,7 +104,7 @@ def run(
                 try:
                     for load in loads:
                         rate = load * capacity
-                        row = asyncio.run(one(system, process, load, rate, seconds))
+                        row = asyncio.run(one(system, process, workers, load, rate, seconds))
                         _say(row.text())
                         rows.append(row)
                 finally:

@@ -69,7 +69,7 @@ class LoadRow:
         missed: how many did not, by reason.
         refusal_ms: until a refusal was there.
         refusals_late: how many took longer than REFUSAL_SECONDS.
-        core_share: of the system's core that it used.
+        core_share: used of the system's core, and of the one of engines and clients.
     """
 
     system: str
@@ -83,14 +83,19 @@ class LoadRow:
     refusals_late: int
     ttft_ms: dict[str, float]
     tpot_ms: dict[str, float]
-    core_share: float
+    core_share: dict[str, float]
 
     @classmethod
     def of(
-        cls, system: str, load: float, seconds: float, seen: Sequence[Outcome], core_share: float
+        cls,
+        system: str,
+        load: float,
+        seconds: float,
+        seen: Sequence[Outcome],
+        core_share: dict[str, float],
     ) -> LoadRow:
         """Of everything that came in so many seconds."""
-        missed = {why: 0 for why in ("refused", "ttft", "tpot", "failed")}
+        missed = dict.fromkeys(("refused", "ttft", "tpot", "failed"), 0)
         for outcome in seen:
             if outcome.missed:
                 missed[outcome.missed] += 1
@@ -109,7 +114,7 @@ class LoadRow:
             sum(r > REFUSAL_SECONDS for r in refusals),
             _quantiles([o.times.first for o in served if o.times]),
             _quantiles([o.tpot for o in served]),
-            round(core_share, 2),
+            core_share,
         )
 
     def values(self) -> dict[str, Any]:
@@ -124,8 +129,8 @@ class LoadRow:
             f"{self.goodput_per_s:6.1f} good/s {100 * self.attainment:5.1f} % attained, missed "
             + " ".join(f"{why} {count}" for why, count in self.missed.items())
             + f"; refusals {pair(self.refusal_ms)} ms, {self.refusals_late} late; TTFT "
-            f"{pair(self.ttft_ms)}, TPOT {pair(self.tpot_ms)} ms; {100 * self.core_share:.0f} % "
-            "core"
+            f"{pair(self.ttft_ms)}, TPOT {pair(self.tpot_ms)} ms; cores "
+            + " ".join(f"{who} {100 * share:.0f} %" for who, share in self.core_share.items())
         )
 
 

@@ -134,7 +134,7 @@ def test_what_cannot_start_in_time_is_refused_when_it_comes() -> None:
     with pytest.raises(Overloaded, match="due") as refused:
         desk.core.offer(now, offer("now", start_by=now + 0.5))
     assert refused.value.retry_after_seconds >= 0.25
-    desk.core.offer(now, offer("urgent", INTERACTIVE, start_by=now + 2.0))
+    desk.core.offer(now, offer("urgent", INTERACTIVE, start_by=now + 2.5))
 
 
 def test_what_did_not_start_in_time_is_refused_while_it_waits() -> None:
