@@ -26,6 +26,9 @@ TIMEOUT_SECONDS = 10.0
 """Then a client gives up: it has its answer in twice its targets, or not at all."""
 
 
+_NUMBERS = itertools.count()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one request met with.
@@ -135,16 +138,16 @@ class LoadRow:
 
 
 class Requests:
-    """Requests one after the other, no two with a block of their prompts in common."""
+    """Requests one after the other; no two of a process have a block of their prompts in common,
+    so no prefix cache helps."""
 
     def __init__(self, client: Client, seed: int) -> None:
         self._client = client
         self._random = random.Random(seed)
-        self._numbers = itertools.count(self._random.randrange(1 << 30))
 
     async def one(self, began: float) -> Outcome:
         """Asks, and waits for the end; `began` is the load's beginning."""
-        prompt = f"{next(self._numbers):012d}\n" + PROMPT * self._random.randint(*PROMPTS)
+        prompt = f"{next(_NUMBERS):012d}\n" + PROMPT * self._random.randint(*PROMPTS)
         output = self._random.randint(*OUTPUT_TOKENS)
         came, seen = time.perf_counter(), Seen()
         times, refused = None, False

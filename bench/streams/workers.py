@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 
 from bench.streams.processes import serve
 from bench.streams.setting import (
@@ -40,12 +40,13 @@ class Bare:
         body = await request.json()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        async with aclosing(self._run(body["prompt"], body["max_tokens"])) as outputs:
-            async for output in outputs:
-                chunk = {"choices": [{"text": output.text}], "tokens": len(output.token_ids)}
-                line = json.dumps(chunk, separators=(",", ":"))
-                await response.write(f"data: {line}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
+        with suppress(ClientConnectionResetError):
+            async with aclosing(self._run(body["prompt"], body["max_tokens"])) as outputs:
+                async for output in outputs:
+                    chunk = {"choices": [{"text": output.text}], "tokens": len(output.token_ids)}
+                    line = json.dumps(chunk, separators=(",", ":"))
+                    await response.write(f"data: {line}\n\n".encode())
+            await response.write(b"data: [DONE]\n\n")
         return response
 
     async def generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
