@@ -25,6 +25,7 @@ from bench.streams.clients import Client, GrpcClient, HttpClient
 from bench.streams.open_loop import TIMEOUT_SECONDS, LoadRow, Requests
 from bench.streams.processes import Process
 from bench.streams.setting import Disaggregate, Load
+from cluster.obs.garbage import keep_what_is_loaded
 from cluster.store.embedded import EmbeddedStore
 
 SYSTEMS = ("pdserve-grpc", "pdserve-http", "fastapi-httpx")
@@ -89,6 +90,7 @@ def run(
 ) -> tuple[float, list[LoadRow]]:
     """The capacity, and a row for each system and load."""
     os.sched_setaffinity(0, {1})
+    keep_what_is_loaded()
     rows: list[LoadRow] = []
     setting = Load(0, 0.0, disaggregate, finite=True)
     with tempfile.TemporaryDirectory() as folder:
