@@ -30,6 +30,8 @@ from cluster.ports import ANY, take
 
 SERVICE = "pdserve.v1.KvTransfer"
 STAGED_FRAMES = 16
+WHOLE_BYTES = CONTROL_BYTES
+"""Payloads of longer messages are read when it is known where they go."""
 IDLE_SECONDS = 600.0
 """Channels to a peer that was not called for so long are closed when another peer comes."""
 HANDSHAKE_SECONDS = 10.0
@@ -105,7 +107,7 @@ class GrpcTransport:
 
     def _reader(self, go_on: Callable[[], None]) -> Reader:
         limit = self.frame_bytes + HEADER_BYTES + CONTROL_BYTES
-        return Reader(limit, CONTROL_BYTES, HEADER_BYTES, go_on)
+        return Reader(limit, WHOLE_BYTES, HEADER_BYTES, go_on)
 
     async def open(self, peer: Peer, handoff_id: str) -> GrpcOutbound:
         stream = await self.call(peer.address, "Push")

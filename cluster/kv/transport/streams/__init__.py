@@ -3,8 +3,11 @@ into the memory they belong in.
 
     views        memory in pieces, filled or sent from the front
     protocol     h2's side of a connection, and the frames that are packed by hand
+    framing      bytes into frames
+    reading      a stream's bytes into messages
     stream       one call: messages out, messages in
-    reading      bytes into messages
+    sending      what leaves on a connection
+    receiving    what comes on one
     connection   one HTTP/2 connection, either end
     server       a port and its methods
     client       connections to one peer

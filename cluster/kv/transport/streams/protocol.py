@@ -13,11 +13,8 @@ from h2.connection import H2Connection
 from h2.settings import SettingCodes, Settings
 
 HEADER_BYTES = 9
-PREFACE_BYTES = 24
 DATA, WINDOW_UPDATE = 0, 8
 END_STREAM, PADDED = 1, 8
-MAX_CONTROL_BYTES = 64 << 10
-"""No frame but DATA may be longer."""
 MAX_FRAME_BYTES = (1 << 24) - 1
 WINDOW_BYTES = (1 << 31) - 1
 """Of a stream and of a connection: what holds a sender back is that nobody reads its socket."""
