@@ -112,7 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default="2,16,128,512", help="MiB, comma-separated")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds per size")
-    parser.add_argument("--frame", type=int, default=8, help="MiB of our payloads (8, as configured by default)")
+    parser.add_argument(
+        "--frame", type=int, default=8, help="MiB of our payloads (8, as configured by default)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
 
