@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
+
+import numpy as np
 
 from cluster.config import Config, ModelConfig
 from cluster.store.records import WorkerRecord
-from router.admission.offers import Capacity, SloClass
+from router.admission.offers import Capacity, SloClass, unpaced
 from router.admission.policy import Limits, Policy, TenantPolicy
+from router.fleet import Fleet
 from router.placement import Mode
 
 PREFILL_STEPS = 2
 """A prefill worker is given what fills so many of its steps: the one it computes and the next."""
 
 
+PACE_HEADROOM = 0.9
+"""Of a bound per token: so much a decode step may take, beside what prompts take of the time."""
+
+LEAST_PACED = 8
+"""Sequences that a worker is always trusted to decode at once, whatever was seen of it."""
+
+
 def capacity(
-    model: ModelConfig, workers: Iterable[WorkerRecord], routers: int, mode: Mode = "always"
+    model: ModelConfig,
+    workers: Iterable[WorkerRecord],
+    routers: int,
+    mode: Mode = "always",
+    paced: Callable[[float], float] = unpaced,
 ) -> Capacity:
     """Of `model`, for one of so many routers. In a pool that is empty others stand in, if they may.
 
@@ -38,7 +53,50 @@ def capacity(
         prefill_worker_tokens=credit,
         kv_tokens=sum(w.num_blocks * w.block_size for w in decodes) if known else math.inf,
         sequences=len(decodes) * model.max_num_seqs,
+        paced=paced,
     )
+
+
+class Paces:
+    """How many sequences of a model its workers decode at once within a bound per token, as far as
+    the fleet has learned it.
+
+    With several routers each knows of its own sequences only, and learns what a step takes beside
+    those of the others: what it finds is its own part.
+    """
+
+    def __init__(self, fleet: Fleet, mode: Mode) -> None:
+        self._fleet = fleet
+        self._mode = mode
+        self._version = (-1, -1)
+        self._known: dict[tuple[str, float], float] = {}
+
+    def within(self, model: str, tpot_seconds: float) -> float:
+        """Infinite if a single sequence takes longer on every worker, or there is none."""
+        version = (self._fleet.version, self._fleet.speeds.step.version)
+        if version != self._version:
+            self._version = version
+            self._known.clear()
+        known = self._known.get((model, tpot_seconds))
+        if known is None:
+            known = self._known[model, tpot_seconds] = self._within(model, tpot_seconds)
+        return known
+
+    def _within(self, model: str, tpot_seconds: float) -> float:
+        ready = [
+            (slot, view.role)
+            for slot, view in enumerate(self._fleet.views)
+            if view is not None and view.model == model and view.ready
+        ]
+        rows = [slot for slot, role in ready if role in ("decode", "both")]
+        if not rows and self._mode != "always":
+            rows = [slot for slot, _ in ready]
+        if not rows or math.isinf(tpot_seconds):
+            return math.inf
+        sizes = self._fleet.speeds.step.within(PACE_HEADROOM * tpot_seconds, np.array(rows))
+        if not sizes.any():
+            return math.inf
+        return float(np.maximum(np.floor(sizes), LEAST_PACED).sum())
 
 
 class Members(Protocol):
@@ -51,11 +109,20 @@ class Members(Protocol):
 
 
 class Capacities:
-    """Capacity by model, worked out once for each change of the registry."""
+    """Capacity by model, worked out once for each change of the registry.
+
+    Args:
+        paces: None: whatever the pace.
+    """
 
     def __init__(
-        self, models: Sequence[ModelConfig], members: Members, mode: Mode = "always"
+        self,
+        models: Sequence[ModelConfig],
+        members: Members,
+        mode: Mode = "always",
+        paces: Paces | None = None,
     ) -> None:
+        self._paces = paces
         self._mode = mode
         self._models = models
         self._members = members
@@ -66,8 +133,14 @@ class Capacities:
         records, routers = self._members.records, self._members.routers
         if self._seen is None or self._seen[0] is not records or self._seen[1] != routers:
             self._seen = (records, routers)
-            self._known = {m.name: capacity(m, records, routers, self._mode) for m in self._models}
+            self._known = {
+                model.name: capacity(model, records, routers, self._mode, self._paced(model.name))
+                for model in self._models
+            }
         return self._known
+
+    def _paced(self, model: str) -> Callable[[float], float]:
+        return unpaced if self._paces is None else partial(self._paces.within, model)
 
 
 def policy(config: Config) -> Policy:

@@ -42,9 +42,12 @@ class Curves:
         self._logs = np.empty((0, knots))
         self._seen = np.empty((0, knots))
         self._age = np.empty(0)
+        self.version = 0
+        """Changes when something was learned or forgotten."""
 
     def resize(self, rows: int) -> None:
         """More rows, at the prior."""
+        self.version += 1
         more = rows - len(self._logs)
         # By columns, because `at` reads two of them.
         logs = np.vstack([self._logs, np.tile(self._prior, (more, 1))])
@@ -54,6 +57,7 @@ class Curves:
 
     def reset(self, row: int, like: list[int]) -> None:
         """A new worker in `row`: as the mean of the rows `like`, or the prior; it unlearns fast."""
+        self.version += 1
         learned = [r for r in like if r != row and self._seen[r].any()]
         self._logs[row] = self._logs[learned].mean(axis=0) if learned else self._prior
         self._seen[row] = 0
@@ -63,6 +67,7 @@ class Curves:
         """Time goes by for `rows`, which do the same work: who was not seen for long drifts towards
         those who were. Else a worker that was slow once would be passed over for ever, and so never
         be seen to be fast again."""
+        self.version += 1
         self._age[rows] += seconds
         stale = rows[(self._age[rows] > STALE_SECONDS) & self._seen[rows].any(axis=1)]
         fresh = rows[(self._age[rows] <= STALE_SECONDS) & self._seen[rows].any(axis=1)]
@@ -93,6 +98,19 @@ class Curves:
         seconds: Floats = np.exp(left + part * (right - left))
         return seconds
 
+    def within(self, seconds: float, rows: NDArray[np.intp]) -> Floats:
+        """The largest size per row up to which it takes no longer; 0: the smallest takes longer."""
+        # A larger size takes no less time than a smaller one, whatever was seen of it.
+        logs = np.maximum.accumulate(self._logs[rows], axis=1)
+        limit = math.log(seconds)
+        below = (logs <= limit).sum(axis=1)
+        left = np.clip(below - 1, 0, logs.shape[1] - 2)
+        row = np.arange(len(rows))
+        rise = np.maximum(logs[row, left + 1] - logs[row, left], 1e-12)
+        part = np.clip((limit - logs[row, left]) / rise, 0.0, 1.0)
+        sizes: Floats = np.where(below > 0, 2.0 ** (self._first + left + part), 0.0)
+        return sizes
+
     def one(self, size: float, row: int) -> float:
         knot, part = self._locate(size)
         left, right = self._logs[row, knot], self._logs[row, knot + 1]
@@ -100,6 +118,7 @@ class Curves:
 
     def observe(self, row: int, size: float, seconds: float) -> None:
         """`row` took so long at this size."""
+        self.version += 1
         knot, part = self._locate(size)
         logs, seen = self._logs[row], self._seen[row]
         self._age[row] = 0

@@ -90,6 +90,7 @@ class Gate:
             generation.deadline,
             n,
             generation.slo.priority,
+            generation.slo.tpot_seconds,
         )
         self._core.offer(self._clock.now(), offer)
 

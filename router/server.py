@@ -20,7 +20,7 @@ from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
 from router.batch.assemble import BatchPart, batch_part
 from router.cancel import Canceller
-from router.capacity import Capacities, policy
+from router.capacity import Capacities, Paces, policy
 from router.catalog import Catalog
 from router.demand import DemandReport
 from router.descriptors import allow
@@ -144,7 +144,7 @@ class RouterServer:
         self._placer = Placer(fleet, placement, config.targets, self.metrics, clock, measured)
         self._dispatch = Dispatch(
             policy(config),
-            Capacities(config.models, self._workers, mode),
+            Capacities(config.models, self._workers, mode, Paces(fleet, mode)),
             self._workers,
             self._placer,
             TicketMint(self._signer, clock, config.handoff.ticket_seconds),

@@ -105,8 +105,8 @@ async def _added(client: Client, past: Client) -> dict[str, float]:
     """Milliseconds through the system minus milliseconds past it, at the same moments."""
     through, around = [], []
     for _ in range(PROBES):
-        through.append(await client.run(PROBE, 2, Seen()))
-        around.append(await past.run(PROBE, 2, Seen()))
+        through.append((await client.run(PROBE, 2, Seen())).first)
+        around.append((await past.run(PROBE, 2, Seen())).first)
         await asyncio.sleep(PROBE_GAP_SECONDS)
     through.sort()
     around.sort()

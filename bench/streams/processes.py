@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from cluster.obs.garbage import keep_what_is_loaded
+
 Body = Callable[[dict[str, Any]], Awaitable[tuple[dict[str, Any], object]]]
 """From a process's arguments to what it says, and what must live as long as it."""
 
@@ -64,6 +66,7 @@ def serve(body: Body, uvloop: bool = True) -> None:
 
     async def main() -> None:
         said, _kept = await body(json.loads(sys.argv[1]))
+        keep_what_is_loaded()  # As pdserve's own processes do.
         print("ready " + json.dumps(said), flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
         os._exit(0)  # nothing here is worth an orderly end

@@ -44,7 +44,11 @@ class Proxy:
 
 async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
     ray.init(
-        num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20
+        address="local",  # Whatever else runs on this machine.
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 << 20,
     )
     port = free_port()
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})

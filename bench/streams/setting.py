@@ -12,9 +12,14 @@ LOAD, PROBE = "load", "probe"
 SECRET = b"a secret of the router benchmark"
 TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "recall-tiny"
 PROMPT = "Here are the codes:\n" + "calm-otter: 481516\n" * 6
+TOKENS_PER_CHAR = 75 / 134
+"""Of PROMPT, by that tokenizer."""
+
 WORKER_ROLES = {"l-p": "prefill", "l-d0": "decode", "l-d1": "decode"}
 PROBE_ROLES = {"x-p": "prefill", "x-d": "decode"}
 
+VOCABULARY = 569
+FINITE_SPEED = 0.25
 
 Disaggregate = Literal["always", "auto", "never"]
 
@@ -26,11 +31,14 @@ class Load:
     Attributes:
         gap_seconds: between a stream's tokens; the engines' step.
         disaggregate: as the configuration's placement.disaggregate.
+        finite: the engines have the limits and the times of real ones, those of an 8B model on a
+            GPU of a quarter of an H200's speed, and `gap_seconds` says nothing.
     """
 
     streams: int
     gap_seconds: float
     disaggregate: Disaggregate = "always"
+    finite: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -39,32 +47,30 @@ class Load:
 
 def config(load: Load) -> Config:
     """The cluster of a run: a model under load, and one whose engine is always free, to probe."""
-    common: dict[str, Any] = {
-        "path": str(TOKENIZER),
-        "engine": "simulated",
-        "max_model_len": 4096,
-        "max_num_seqs": 16_384,
-        "max_num_batched_tokens": 16_384,
-    }
+    model: dict[str, Any] = {"path": str(TOKENIZER), "engine": "simulated", "max_model_len": 4096}
+    endless = {"max_num_seqs": 16_384, "max_num_batched_tokens": 1 << 20}
     steps = {"prefill_token_seconds": 0, "prefill_pair_seconds": 0, "decode_sequence_seconds": 0}
     quiet = {
         **steps,
         "decode_token_seconds": 0,
         "link_seconds": 1e-4,
         "num_blocks": 1 << 17,
-        "vocab_size": 569,
+        "vocab_size": VOCABULARY,
     }
+    loaded = {**model, **endless, "simulation": {**quiet, "step_seconds": load.gap_seconds}}
+    if load.finite:
+        loaded = {**model, "simulation": {"speed": FINITE_SPEED, "vocab_size": VOCABULARY}}
+    router: dict[str, Any] = {"grpc_port": 0, "http_port": 0}
+    classes: dict[str, Any] = {}
+    if not load.finite:
+        router |= {"max_running_requests": 20_000, "max_queued_requests": 20_000}
+        classes = {"standard": {"ttft_seconds": None, "tpot_seconds": None}}
     return Config(
         models=[
-            {**common, "name": LOAD, "simulation": {**quiet, "step_seconds": load.gap_seconds}},  # type: ignore[list-item]
-            {**common, "name": PROBE, "simulation": {**quiet, "step_seconds": 1e-3}},  # type: ignore[list-item]
+            {**loaded, "name": LOAD},  # type: ignore[list-item]
+            {**model, **endless, "name": PROBE, "simulation": {**quiet, "step_seconds": 1e-3}},  # type: ignore[list-item]
         ],
-        router={  # type: ignore[arg-type]
-            "grpc_port": 0,
-            "http_port": 0,
-            "max_running_requests": 20_000,
-            "max_queued_requests": 20_000,
-        },
+        router=router,  # type: ignore[arg-type]
         placement={"disaggregate": load.disaggregate},  # type: ignore[arg-type]
-        classes={"standard": {"ttft_seconds": None, "tpot_seconds": None}},  # type: ignore[arg-type]
+        classes=classes,  # type: ignore[arg-type]
     )

@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import itertools
 import json
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 
 from bench.streams.processes import serve
-from bench.streams.setting import LOAD, PROBE, PROBE_ROLES, SECRET, WORKER_ROLES, Load, config
+from bench.streams.setting import (
+    LOAD,
+    PROBE,
+    PROBE_ROLES,
+    SECRET,
+    TOKENS_PER_CHAR,
+    WORKER_ROLES,
+    Load,
+    config,
+)
 from cluster.control.compose import worker_host
 from cluster.engine.protocol import Engine, EngineRequest, Sampling
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
@@ -31,12 +40,13 @@ class Bare:
         body = await request.json()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        async with aclosing(self._run(body["prompt"], body["max_tokens"])) as outputs:
-            async for output in outputs:
-                chunk = {"choices": [{"text": output.text}], "tokens": len(output.token_ids)}
-                line = json.dumps(chunk, separators=(",", ":"))
-                await response.write(f"data: {line}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
+        with suppress(ClientConnectionResetError):
+            async with aclosing(self._run(body["prompt"], body["max_tokens"])) as outputs:
+                async for output in outputs:
+                    chunk = {"choices": [{"text": output.text}], "tokens": len(output.token_ids)}
+                    line = json.dumps(chunk, separators=(",", ":"))
+                    await response.write(f"data: {line}\n\n".encode())
+            await response.write(b"data: [DONE]\n\n")
         return response
 
     async def generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
@@ -51,7 +61,9 @@ class Bare:
                 await context.write(message)
 
     def _run(self, prompt: str, max_tokens: int) -> Any:
-        token_ids = [8 + ord(letter) % 500 for letter in prompt[::4]]
+        # Not tokenised, because proxies do not either, but as many tokens.
+        letters = prompt[: round(len(prompt) * TOKENS_PER_CHAR)]
+        token_ids = [8 + ord(letter) % 500 for letter in letters]
         sampling = Sampling(max_tokens=max_tokens, temperature=0)
         asked = EngineRequest(f"bare-{next(self._count)}", token_ids, sampling)
         return self._engine.generate(asked)
@@ -65,7 +77,8 @@ class Front(inference_pb2_grpc.InferenceServicer):
 
 
 async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
-    settings = config(Load(**arguments["load"]))
+    load = Load(**arguments["load"])
+    settings = config(load)
     kept: list[object] = []
     urls: dict[str, list[str]] = {LOAD: [], PROBE: []}
     server = grpc.aio.server()
@@ -77,7 +90,7 @@ async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
             )  # fmt: skip
             await host.start()
             kept.append(host)
-            if role != "decode":
+            if role != "decode" and not load.finite:
                 continue
             assert host._engine is not None
             bare = Bare(host._engine)

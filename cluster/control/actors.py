@@ -25,6 +25,7 @@ from cluster.control.life_log import redirect_output, tail
 from cluster.control.orphans import become_subreaper, kill_descendants
 from cluster.control.reconcile import Slot
 from cluster.errors import ConfigError, EngineFailed, PdserveError, Unavailable
+from cluster.obs.garbage import keep_what_is_loaded
 from cluster.store.client import connect
 from cluster.store.clock import ahead_seconds
 
@@ -148,6 +149,7 @@ class WorkerActor(_LifeActor):
             bind_host=landing.host,
         )
         await self._body.start()
+        keep_what_is_loaded()
         await self._body.run_until_stopped()
         if self._stopping:  # the process is killed when this returns
             await self._stopped.wait()
@@ -171,6 +173,7 @@ class RouterActor(_LifeActor):
             advertised_host=landing.advertised_host,
         )
         await self._body.start()
+        keep_what_is_loaded()
         waits = {
             asyncio.create_task(self._stopped.wait()),
             asyncio.create_task(self._body.broken.wait()),

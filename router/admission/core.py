@@ -20,13 +20,16 @@ from dataclasses import replace
 
 from cluster.errors import Overloaded
 from router.admission.offers import Admit, Capacity, Effect, Offer, Refuse, SloClass, Yield
-from router.admission.pace import BestPrefill, StartPace
+from router.admission.pace import PrefillTimes, StartPace
 from router.admission.policy import Policy
 from router.admission.queue import ClassQueue, Waiting
 from router.admission.tenants import TenantBook
 from router.admission.usage import Usage
 
 UNBOUNDED = Capacity()
+HEADROOM = 2.0
+"""A newcomer has to be in time even if the wait were so many times what the pace of late says."""
+
 MAX_PASSED_SECONDS = 5.0
 """A request that finds no room lets others pass for so long, or half its time, and no more."""
 
@@ -41,7 +44,8 @@ class Admission:
         self._usage = Usage(policy.max_running)
         self._last_start = dict.fromkeys(SloClass, -math.inf)
         self._pace = StartPace()
-        self._prefill = BestPrefill()
+        self._class_pace = {c: StartPace() for c in SloClass}
+        self._prefills = PrefillTimes()
         self._capacities: Mapping[str, Capacity] = {}
 
     def set_policy(self, now: float, policy: Policy) -> None:
@@ -78,22 +82,18 @@ class Admission:
             Overloaded: its queue is full, its tenant is over a limit, or it cannot be in time.
         """
         self._tenants.check(now, offer.tenant)
-        prefill = self._prefill.seconds(offer.model, offer.prompt_tokens)
+        prefill = self._prefills.at_best(offer.model, offer.prompt_tokens)
         if now + prefill > offer.deadline:
             raise Overloaded("the prompt cannot be computed before the deadline", prefill)
+        offer = self._with_latest_start(now, offer)
+        queue = self._queues[offer.slo_class]
         fits = self._fits(offer) and self._tenants.may_run(offer.tenant)
         if self.queued or not fits:
             self._check_queue(offer.slo_class)
-        if not fits:
-            wait = self._pace.seconds(self._cost_ahead(offer))
-            if now + wait + prefill > offer.start_by:
-                raise Overloaded(
-                    f"the first token would come {wait + prefill:.1f} s from now, after it is due",
-                    self._pace.retry_after(self._cost_ahead(offer)),
-                )
-        self._push(now, offer)
+        if not fits or queue.has_before(offer, self._is_long(offer)):
+            self._check_in_time(now, offer)
+        queue.push(now, offer, self._is_long(offer))
         self._tenants.queued(now, offer.tenant, offer.cost)
-        self._pace.waits(now, True)
 
     def pump(self, now: float, capacities: Mapping[str, Capacity]) -> list[Effect]:
         """What is refused after all, what makes room, what starts; in this order where it matters.
@@ -102,6 +102,8 @@ class Admission:
             capacities: by model; a model that is missing is unbounded.
         """
         self._capacities = capacities
+        for pace in (self._pace, *self._class_pace.values()):
+            pace.passes(now)
         effects = self._expire(now)
         while found := self._next(now):
             offer, promised, yields = found
@@ -111,14 +113,16 @@ class Admission:
             self._start(now, offer, promised)
             effects.append(Admit(offer.request_id, promised))
         effects += self._expire(now)  # What yielded may be past its deadline.
-        self._pace.waits(now, self.queued > 0)
+        self._pace.waiting = self.queued > 0
+        for slo_class, class_pace in self._class_pace.items():
+            class_pace.waiting = self.queued_in(slo_class) > 0
         return effects
 
     def first_token(self, now: float, request_id: str) -> None:
         """The first tokens of all its completions came: prefill has room again."""
         if seen := self._usage.first_token(now, request_id):
             offer, seconds = seen
-            self._prefill.saw(offer.model, offer.prompt_tokens, seconds)
+            self._prefills.saw(now, offer.model, offer.prompt_tokens, seconds)
 
     def release(self, now: float, request_id: str, tokens: int) -> None:
         """It has ended, running or waiting, after prompt and output took `tokens`."""
@@ -177,6 +181,7 @@ class Admission:
         self._queues[offer.slo_class].serve(offer.request_id)
         self._tenants.started(offer.tenant)
         self._pace.started(offer.cost)
+        self._class_pace[offer.slo_class].started(offer.cost)
         self._last_start[offer.slo_class] = now
         if promised:
             self._usage.promise(now, offer)
@@ -188,11 +193,11 @@ class Admission:
         offer = self._usage.end(request_id)
         assert offer is not None
         self._tenants.yields(offer.tenant)
-        self._push(now, replace(offer, start_by=offer.deadline))  # It was in time already.
+        offer = replace(offer, start_by=offer.deadline)  # It was in time already.
+        self._queues[offer.slo_class].push(now, offer, self._is_long(offer))
 
-    def _push(self, now: float, offer: Offer) -> None:
-        long = offer.prompt_tokens > self._capacity(offer).prefill_worker_tokens
-        self._queues[offer.slo_class].push(now, offer, long)
+    def _is_long(self, offer: Offer) -> bool:
+        return offer.prompt_tokens > self._capacity(offer).prefill_worker_tokens
 
     def _end_running(self, now: float, request_id: str, tokens: int) -> bool:
         """False if it does not run."""
@@ -219,6 +224,35 @@ class Admission:
                 "which is all this router takes",
                 self._pace.retry_after(sum(q.cost for q in self._queues.values())),
             )
+
+    def _with_latest_start(self, now: float, offer: Offer) -> Offer:
+        """Its prompt takes its time as well: of what is left until it is due, half at most."""
+        prefill = self._prefills.likely(now, offer.model, offer.prompt_tokens)
+        left = max(0.0, offer.start_by - now)
+        return replace(offer, start_by=offer.start_by - min(prefill, left / 2))
+
+    def _check_in_time(self, now: float, offer: Offer) -> None:
+        """Raises Overloaded if it would start too late, or one that waits would because of it."""
+        ahead = self._cost_ahead(offer)
+        wait = self._wait(offer.slo_class, ahead)
+        if now + HEADROOM * wait > offer.start_by:
+            raise Overloaded(
+                f"it would wait {wait:.1f} s, and its first token come after it is due",
+                self._pace.retry_after(ahead),
+            )
+        before = ahead - offer.cost
+        for other in self._queues[offer.slo_class].later(offer.start_by):
+            before += other.cost
+            in_time = other.start_by - now
+            pushed = self._wait(offer.slo_class, before + offer.cost)
+            if self._wait(offer.slo_class, before) <= in_time < pushed:
+                raise Overloaded(
+                    "one that came before it would start too late", self._pace.retry_after(before)
+                )
+
+    def _wait(self, slo_class: SloClass, tokens: int) -> float:
+        """Seconds until so many tokens of it, and of what goes first, have started."""
+        return max(self._pace.seconds(tokens), self._class_pace[slo_class].seconds(tokens))
 
     def _cost_ahead(self, offer: Offer) -> int:
         """Of what starts before it, and its own."""

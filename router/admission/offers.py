@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.errors import Overloaded
@@ -32,6 +33,7 @@ class Offer:
             request has missed its target, and waiting on is of no use.
         deadline: when its caller is gone.
         priority: higher goes first among one tenant's requests for one model.
+        tpot_seconds: per token after the first, that its caller waits for at most.
     """
 
     request_id: str
@@ -44,11 +46,17 @@ class Offer:
     deadline: float = math.inf
     completions: int = 1
     priority: int = 0
+    tpot_seconds: float = math.inf
 
     @property
     def cost(self) -> int:
         """What fairness and the pace of admission count, in tokens."""
         return self.prompt_tokens + self.output_tokens
+
+
+def unpaced(tpot_seconds: float) -> float:
+    """Sequences that may decode at once where their pace is not known: any number."""
+    return math.inf
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,14 @@ class Capacity:
         prefill_worker_tokens: the part of one prefill worker; a longer prompt counts as so many.
         kv_tokens: tokens that the decode pool's KV caches hold.
         sequences: that the decode pool's engines step at once.
+        paced: of these, how many keep so many seconds per token.
     """
 
     prefill_tokens: float = math.inf
     prefill_worker_tokens: float = math.inf
     kv_tokens: float = math.inf
     sequences: float = math.inf
+    paced: Callable[[float], float] = field(default=unpaced, compare=False)
 
     def scaled(self, share: float) -> Capacity:
         """A share of everything but what a single worker takes."""
@@ -74,6 +84,7 @@ class Capacity:
             self.prefill_worker_tokens,
             self.kv_tokens * share,
             self.sequences * share,
+            lambda tpot_seconds: self.paced(tpot_seconds) * share,
         )
 
 

@@ -1,44 +1,54 @@
-"""How fast waiting requests start, and how fast a prompt can be computed at best: learned."""
+"""How fast waiting requests start, and how long prompts take from there: learned."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 MIN_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 30.0
-HALF_LIFE_SECONDS = 10.0
+HALF_LIFE_SECONDS = 5.0
+KEPT_SECONDS = 1.0
+MIN_SECONDS = 0.05
 MIN_SAMPLES = 8
+DEVIATIONS = 2.0
 _FORGET = 1.01
 
 
 class StartPace:
     """Tokens of requests started per second, over the time in which some were waiting.
 
-    Both sums halve every `HALF_LIFE_SECONDS` of that time, so that the rate follows the load.
+    Both sums halve every `HALF_LIFE_SECONDS`, so that the rate follows the load; what
+    `KEPT_SECONDS` of waiting say is kept until something newer is known.
     """
 
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
-        self._at: float | None = None
+        self._at = 0.0
+        self.waiting = False
+        """Some requests wait from now on; whoever sees them come and go says so."""
 
-    def waits(self, now: float, waiting: bool) -> None:
-        """Whether requests wait from now on; call it whenever one came or went."""
-        if self._at is not None:
-            passed = max(0.0, now - self._at)
-            keep = 0.5 ** (passed / HALF_LIFE_SECONDS)
-            self._tokens *= keep
-            self._seconds = self._seconds * keep + passed
-        self._at = now if waiting else None
+    def passes(self, now: float) -> None:
+        """Time goes by, up to `now`."""
+        passed = max(0.0, now - self._at)
+        keep = 0.5 ** (passed / HALF_LIFE_SECONDS)
+        if self._seconds * keep < KEPT_SECONDS:
+            keep = min(1.0, KEPT_SECONDS / self._seconds) if self._seconds else 1.0
+        self._tokens *= keep
+        self._seconds *= keep
+        if self.waiting:
+            self._seconds += passed
+        self._at = now
 
     def started(self, tokens: int) -> None:
-        """A request started that had waited, or that left none of the room others wait for."""
-        if self._at is not None:
+        """A request started; it counts if some have waited for room."""
+        if self.waiting:
             self._tokens += tokens
 
     def seconds(self, tokens: float) -> float:
         """Until so many waiting tokens have started; 0 as long as nothing is known."""
-        if self._tokens <= 0 or self._seconds < 0.05:
+        if self._tokens <= 0 or self._seconds < MIN_SECONDS:
             return 0.0
         return tokens * self._seconds / self._tokens
 
@@ -47,27 +57,67 @@ class StartPace:
         return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, self.seconds(tokens / 2)))
 
 
-class BestPrefill:
-    """The quickest of late from start to first token, by model and size of the prompt.
+@dataclass
+class _Seen:
+    """Prompts of about one length: the quickest, and sums that fade.
 
-    A bound from below, for prompts between two powers of two: one that cannot make it at this pace
-    cannot make it at all. Prompts that a cache held are among them, so it errs towards admission.
-    It says nothing before `MIN_SAMPLES`, and rises by a hundredth with each, so that a lucky one is
-    forgotten.
+    Attributes:
+        best, best_each: seconds, and seconds per token, of the quickest of late.
+        weight, mean, spread: of the others, as of `at`; spread is the sum of squares about the
+            mean.
+    """
+
+    count: int = 0
+    best: float = math.inf
+    best_each: float = math.inf
+    weight: float = 0.0
+    mean: float = 0.0
+    spread: float = 0.0
+    at: float = 0.0
+
+    def fade(self, now: float) -> None:
+        keep = 0.5 ** (max(0.0, now - self.at) / HALF_LIFE_SECONDS)
+        self.weight *= keep
+        self.spread *= keep
+        self.at = now
+
+
+class PrefillTimes:
+    """Seconds from start to first token, by model and length of the prompt.
+
+    Prompts between two powers of two are taken together. Nothing is said before `MIN_SAMPLES`.
     """
 
     def __init__(self) -> None:
-        self._best: dict[tuple[str, int], tuple[int, float, float]] = {}
+        self._seen: dict[tuple[str, int], _Seen] = {}
 
-    def saw(self, model: str, prompt_tokens: int, seconds: float) -> None:
-        size = (model, prompt_tokens.bit_length())
-        count, best, best_each = self._best.get(size, (0, math.inf, math.inf))
-        best = min(best * _FORGET, seconds)
-        best_each = min(best_each * _FORGET, seconds / max(1, prompt_tokens))
-        self._best[size] = (count + 1, best, best_each)
+    def saw(self, now: float, model: str, prompt_tokens: int, seconds: float) -> None:
+        seen = self._seen.setdefault((model, prompt_tokens.bit_length()), _Seen(at=now))
+        seen.count += 1
+        # They rise with each, so that a lucky one is forgotten.
+        seen.best = min(seen.best * _FORGET, seconds)
+        seen.best_each = min(seen.best_each * _FORGET, seconds / max(1, prompt_tokens))
+        seen.fade(now)
+        # West's update of a weighted mean and its sum of squares (CACM 22(9), 1979).
+        seen.weight += 1.0
+        off = seconds - seen.mean
+        seen.mean += off / seen.weight
+        seen.spread += off * (seconds - seen.mean)
 
-    def seconds(self, model: str, prompt_tokens: int) -> float:
-        """For a prompt of that length; 0 as long as too little is known."""
-        size = (model, prompt_tokens.bit_length())
-        count, best, best_each = self._best.get(size, (0, 0.0, 0.0))
-        return min(best, best_each * prompt_tokens) if count >= MIN_SAMPLES else 0.0
+    def at_best(self, model: str, prompt_tokens: int) -> float:
+        """A bound from below: a prompt that cannot make it at this pace cannot make it at all.
+        Those that a cache held are among them, so it errs towards admission."""
+        seen = self._seen.get((model, prompt_tokens.bit_length()))
+        if seen is None or seen.count < MIN_SAMPLES:
+            return 0.0
+        return min(seen.best, seen.best_each * prompt_tokens)
+
+    def likely(self, now: float, model: str, prompt_tokens: int) -> float:
+        """What most take: the mean and two deviations, as of late."""
+        seen = self._seen.get((model, prompt_tokens.bit_length()))
+        if seen is None or seen.count < MIN_SAMPLES:
+            return 0.0
+        seen.fade(now)
+        if seen.weight < 1.0:  # Too long ago to say more than this.
+            return self.at_best(model, prompt_tokens)
+        return seen.mean + DEVIATIONS * math.sqrt(seen.spread / seen.weight)

@@ -35,6 +35,10 @@ Place = tuple[int, float, int]
 """In a lane: highest priority first, then what is due first, then what came first."""
 
 
+def _place(offer: Offer, number: int) -> Place:
+    return -offer.priority, offer.start_by, number
+
+
 class ClassQueue:
     """Waiting requests of one class.
 
@@ -73,7 +77,7 @@ class ClassQueue:
         self._by_id[name] = Waiting(offer, now, number)
         self.cost += offer.cost
         lane = self._lanes.setdefault((offer.tenant, offer.model, long), [])
-        heapq.heappush(lane, ((-offer.priority, offer.start_by, number), name))
+        heapq.heappush(lane, (_place(offer, number), name))
         heapq.heappush(self._due, (offer.start_by, number, name))
         if len(self._due) > 2 * len(self._by_id) + _SLACK:
             self._forget_removed()
@@ -127,6 +131,17 @@ class ClassQueue:
     def cost_before(self, start_by: float) -> int:
         """Of all that is due no later than `start_by`."""
         return sum(w.offer.cost for w in self._by_id.values() if w.offer.start_by <= start_by)
+
+    def later(self, start_by: float) -> list[Offer]:
+        """All that is due later, in that order."""
+        later = [w.offer for w in self._by_id.values() if w.offer.start_by > start_by]
+        return sorted(later, key=lambda offer: offer.start_by)
+
+    def has_before(self, offer: Offer, long: bool) -> bool:
+        """Something waits that goes before it in its lane."""
+        lane = (offer.tenant, offer.model, long)
+        head = self._head(lane) if lane in self._lanes else None
+        return head is not None and _place(head.offer, 0) <= _place(offer, 0)
 
     def _forget_removed(self) -> None:
         """Drops what was removed from the middle of the heaps: they stay in proportion."""

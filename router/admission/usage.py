@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, field
 
 from router.admission.offers import Capacity, Offer, SloClass
 
@@ -16,18 +18,40 @@ class _Running:
     prefill_tokens: float
 
 
+class Bounds:
+    """The seconds per token that those who run are to keep, as often as they are asked for."""
+
+    def __init__(self) -> None:
+        self._count: Counter[float] = Counter()
+        self.strictest = math.inf
+
+    def add(self, seconds: float) -> None:
+        self._count[seconds] += 1
+        self.strictest = min(self.strictest, seconds)
+
+    def remove(self, seconds: float) -> None:
+        self._count[seconds] -= 1
+        if not self._count[seconds]:
+            del self._count[seconds]
+            if seconds == self.strictest:
+                self.strictest = min(self._count, default=math.inf)
+
+
 @dataclass
 class _Used:
     prefill_tokens: float = 0.0
     kv_tokens: float = 0.0
     sequences: int = 0
     requests: int = 0
+    paces: Bounds = field(default_factory=Bounds)
 
     def add(self, running: _Running, sign: int) -> None:
+        """Counts it in (1) or out (-1)."""
         self.prefill_tokens += sign * running.prefill_tokens
         self.kv_tokens += sign * running.offer.cost
         self.sequences += sign * running.offer.completions
         self.requests += sign
+        (self.paces.add if sign > 0 else self.paces.remove)(running.offer.tpot_seconds)
 
 
 class Usage:
@@ -66,10 +90,11 @@ class Usage:
             return True
         limit = capacity.scaled(share)
         prompt = min(offer.prompt_tokens, capacity.prefill_worker_tokens)
+        paced = limit.paced(min(offer.tpot_seconds, used.paces.strictest))
         return (
             (not used.prefill_tokens or used.prefill_tokens + prompt <= limit.prefill_tokens)
             and used.kv_tokens + offer.cost <= limit.kv_tokens
-            and used.sequences + offer.completions <= limit.sequences
+            and used.sequences + offer.completions <= min(limit.sequences, paced)
         )
 
     def start(self, now: float, offer: Offer, capacity: Capacity) -> None:

@@ -10,7 +10,12 @@ import pytest
 from cluster.errors import Overloaded
 from router.admission.core import Admission
 from router.admission.offers import Admit, Capacity, Effect, Offer, Refuse, SloClass, Yield
-from router.admission.pace import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, MIN_SAMPLES
+from router.admission.pace import (
+    MAX_RETRY_SECONDS,
+    MIN_RETRY_SECONDS,
+    MIN_SAMPLES,
+    PrefillTimes,
+)
 from router.admission.policy import Limits, Policy, TenantPolicy
 
 INTERACTIVE, STANDARD, BATCH = SloClass
@@ -134,7 +139,7 @@ def test_what_cannot_start_in_time_is_refused_when_it_comes() -> None:
     with pytest.raises(Overloaded, match="due") as refused:
         desk.core.offer(now, offer("now", start_by=now + 0.5))
     assert refused.value.retry_after_seconds >= 0.25
-    desk.core.offer(now, offer("urgent", INTERACTIVE, start_by=now + 2.0))
+    desk.core.offer(now, offer("urgent", INTERACTIVE, start_by=now + 2.5))
 
 
 def test_what_did_not_start_in_time_is_refused_while_it_waits() -> None:
@@ -159,6 +164,132 @@ def test_a_prompt_that_cannot_be_computed_before_the_deadline_is_refused() -> No
     desk.come(offer("in time", prompt_tokens=1000, deadline=10.5), now=5.0)
     # Short prompts take as long for each token as a step takes: that says nothing of long ones.
     desk.come(offer("unknown size", prompt_tokens=3000, deadline=9.0), now=5.0)
+
+
+def saw_prefills(desk: Desk, tokens: int, seconds: float) -> None:
+    """Learns it at 0 s; nothing runs afterwards."""
+    for i in range(MIN_SAMPLES):
+        desk.core.offer(-seconds, offer(f"seen{i}", prompt_tokens=tokens))
+        desk.pump(-seconds)
+        desk.core.first_token(0.0, f"seen{i}")
+        desk.leave(f"seen{i}")
+
+
+def test_a_prompts_own_time_counts_before_its_first_token_is_due() -> None:
+    desk = Desk()
+    saw_prefills(desk, 1000, 0.5)
+    desk.come(offer("running"))
+    desk.come(
+        offer("long", prompt_tokens=1000, start_by=2.0), offer("short", start_by=2.0), now=0.0
+    )
+    assert desk.pump(1.45) == []
+    (refused,) = desk.pump(1.55)
+    assert isinstance(refused, Refuse) and refused.request_id == "long"
+    assert desk.leave("running", 1.9) == ["short"]
+
+
+def test_a_prompts_own_time_takes_half_of_what_is_left_at_most() -> None:
+    desk = Desk()
+    saw_prefills(desk, 1000, 60.0)
+    desk.come(offer("running"))
+    desk.come(offer("long", prompt_tokens=1000, start_by=4.0))
+    assert desk.pump(1.9) == []
+    assert [type(effect) for effect in desk.pump(2.0)] == [Refuse]
+
+
+def paced_desk(**fields: Any) -> tuple[Desk, float]:
+    """One runs, and 20 tokens start a second, as long as some wait; nothing waits."""
+    desk = Desk(**fields)
+    now = 0.0
+    desk.come(*(offer(f"w{i}") for i in range(11)))
+    for i in range(10):
+        now = float(i + 1)
+        desk.leave(f"w{i}", now)
+    assert (desk.core.running, desk.core.queued) == (1, 0)
+    return desk, now
+
+
+def test_the_wait_is_foreseen_with_caution() -> None:
+    desk, now = paced_desk()
+    desk.come(offer("a", start_by=now + 2.1), now=now)  # 1 s by the pace of late
+    with pytest.raises(Overloaded, match="due"):
+        desk.core.offer(now, offer("b", start_by=now + 3.9))
+    desk.core.offer(now, offer("b", start_by=now + 4.1))
+
+
+def test_starts_that_waited_for_nothing_say_nothing_of_the_pace() -> None:
+    desk, now = paced_desk()
+    desk.leave("w10", now)
+    for i in range(1000):
+        now += 0.01
+        assert desk.come(offer(f"quick{i}"), now=now) == [f"quick{i}"]
+        desk.leave(f"quick{i}", now)
+    desk.come(offer("running"), now=now)
+    desk.come(offer("a", start_by=now + 2.5), now=now)
+    with pytest.raises(Overloaded, match="due"):
+        desk.core.offer(now, offer("b", start_by=now + 3.5))
+
+
+def test_a_newcomer_that_is_due_sooner_does_not_make_others_late() -> None:
+    desk, now = paced_desk()
+    desk.come(*(offer(f"a{i}", start_by=now + 6.5) for i in range(3)), now=now)
+    desk.come(*(offer(f"soon{i}", start_by=now + 6.2) for i in range(3)), now=now)
+    with pytest.raises(Overloaded, match="one that came before"):
+        desk.core.offer(now, offer("soon3", prompt_tokens=20, start_by=now + 6.1))
+    desk.come(offer("urgent", INTERACTIVE, prompt_tokens=20, start_by=now + 6.1), now=now)
+    assert desk.core.queued == 7
+
+
+def test_a_class_waits_at_its_own_pace() -> None:
+    """Where more urgent work takes most of the room, the rest starts seldom."""
+    desk = Desk(patience_seconds={INTERACTIVE: math.inf, STANDARD: 10.0, BATCH: math.inf})
+    (running,) = desk.come(offer("i0", INTERACTIVE), *(offer(f"s{i}") for i in range(9)))
+    for i in range(40):
+        desk.core.offer(i, offer(f"i{i + 1}", INTERACTIVE))
+        (running,) = desk.leave(running, float(i))
+    assert desk.core.queued_in(STANDARD) == 6  # one start in ten
+    desk.core.offer(40, offer("sooner", INTERACTIVE, start_by=52.0))
+    with pytest.raises(Overloaded, match="due"):
+        desk.core.offer(40, offer("late", start_by=60.0))
+
+
+def test_decodes_keep_the_strictest_pace_among_them() -> None:
+    paces = {0.1: 4.0, 0.5: 6.0, math.inf: math.inf}
+    desk = Desk(Capacity(paced=lambda seconds: paces[seconds]), max_running=100)
+    patient = [offer(f"p{i}", tpot_seconds=0.5) for i in range(8)]
+    assert desk.come(*patient) == [f"p{i}" for i in range(6)]
+    assert desk.come(offer("strict", INTERACTIVE, tpot_seconds=0.1)) == []
+    for i in range(3):
+        desk.core.release(1, f"p{i}", 20)
+    assert desk.started(1) == ["strict"]
+    assert desk.leave("p3", 2) == ["p6"]
+    assert desk.leave("strict", 3) == ["p7"]
+    whenever = [offer(f"w{i}") for i in range(3)]
+    assert desk.come(*whenever, now=4) == ["w0", "w1"]  # those that run keep their bound
+
+
+def test_batch_takes_a_share_of_the_pace_and_yields_it() -> None:
+    desk = Desk(Capacity(paced=lambda seconds: 4.0), max_running=100, batch_share=0.5)
+    batch = [offer(f"b{i}", BATCH) for i in range(3)]
+    assert desk.come(*batch) == ["b0", "b1"]
+    assert desk.come(offer("s0"), offer("s1")) == ["s0", "s1"]
+    desk.core.offer(0, offer("s2"))
+    assert desk.pump() == [Yield("b1"), Admit("s2")]
+
+
+def test_prefill_times_at_best_and_likely() -> None:
+    times = PrefillTimes()
+    for i in range(MIN_SAMPLES - 1):
+        times.saw(0.0, "m", 600, 1.0 + (i % 2))
+    assert (times.at_best("m", 600), times.likely(0.0, "m", 600)) == (0.0, 0.0)
+    times.saw(0.0, "m", 600, 2.0)
+    assert times.at_best("m", 600) == pytest.approx(1.0, rel=0.1)
+    assert times.likely(0.0, "m", 600) == pytest.approx(1.5 + 2 * 0.5)
+    assert times.likely(0.0, "m", 10) == times.likely(0.0, "other", 600) == 0.0
+    for _ in range(50):
+        times.saw(20.0, "m", 600, 3.0)
+    assert times.likely(20.0, "m", 600) == pytest.approx(3.0, rel=0.1)
+    assert times.likely(100.0, "m", 600) == times.at_best("m", 600)
 
 
 def test_batch_takes_no_room_that_online_work_waits_for() -> None:

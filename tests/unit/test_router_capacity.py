@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import ModelConfig
 from cluster.errors import (
@@ -18,9 +21,12 @@ from cluster.errors import (
 from cluster.store.records import WorkerRecord
 from router.admission.offers import Capacity
 from router.attainment import ATTAINED, missed
-from router.capacity import Capacities, capacity
+from router.capacity import LEAST_PACED, PACE_HEADROOM, Capacities, Paces, capacity
+from router.curves import Curves
+from router.fleet import Fleet
 from router.generation import Slo
 from router.output import Completed, CompletionReport, Phases
+from router.placement import Target, WorkerView
 
 MODEL = ModelConfig(name="m", path="p", max_num_batched_tokens=100, max_num_seqs=8)
 
@@ -60,6 +66,69 @@ def test_it_follows_the_registry() -> None:
     assert capacities()["m"].sequences == 8
     members.records = (worker("both"), worker("both"))
     assert capacities()["m"].sequences == 16
+
+
+def fleet(*roles: str) -> Fleet:
+    fleet = Fleet()
+    for i, role in enumerate(roles):
+        fleet.join(WorkerView(Target(f"w{i}", "x"), "m", role, True, True, "layout"))
+    return fleet
+
+
+def learn_steps(fleet: Fleet, slot: int, each: float) -> None:
+    """A step takes `each` seconds per sequence."""
+    for _ in range(60):
+        for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
+            fleet.saw_step(slot, batch, each * batch)
+
+
+def test_decodes_that_keep_a_bound_per_token() -> None:
+    seen = fleet("prefill", "decode", "decode")
+    paces = Paces(seen, "auto")
+    learn_steps(seen, 1, 1e-3)
+    learn_steps(seen, 2, 2e-3)
+    ideal = PACE_HEADROOM * 0.1 * (1000 + 500)
+    assert paces.within("m", 0.1) == pytest.approx(ideal, rel=0.03)
+    assert paces.within("m", 0.2) == pytest.approx(2 * ideal, rel=0.03)
+    learn_steps(seen, 1, 2e-3)
+    assert paces.within("m", 0.1) == pytest.approx(PACE_HEADROOM * 0.1 * 1000, rel=0.03)
+    assert paces.within("m", math.inf) == math.inf
+    assert paces.within("other", 0.1) == math.inf
+
+
+def test_a_bound_that_cannot_be_kept_bounds_nothing() -> None:
+    seen = fleet("decode", "both")
+    learn_steps(seen, 0, 1e-3)
+    learn_steps(seen, 1, 20e-3)
+    paces = Paces(seen, "auto")
+    assert paces.within("m", 1e-4) == math.inf
+    assert paces.within("m", 4e-3) == 2 * LEAST_PACED  # too little to be believed
+
+
+def test_who_stands_in_for_decode_workers_sets_their_pace() -> None:
+    seen = fleet("prefill")
+    learn_steps(seen, 0, 1e-3)
+    assert Paces(seen, "always").within("m", 0.1) == math.inf
+    assert Paces(seen, "auto").within("m", 0.1) == pytest.approx(PACE_HEADROOM * 100, rel=0.05)
+
+
+@given(
+    seconds=st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=40),
+    sizes=st.lists(st.integers(1, 2000), min_size=40, max_size=40),
+    bound=st.floats(1e-4, 2.0),
+)
+def test_a_curve_within_a_bound(seconds: list[float], sizes: list[int], bound: float) -> None:
+    curves = Curves(0, 11, lambda batch: 5e-3 + 6e-5 * batch)
+    curves.resize(1)
+    for size, took in zip(sizes, seconds, strict=False):
+        curves.observe(0, size, took)
+    largest = float(curves.within(bound, np.array([0]))[0])
+    tried = 2.0 ** np.linspace(0.0, 10.0, 200)
+    for size in tried:
+        if size <= largest:
+            assert curves.one(size, 0) <= bound * 1.0001
+    if largest < tried[-1]:
+        assert any(curves.one(size, 0) > bound * 0.9999 for size in (largest or 1.0, *tried))
 
 
 def completed(ttft: float, tpot: float) -> Completed:
