@@ -102,6 +102,9 @@ class Admission:
             capacities: by model; a model that is missing is unbounded.
         """
         self._capacities = capacities
+        if not self.queued:
+            self._pace.waits(now, False)
+            return []
         effects = self._expire(now)
         while found := self._next(now):
             offer, promised, yields = found
