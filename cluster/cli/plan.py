@@ -150,8 +150,8 @@ def _print(terminal: Terminal, advice: Advice, plot: Path | None) -> None:
         )
     out.print(table)
     out.print(
-        "goodput in requests/s, ~: roughly; TTFT and TPOT p50/p90 at the trace's own rate; P + D: dollars per "
-        "1,000 requests at the goodput"
+        "goodput in requests/s, ~: roughly; TTFT and TPOT p50/p90 at the trace's own rate; "
+        "P + D: dollars per 1,000 requests at the goodput"
     )
     out.print(
         f"best: [bold]{advice.best.option}[/]; the second best loses {advice.second_loses:.1%}",
