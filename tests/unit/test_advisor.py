@@ -82,9 +82,8 @@ def test_short_prompts_and_loose_targets_want_none() -> None:
 @pytest.mark.parametrize(
     ("arrivals", "slo", "gpus"),
     [
-        (LONG_PROMPTS, "ttft=2,tpot=0.012", 5),
+        (LONG_PROMPTS, "ttft=2,tpot=0.012", 4),
         (LONG_PROMPTS, "ttft=0.6", 3),
-        (LONG_PROMPTS, "ttft=1,tpot=0.0075", 4),
         (MIXED, "ttft=1,tpot=0.01", 4),
     ],
 )
@@ -99,9 +98,9 @@ def test_few_full_runs_find_the_two_that_all_of_them_find(
     assert all(v.goodput <= fast[1].goodput for v in fast[2:])
 
 
-@pytest.mark.parametrize("best_looks", [0.6, 0.85, 1.2])
+@pytest.mark.parametrize("best_looks", [0.6, 1.2])
 def test_a_rough_look_that_is_off_does_not_change_the_winner(best_looks: float) -> None:
-    asked = question(LONG_PROMPTS, "ttft=2,tpot=0.012", 5)
+    asked = question(LONG_PROMPTS, "ttft=2,tpot=0.012", 4)
     right = contest(asked, here, exhaustive=True)
 
     def off(tasks: Sequence[Task]) -> Iterator[object]:
