@@ -51,8 +51,8 @@ KV_BYTES = 2 * LAYERS * WIDTH * 2
 LIMITS = EngineLimits(
     max_tokens=2048, max_sequences=512, mixes=False, cache_share=0.0, repeats_first_token=False
 )
-SECONDS = 60.0
-"""Of arrivals, in every run."""
+SECONDS = 30.0
+"""Of arrivals, in every run: some thousand requests."""
 PRECISION, STEP = 0.02, 1.15
 
 Steps = dict[tuple[int, int], tuple[float, float]]
