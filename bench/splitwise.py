@@ -211,7 +211,7 @@ class Found:
 def search(
     worker: Performance, reference: Performance, trace: Path, step: int, near: float
 ) -> Found:
-    """Every `step`-th split, then those beside the best."""
+    """Every `step`-th split from a quarter for prompts on, then those beside the best."""
     columns = lengths(trace)
     kind = trace.stem.rsplit("_", 1)[-1]
     rates: dict[int, float] = {}
@@ -221,7 +221,7 @@ def search(
         rates[prefill] = throughput(worker, reference, prefill, columns, near)
         near = rates[prefill] or near
 
-    for prefill in range(MACHINES // 2, MACHINES, step):
+    for prefill in range(MACHINES // 4, MACHINES, step):
         look(prefill)
     best = max(rates, key=rates.__getitem__)
     for prefill in range(max(1, best - step + 1), min(MACHINES, best + step)):

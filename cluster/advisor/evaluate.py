@@ -82,7 +82,7 @@ def roughly(question: Question, options: Sequence[Option]) -> list[Verdict]:
         guessed = guess(question, option)
         points = _bracket(question, option, requests, guessed, guessed * off)
         verdicts.append(_verdict(question, option, points, rough=True))
-        off = verdicts[-1].goodput / guessed or off
+        off = min(verdicts[-1].goodput / guessed or off, REACH / 4)
     return verdicts
 
 

@@ -116,6 +116,12 @@ def test_a_rough_look_that_is_off_does_not_change_the_winner(best_looks: float) 
     assert not found[1].rough
 
 
+def test_targets_that_no_load_spoils_have_a_goodput_on_every_option() -> None:
+    few = [Arrival(i / 8, 100, 4) for i in range(20)]
+    advice = advise(question(few, "ttft=60,tpot=9", 3), here)
+    assert all(v.goodput > 100 and v.goodput99 == v.goodput for v in advice.verdicts)
+
+
 def test_every_option_is_answered_and_drawn() -> None:
     advice = advise(question(LONG_PROMPTS, "ttft=2,tpot=0.012", gpus=3), here)
     assert {str(v.option) for v in advice.verdicts} == {"3 aggregated", "1P:2D", "2P:1D"}
