@@ -98,6 +98,11 @@ class HandoffAgent:
         self._thread = threading.Thread(target=self._serve, name="handoff-agent", daemon=True)
 
     @property
+    def frame_bytes(self) -> int:
+        """The payload size that crosses best."""
+        return self._transport.frame_bytes
+
+    @property
     def transport_name(self) -> str:
         """The best way this rank can take KV."""
         return self._transport.name

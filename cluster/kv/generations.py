@@ -30,6 +30,6 @@ class Generations:
         """What they are now; raises IndexError for a block that is not there."""
         return self._of[np.asarray(block_ids, dtype=np.int64)].copy()
 
-    def still(self, block_ids: Sequence[int], stamp: Stamp) -> bool:
+    def still(self, block_ids: Sequence[int] | npt.NDArray[np.int64], stamp: Stamp) -> bool:
         """None of them has been handed out anew since `stamp`."""
         return bool((self._of[np.asarray(block_ids, dtype=np.int64)] == stamp).all())

@@ -1,6 +1,7 @@
 """Decode's side of one push: judge each payload, write it, and find out that it is there.
 
-A payload is written in the same turn of the loop in which its reservation was checked. On a device
+A payload is written in the same turn of the loop in which its reservation was checked; one that is
+read from the socket into its places, in several turns with a check in each. On a device
 the write is only queued then; until it is done nobody else gets the blocks or the payload's memory,
 however the push ends.
 """
@@ -13,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.errors import HandoffRefused
-from cluster.kv.assembly import Assembly
+from cluster.kv.assembly import Assembly, BlockRun
 from cluster.kv.doorkeeper import Admitted
 from cluster.kv.generations import Generations
 from cluster.kv.paged import BlockIndex, PagedCache, Slots
 from cluster.kv.push import seed_of
 from cluster.kv.reservation import Reservation
-from cluster.kv.transport.frames import Blocks, Commit
+from cluster.kv.transport.frames import Blocks, Coming, Commit
 from cluster.kv.transport.seam import Inbound
 
 MAX_WRITES = 32
@@ -45,12 +46,18 @@ class Landing:
     _index: BlockIndex | None = None
     _writes: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def land(self, frame: Blocks) -> None:
+    async def land(self, frame: Blocks | Coming) -> None:
         """Raises HandoffRefused unless the payload is the one that was due."""
+        if isinstance(frame, Coming):
+            self.part.check(frame.run, frame.size)
+            self.reservation.check(self.generations)
+            if pieces := self._pieces(frame.run):
+                return await self._read(frame, pieces)
+            frame = await self.inbound.fetch(frame)
         run, size = frame.run, frame.payload.numel()
         try:
             self.part.check(run, size)
-            self.inbound.verify(frame, seed_of(self.reservation.reserve.handoff_id))
+            self.inbound.verify(frame, self._seed)
             self.reservation.check(self.generations)
         except BaseException:
             self.inbound.done(frame)
@@ -62,6 +69,28 @@ class Landing:
         self.part.accept(run, size)
         if len(self._writes) >= MAX_WRITES:
             await asyncio.wait(self._writes, return_when=asyncio.FIRST_COMPLETED)
+
+    @property
+    def _seed(self) -> int:
+        return seed_of(self.reservation.reserve.handoff_id)
+
+    def _pieces(self, run: BlockRun) -> list[memoryview]:
+        """The payload's own places, if they can be written from the host as it comes."""
+        if self.admitted.plain:
+            return []
+        ids = self.reservation.reserve.block_ids
+        ids = ids[run.first_block : run.first_block + run.num_blocks]
+        layers = range(run.layer, run.layer + run.num_layers)
+        return self.cache.pieces(layers, ids, self.admitted.route.target)
+
+    async def _read(self, coming: Coming, pieces: list[memoryview]) -> None:
+        """Straight to its places: unverified bytes lie there until the frame is whole, in blocks
+        that nothing reads before the commit."""
+        await self.inbound.read(
+            coming, pieces, lambda: self.reservation.check(self.generations), self._seed
+        )
+        self.reservation.saw_frame(time.monotonic())
+        self.part.accept(coming.run, coming.size)
 
     async def complete(self, commit: Commit) -> None:
         """Waits for the device. Raises HandoffRefused unless everything is there, as it was sent,

@@ -206,26 +206,52 @@ class Push:
             size = len(group) * len(part) * self._head_bytes
             if self.sent.bytes + size > grant.credit_bytes:
                 raise HandoffRefused("decode granted less than the prompt needs")
-            buffer = await outbound.buffer(size)
-            try:
-                self._fill(buffer, group, part, outbound)
-                filled = self.cache.mark(outbound.stream)
-                if filled is None:
-                    self._check(*read)
-            except BaseException:
-                outbound.discard(buffer)
-                raise
             run = BlockRun(
                 self.sent.frames, head.layer, len(group), head.first_block + start, len(part)
             )
-            await outbound.send_blocks(run, buffer, seed_of(self.order.handoff_id), filled)
-            if filled is not None:
-                check = asyncio.create_task(self._check_read(outbound, filled, *read))
-                check.add_done_callback(lambda task: task.cancelled() or task.exception())
-                self._checks.append(check)
+            if pieces := self._pieces(group, read[0]):
+                await outbound.send_pieces(run, pieces, self._seed)
+                self._check(*read)
+            else:
+                await self._send_copy(run, group, part, read, outbound, size)
             self.sent.frames += 1
             self.sent.bytes += size
             self.sent.last_frame_at = time.monotonic()
+
+    async def _send_copy(
+        self,
+        run: BlockRun,
+        group: list[Ready],
+        index: BlockIndex,
+        read: tuple[tuple[int, ...], Stamp],
+        outbound: Outbound,
+        size: int,
+    ) -> None:
+        buffer = await outbound.buffer(size)
+        try:
+            self._fill(buffer, group, index, outbound)
+            filled = self.cache.mark(outbound.stream)
+            if filled is None:
+                self._check(*read)
+        except BaseException:
+            outbound.discard(buffer)
+            raise
+        await outbound.send_blocks(run, buffer, self._seed, filled)
+        if filled is not None:
+            check = asyncio.create_task(self._check_read(outbound, filled, *read))
+            check.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._checks.append(check)
+
+    @property
+    def _seed(self) -> int:
+        return seed_of(self.order.handoff_id)
+
+    def _pieces(self, group: list[Ready], ids: tuple[int, ...]) -> list[memoryview]:
+        """The blocks where they lie, if they can be sent from there."""
+        if self.order.plain:
+            return []
+        layers = range(group[0].layer, group[-1].layer + 1)
+        return self.cache.pieces(layers, ids, self.order.route.source)
 
     def _index(self, ready: Ready, outbound: Outbound) -> BlockIndex:
         """Of the blocks of a step, made once."""

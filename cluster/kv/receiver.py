@@ -25,7 +25,7 @@ from cluster.kv.milestones import Fence
 from cluster.kv.paged import PagedCache
 from cluster.kv.reservation import LATE, CalledOff, Reservation, Reserve
 from cluster.kv.seldom import Seldom
-from cluster.kv.transport.frames import Abort, Ack, Blocks, Commit, Grant, Open, Refused
+from cluster.kv.transport.frames import Abort, Ack, Blocks, Coming, Commit, Grant, Open, Refused
 from cluster.kv.transport.seam import Inbound
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Receiver:
     async def _take(self, landing: Landing, inbound: Inbound) -> None:
         while (frame := await inbound.receive()) is not None:
             match frame:
-                case Blocks():
+                case Blocks() | Coming():
                     await landing.land(frame)
                 case Commit():
                     await landing.complete(frame)

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import Assembly
 from cluster.kv.generations import Generations, Stamp
@@ -71,6 +73,9 @@ class Reservation:
     first_frame_at: float = 0.0
     last_frame_at: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._ids = np.asarray(self.reserve.block_ids, dtype=np.int64)
+
     @property
     def whole(self) -> bool:
         """Every route has committed."""
@@ -106,7 +111,7 @@ class Reservation:
         """Raises HandoffRefused unless it stands and its blocks are still the ones reserved."""
         if self.error:
             raise CalledOff(self.error)
-        if not generations.still(self.reserve.block_ids, self.stamp):
+        if not generations.still(self._ids, self.stamp):
             raise HandoffRefused("decode's blocks were handed out anew before their KV arrived")
 
     def saw_frame(self, now: float) -> None:

@@ -22,11 +22,13 @@ from cluster.ticket import Ticket, TicketSigner, new_handoff_id, prompt_digest
 
 SECRET = b"the cluster's secret"
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 16, 2, 4, 8
+LARGE = 40
+"""Times as much content makes blocks that are sent from where they lie and read to their places."""
 
 
-def random_cache(seed: int) -> PagedCache:
+def random_cache(seed: int, times: int = 1) -> PagedCache:
     generator = torch.Generator().manual_seed(seed)
-    shape = (BLOCKS, HEADS, TOKENS, CONTENT)
+    shape = (BLOCKS, HEADS, TOKENS, CONTENT * times)
     return PagedCache({f"layer.{i}": torch.rand(shape, generator=generator) for i in range(LAYERS)})
 
 

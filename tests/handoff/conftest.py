@@ -4,22 +4,28 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.handoff.agents import Decode, Prefill, random_cache, start_agent
+from tests.handoff.agents import LARGE, Decode, Prefill, random_cache, start_agent
 from tests.handoff.raw import RawPeer
 
 
+@pytest.fixture(params=[1, LARGE], ids=["copied", "in place"])
+def times(request: pytest.FixtureRequest) -> int:
+    """How much larger blocks are than the smallest: large ones cross without a copy."""
+    return int(request.param)
+
+
 @pytest.fixture
-def prefill() -> Iterator[Prefill]:
-    cache = random_cache(1)
-    side = Prefill(start_agent("prefill", cache), cache)
+def prefill(times: int) -> Iterator[Prefill]:
+    cache = random_cache(1, times)
+    side = Prefill(start_agent("prefill", cache, 4096 * times), cache)
     yield side
     side.agent.stop()
 
 
 @pytest.fixture
-def decode() -> Iterator[Decode]:
-    cache = random_cache(2)
-    side = Decode(start_agent("decode", cache), cache)
+def decode(times: int) -> Iterator[Decode]:
+    cache = random_cache(2, times)
+    side = Decode(start_agent("decode", cache, 4096 * times), cache)
     yield side
     side.agent.stop()
 

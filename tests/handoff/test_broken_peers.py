@@ -152,7 +152,7 @@ async def test_a_sender_that_vanishes_ends_the_handoff_at_once(
     await right_handoff(prefill, decode)
 
 
-async def test_decode_restarts_mid_transfer(prefill: Prefill, decode: Decode) -> None:
+async def test_decode_restarts_mid_transfer(prefill: Prefill, decode: Decode, times: int) -> None:
     """Its former life's ticket is nothing to the new one, which takes the retry."""
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
@@ -160,8 +160,8 @@ async def test_decode_restarts_mid_transfer(prefill: Prefill, decode: Decode) ->
     prefill.offer(ticket, wire, decode.agent.address, (1,))
     await decode.until(lambda: decode.frames(ticket) > 0)
     decode.agent.stop()
-    cache = random_cache(3)
-    reborn = Decode(start_agent("decode", cache, incarnation="the next life"), cache)
+    cache = random_cache(3, times)
+    reborn = Decode(start_agent("decode", cache, 4096 * times, incarnation="the next life"), cache)
     try:
         peer = RawPeer(reborn)
         refusal = await peer.push(Open(wire, 0))
@@ -181,7 +181,7 @@ async def test_decode_restarts_mid_transfer(prefill: Prefill, decode: Decode) ->
         reborn.agent.stop()
 
 
-async def test_prefill_restarts_mid_transfer(prefill: Prefill, decode: Decode) -> None:
+async def test_prefill_restarts_mid_transfer(prefill: Prefill, decode: Decode, times: int) -> None:
     """Decode discards what came, and takes the whole prompt from the next life."""
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
@@ -191,8 +191,9 @@ async def test_prefill_restarts_mid_transfer(prefill: Prefill, decode: Decode) -
     prefill.agent.stop()
     assert (await decode.result(ticket.handoff_id)).error
     assert decode.finished.failed == {f"d-{ticket.handoff_id}"}
-    cache = random_cache(4)
-    reborn = Prefill(start_agent("prefill", cache, incarnation="the next life"), cache)
+    cache = random_cache(4, times)
+    agent = start_agent("prefill", cache, 4096 * times, incarnation="the next life")
+    reborn = Prefill(agent, cache)
     try:
         retry = make_ticket(2 * TOKENS, prefill_incarnation="the next life")
         decode.reserve(retry, sign(retry), (5, 6))

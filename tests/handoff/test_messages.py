@@ -209,8 +209,10 @@ async def test_however_the_prompt_is_cut_it_lands(
 @pytest.mark.parametrize("where", [0, 100, -1])
 @pytest.mark.parametrize("num_layers", [1, LAYERS])
 async def test_damage_of_one_bit_is_noticed(
-    prefill: Prefill, decode: Decode, peer: RawPeer, where: int, num_layers: int
+    prefill: Prefill, decode: Decode, peer: RawPeer, where: int, num_layers: int, times: int
 ) -> None:
+    """What is read to its place lies there damaged, in blocks that the engine gets back as failed
+    (`refused` sees to that) and reads no more; what is copied is never written."""
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
     frame = frame_of(prefill, ticket, 0, 0, (1, 2), num_layers=num_layers)
@@ -220,7 +222,7 @@ async def test_damage_of_one_bit_is_noticed(
         await refused(decode, peer, ticket, wire, Open(wire, 0), frame)
         == "frame 0: checksum differs"
     )
-    assert torch.equal(contents(decode, (5, 6)), before)
+    assert torch.equal(contents(decode, (5, 6)), before) is (times == 1)
 
 
 async def test_every_bit_of_a_header_counts(prefill: Prefill, decode: Decode) -> None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from cluster.kv.assembly import BlockRun
 from cluster.kv.generations import Generations
+from cluster.kv.geometry import HeadRun
 from cluster.kv.push import Ready
 from cluster.kv.sender import Offer
-from cluster.kv.transport.frames import Ack, Blocks, Commit, Open, Refused
-from tests.handoff.agents import LAYERS, TOKENS, Decode, Prefill, make_ticket, sign
+from cluster.kv.transport.frames import Ack, Blocks, Coming, Commit, Open, Refused
+from cluster.kv.transport.grpc_streams import GrpcInbound, GrpcOutbound
+from tests.handoff.agents import HEADS, LAYERS, TOKENS, Decode, Prefill, make_ticket, sign
 from tests.handoff.raw import RawPeer, contents, whole_prompt
 
 REUSED = "blocks were handed out anew while they were read"
@@ -50,16 +54,28 @@ async def test_a_block_reused_before_it_was_read(prefill: Prefill, decode: Decod
 async def test_a_block_reused_while_it_was_read(
     prefill: Prefill, decode: Decode, layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another prompt's step overwrites the block in the middle of the copy of some layer."""
-    gather = prefill.cache.gather
+    """Another prompt's step overwrites the block in the middle of the copy of some layer, or while
+    it is being sent."""
+    gather, send = prefill.cache.gather, GrpcOutbound.send_pieces
 
-    def torn(layers: range, *args: object, **kwargs: object) -> None:
-        gather(layers, *args, **kwargs)  # type: ignore[arg-type]
+    def reuse(layers: range) -> None:
         if layer in layers:
             prefill.agent.generations.renew([1])
             prefill.cache._items[layer][1] = 0
 
+    def torn(layers: range, *args: object, **kwargs: object) -> None:
+        gather(layers, *args, **kwargs)  # type: ignore[arg-type]
+        reuse(layers)
+
+    async def torn_as_it_leaves(
+        self: GrpcOutbound, run: BlockRun, pieces: Sequence[memoryview], seed: int
+    ) -> None:
+        reuse(range(run.layer, run.layer + run.num_layers))
+        await send(self, run, pieces, seed)
+
     monkeypatch.setattr(prefill.cache, "gather", torn)
+    if prefill.cache.pieces(range(1), (1, 2), HeadRun(0, HEADS)):
+        monkeypatch.setattr(GrpcOutbound, "send_pieces", torn_as_it_leaves)
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
     decode.reserve(ticket, wire, (5, 6))
@@ -229,15 +245,13 @@ async def test_a_payload_that_has_arrived_is_dropped_when_its_request_ends(
     prefill: Prefill, decode: Decode, peer: RawPeer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request ends between a frame's arrival and its write."""
-    from cluster.kv.transport.grpc_streams import GrpcInbound
-
     receive = GrpcInbound.receive
     reached, go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
     async def slow(self: GrpcInbound) -> object:
         frame = await receive(self)
-        if isinstance(frame, Blocks):
+        if isinstance(frame, Blocks | Coming):
             loop.call_soon_threadsafe(reached.set)
             await asyncio.to_thread(go_on.wait, 10)
         return frame
@@ -285,6 +299,7 @@ async def test_blocks_are_not_given_back_while_the_device_still_writes(
     is done, and not when the push ends."""
     device = SlowDevice()
     monkeypatch.setattr(decode.cache, "mark", lambda stream: device)
+    monkeypatch.setattr(decode.cache, "_flat", None)  # as it is on a device
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
     decode.reserve(ticket, wire, (5, 6), lease=0.3 if end == "the lease ends" else 20)

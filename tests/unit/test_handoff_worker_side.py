@@ -14,13 +14,15 @@ from cluster.kv.handoff import HandoffParams
 from cluster.kv.reservation import Reserve
 from cluster.kv.sender import Arrival, Offer, Release
 
-TOKENS, LAYERS = 4, 3
+TOKENS, LAYERS, BLOCK_BYTES = 4, 3, 100
 
 
 class Agent:
-    """Writes down what it is told."""
+    """Writes down what it is told, and in how many calls."""
 
     def __init__(self) -> None:
+        self.frame_bytes = 1
+        self.calls = 0
         self.heard: list[tuple[str, Any]] = []
         self.generations = Generations(16)
         self.sender = SimpleNamespace(
@@ -36,6 +38,7 @@ class Agent:
         )
 
     def post(self, call: Any) -> None:
+        self.calls += 1
         call()
 
 
@@ -43,7 +46,9 @@ class Agent:
 def side() -> WorkerSide:
     side = WorkerSide(ConnectorConfig("w", "life", "digest", {}, 0), None)  # type: ignore[arg-type]
     side.agent = Agent()  # type: ignore[assignment]
-    side.cache = SimpleNamespace(tokens=TOKENS, fence=lambda: None)  # type: ignore[assignment]
+    side.cache = SimpleNamespace(  # type: ignore[assignment]
+        tokens=TOKENS, block_bytes=BLOCK_BYTES, fence=lambda: None
+    )
     side._layers = {f"layer.{i}": i for i in range(LAYERS)}
     return side
 
@@ -93,6 +98,21 @@ def test_each_layer_is_announced_once_and_the_silent_ones_at_the_end(side: Worke
     side.end_step()
     side.step_written()
     assert [layer for kind, layer in heard(side) if kind == "layer"] == layers
+
+
+@pytest.mark.parametrize(("frame_bytes", "calls"), [(1, 3), (400, 2), (600, 1), (10_000, 1)])
+def test_a_frames_layers_are_announced_together(
+    side: WorkerSide, frame_bytes: int, calls: int
+) -> None:
+    assert isinstance(side.agent, Agent)
+    side.agent.frame_bytes = frame_bytes
+    side.begin_step(StepMetadata(offers=(Offer("h", 0, (1,)), Offer("i", 0, (2,)))))
+    begun = side.agent.calls
+    for layer in range(LAYERS):
+        side.layer_written(f"layer.{layer}")
+    side.step_written()
+    assert [layer for kind, layer in heard(side) if kind == "layer"] == [0, 1, 2]
+    assert side.agent.calls - begun == calls
 
 
 def test_a_step_without_handoffs_posts_nothing(side: WorkerSide) -> None:

@@ -47,10 +47,18 @@ class ConnectorConfig:
 
 @dataclass
 class _Step:
-    """One engine step's work on layers."""
+    """One engine step's work on layers.
+
+    Attributes:
+        layer_bytes: what the offers have of one layer.
+        written: layers that the engine has computed, or queued.
+        untold: those that the agent has not been told of.
+    """
 
     offers: tuple[tuple[Offer, Stamp], ...] = ()
+    layer_bytes: int = 0
     written: set[int] = field(default_factory=set)
+    untold: list[int] = field(default_factory=list)
 
 
 class WorkerSide:
@@ -105,8 +113,10 @@ class WorkerSide:
         for reserve in step.reserves:
             generations.renew(reserve.block_ids[reserve.held_tokens // self.cache.tokens :])
             reserves.append((reserve, generations.stamp(reserve.block_ids)))
+        blocks = sum(len(offer.block_ids) for offer in step.offers)
         self._step = _Step(
-            tuple((offer, generations.stamp(offer.block_ids)) for offer in step.offers)
+            tuple((offer, generations.stamp(offer.block_ids)) for offer in step.offers),
+            blocks * self.cache.block_bytes,
         )
 
         def apply() -> None:
@@ -128,8 +138,12 @@ class WorkerSide:
 
     def layer_written(self, layer_name: str) -> None:
         """The step's KV of a layer is in the cache, or on its way there on the device."""
-        if self._step.offers:
+        step = self._step
+        if step.offers:
             self._written(self._layers[layer_name])
+            assert self.agent is not None
+            if len(step.untold) * step.layer_bytes >= self.agent.frame_bytes:
+                self._tell()
 
     def step_written(self) -> None:
         """So is that of every layer: of those too that ran inside a CUDA graph, unannounced."""
@@ -137,12 +151,26 @@ class WorkerSide:
             for layer in self._layers.values():
                 if layer not in self._step.written:
                     self._written(layer)
+            self._tell()
 
     def _written(self, layer: int) -> None:
-        assert self.agent is not None
         self._step.written.add(layer)
+        self._step.untold.append(layer)
+
+    def _tell(self) -> None:
+        """The agent hears of a frame's layers at once: each call takes time from the engine, which
+        is queuing the next layers."""
+        layers, self._step.untold = self._step.untold, []
+        if not layers:
+            return
+        assert self.agent is not None
         sender, offers, fence = self.agent.sender, self._step.offers, self.cache.fence()
-        self.agent.post(lambda: sender.layer_ready(layer, offers, fence))
+
+        def apply() -> None:
+            for layer in layers:
+                sender.layer_ready(layer, offers, fence)
+
+        self.agent.post(apply)
 
     def end_step(self) -> None:
         self._step = _Step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,14 @@ PART_BYTES = 4 << 20
 def host_checksum(payload: torch.Tensor, seed: int) -> int:
     """XXH3-64 of a payload in host memory."""
     return xxhash.xxh3_64_intdigest(payload.numpy(), seed=seed)
+
+
+def pieces_checksum(pieces: Iterable[memoryview], seed: int) -> int:
+    """XXH3-64 of a payload that lies in pieces."""
+    digest = xxhash.xxh3_64(seed=seed)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.intdigest()
 
 
 class DeviceSum:

@@ -1,13 +1,12 @@
 """PushFrame and PushReply on the wire.
 
 A frame of blocks is ordinary protobuf in one fixed encoding: the payload lies behind 48 bytes of
-header, so it is written where it will be sent from and read where it arrived, and never passes
-through protobuf's own copies.
+header, so it is sent from where it lies and read into where it belongs, and never passes through
+protobuf's own copies.
 """
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
+from cluster.kv.transport.streams.reading import Incoming
 from cluster.kv.transport.views import bytes_view
 from pdserve.v1 import kv_transfer_pb2 as pb
 
@@ -27,11 +27,6 @@ _PAD = bytes((0x72, 4)) + bytes(4)  # field 14
 CONTROL_BYTES = 8192
 """No frame without blocks is longer; nothing longer is parsed."""
 HEADER_BYTES = _HEADER.size
-"""48: a multiple of 16, and Python keeps the contents of bytes 16-aligned."""
-
-_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
-_new_bytes.restype = ctypes.py_object
-_new_bytes.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,19 @@ class Blocks:
 
     run: BlockRun
     payload: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A run of blocks whose bytes are still to be read.
+
+    Attributes:
+        size: of the payload.
+    """
+
+    run: BlockRun
+    size: int
+    rest: Incoming
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Abort:
     reason: str
 
 
-Frame = Open | Blocks | Commit | Abort
+Frame = Open | Blocks | Coming | Commit | Abort
 
 
 @dataclass(frozen=True)
@@ -98,37 +106,11 @@ class Refused:
 Reply = Grant | Ack | Refused
 
 
-class BlocksWire:
-    """A frame of blocks under construction: fill `payload`, then `seal`.
-
-    Attributes:
-        payload: uint8 `[size]`, memory of the frame itself.
-    """
-
-    def __init__(self, size: int) -> None:
-        # Nobody else has seen these bytes yet, so they may still be written.
-        self._wire: bytes = _new_bytes(None, HEADER_BYTES + size)
-        self._size = size
-        self.payload = bytes_view(self._wire)[HEADER_BYTES:]
-
-    def seal(self, run: BlockRun) -> bytes:
-        """The finished frame."""
-        header = _pack_header(run, self._size)
-        ctypes.memmove(id(self._wire) + _BYTES_OFFSET, header, HEADER_BYTES)
-        return self._wire
-
-
-_BYTES_OFFSET = bytes.__basicsize__ - 1
-"""Where the contents of a bytes object begin."""
-
-
-def encode_frame(frame: Frame) -> bytes:
+def encode_frame(frame: Open | Blocks | Commit | Abort) -> bytes:
     """A PushFrame."""
     match frame:
         case Blocks(run, payload):
-            wire = BlocksWire(payload.numel())
-            wire.payload.copy_(payload)
-            return wire.seal(run)
+            return blocks_header(run, payload.numel()) + bytes(payload.numpy())
         case Open(ticket, rank, link):
             message = pb.PushFrame(open=pb.Open(ticket=ticket, rank=rank, link=link))
         case Commit(frames, token, tokens, checksum):
@@ -165,7 +147,8 @@ def decode_frame(wire: bytes) -> Frame:
     raise HandoffRefused("a frame has no kind")
 
 
-def _pack_header(run: BlockRun, size: int) -> bytes:
+def blocks_header(run: BlockRun, size: int) -> bytes:
+    """Of a frame of blocks; its payload, of `size` bytes, follows."""
     tags = _FIELDS
     return _HEADER.pack(
         _BLOCKS_TAG, _BLOCKS_BYTES,
@@ -175,15 +158,27 @@ def _pack_header(run: BlockRun, size: int) -> bytes:
     )  # fmt: skip
 
 
+def decode_head(message: Incoming) -> Coming:
+    """A frame of which only the head has come. Raises HandoffRefused if it is none of blocks."""
+    if message.head[:1] != bytes((_BLOCKS_TAG,)):
+        raise HandoffRefused("a frame is too long")
+    size = message.size - HEADER_BYTES
+    return Coming(_decode_header(message.head, size), size, message)
+
+
 def _decode_blocks(wire: bytes) -> Blocks:
     if len(wire) < HEADER_BYTES:
         raise HandoffRefused("a frame of blocks is truncated")
-    values = _HEADER.unpack_from(wire)
-    run = BlockRun(*values[3:14:2])
-    size = len(wire) - HEADER_BYTES
-    if _pack_header(run, size) != wire[:HEADER_BYTES]:
-        raise HandoffRefused("a frame of blocks is malformed, truncated or has a tail")
+    run = _decode_header(wire[:HEADER_BYTES], len(wire) - HEADER_BYTES)
     return Blocks(run, bytes_view(wire)[HEADER_BYTES:])
+
+
+def _decode_header(head: bytes, size: int) -> BlockRun:
+    values = _HEADER.unpack(head)
+    run = BlockRun(*values[3:14:2])
+    if blocks_header(run, size) != head:
+        raise HandoffRefused("a frame of blocks is malformed, truncated or has a tail")
+    return run
 
 
 def encode_reply(reply: Reply) -> bytes:

@@ -5,35 +5,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-import grpc
-import grpc.aio
-import numpy as np
+import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.transport.checksums import host_checksum
+from cluster.kv.transport.checksums import host_checksum, pieces_checksum
 from cluster.kv.transport.frames import (
     Abort,
     Blocks,
-    BlocksWire,
+    Coming,
     Commit,
     Frame,
     Open,
     Reply,
+    blocks_header,
     decode_frame,
+    decode_head,
     decode_reply,
     encode_frame,
     encode_reply,
 )
 from cluster.kv.transport.seam import Buffer
 from cluster.kv.transport.staging import Slot, Staging
+from cluster.kv.transport.streams.reading import Broken, Incoming
+from cluster.kv.transport.streams.stream import Stream
+from cluster.kv.transport.streams.views import Views
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class HostBuffer:
+    """Memory of one payload's own."""
+
+    payload: torch.Tensor
 
 
 class GrpcOutbound:
@@ -43,19 +52,22 @@ class GrpcOutbound:
     link = 0
     stream = None
 
-    def __init__(self, call: Any, frame_bytes: int) -> None:
-        self._call = call
+    def __init__(self, stream: Stream, frame_bytes: int) -> None:
+        self._stream = stream
         self.frame_bytes = frame_bytes
 
     async def buffer(self, size: int) -> Buffer:
-        return BlocksWire(size)
+        return HostBuffer(torch.empty(size, dtype=torch.uint8))
+
+    async def send_pieces(self, run: BlockRun, pieces: Sequence[memoryview], seed: int) -> None:
+        """Sends a payload from where it lies, which must be host memory."""
+        sealed = replace(run, checksum=pieces_checksum(pieces, seed))
+        await self._write(blocks_header(sealed, sum(map(len, pieces))), *pieces)
 
     async def send_blocks(
         self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
     ) -> None:
-        assert isinstance(buffer, BlocksWire) and filled is None
-        checksum = host_checksum(buffer.payload, seed)
-        await self._write(buffer.seal(replace(run, checksum=checksum)))
+        await self.send_pieces(run, [memoryview(buffer.payload.numpy())], seed)
 
     async def reached(self, filled: Fence) -> None:
         raise AssertionError("nothing is queued on a device")
@@ -69,28 +81,35 @@ class GrpcOutbound:
     async def send(self, frame: Open | Commit | Abort) -> None:
         await self._write(encode_frame(frame))
 
-    async def _write(self, wire: bytes) -> None:
+    async def _write(self, *pieces: bytes | memoryview) -> None:
         try:
-            await self._call.write(wire)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise HandoffRefused(why(error)) from error
+            await self._stream.send(*pieces)
+        except Broken as broken:
+            raise _refusal(broken) from None
 
     async def receive(self) -> Reply:
         try:
-            wire = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise HandoffRefused(why(error)) from error
-        if wire is grpc.aio.EOF:
+            wire = await self._stream.receive()
+        except Broken as broken:
+            raise _refusal(broken) from None
+        if wire is None:
             raise HandoffRefused("the decode worker closed the transfer")
+        if isinstance(wire, Incoming):
+            raise HandoffRefused("the peer's reply is malformed")
         return decode_reply(wire)
 
     def cancel(self) -> None:
-        self._call.cancel()
+        self._stream.cancel()
+
+
+def _refusal(broken: Broken) -> HandoffRefused:
+    log.warning("push failed: %s", broken)
+    return HandoffRefused(f"the decode worker broke the transfer off: {broken}")
 
 
 class StagedOutbound(GrpcOutbound):
-    """The same from a device: payloads are copied into pinned memory, and from there into frames
-    while the next ones are copied.
+    """The same from a device: payloads are copied into pinned memory, and leave from there while
+    the next ones are copied.
 
     Args:
         milestones: of the stream on which the copies are queued.
@@ -99,13 +118,13 @@ class StagedOutbound(GrpcOutbound):
 
     def __init__(
         self,
-        call: Any,
+        stream: Stream,
         frame_bytes: int,
         staging: Staging,
         milestones: Milestones,
         mark: Callable[[], Fence | None],
     ) -> None:
-        super().__init__(call, frame_bytes)
+        super().__init__(stream, frame_bytes)
         self._mark = mark
         self._staging = staging
         self._milestones = milestones
@@ -135,12 +154,11 @@ class StagedOutbound(GrpcOutbound):
         before: asyncio.Task[None] | None,
     ) -> None:
         await self._milestones.reached(filled)
-        wire = BlocksWire(slot.payload.numel())
-        np.copyto(wire.payload.numpy(), slot.payload.numpy())  # torch would wake its threads
-        sealed = wire.seal(replace(run, checksum=host_checksum(wire.payload, seed)))
+        sealed = replace(run, checksum=host_checksum(slot.payload, seed))
         if before is not None:
             await before
-        await self._write(sealed)
+        header = blocks_header(sealed, slot.payload.numel())
+        await self._write(header, memoryview(slot.payload.numpy()))
 
     def _give_back(self, slot: Slot, filled: Fence | None) -> None:
         self._milestones.then(filled, lambda _: self._staging.give_back(slot))
@@ -165,29 +183,91 @@ class StagedOutbound(GrpcOutbound):
             self._last.add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
+class HostMemory:
+    """Where payloads land that cannot go to their places at once."""
+
+    async def take(self, size: int) -> Slot:
+        return Slot(0, torch.empty(size, dtype=torch.uint8))
+
+    def give_back(self, slot: Slot) -> None:
+        """Nothing: it is memory of its own."""
+
+
+class PinnedMemory:
+    """The same for a device, which reads it when its turn comes.
+
+    Args:
+        mark: marks the stream of those reads.
+    """
+
+    def __init__(
+        self, staging: Staging, milestones: Milestones, mark: Callable[[], Fence | None]
+    ) -> None:
+        self._staging = staging
+        self._milestones = milestones
+        self._mark = mark
+
+    async def take(self, size: int) -> Slot:
+        return await self._staging.take(size)
+
+    def give_back(self, slot: Slot) -> None:
+        """Once no read of it is queued any more."""
+        self._milestones.then(self._mark(), lambda _: self._staging.give_back(slot))
+
+
 class GrpcInbound:
     """A push whose payloads come with the frames.
 
     Args:
         milestones: of the stream on which payloads are written into the cache.
+        memory: for payloads that cannot go to their places at once.
     """
 
     transport = "grpc"
     stream = None
 
-    def __init__(self, frames: AsyncIterator[bytes], context: Any, milestones: Milestones) -> None:
-        self._frames = frames
-        self._context = context
+    def __init__(
+        self, stream: Stream, milestones: Milestones, memory: HostMemory | PinnedMemory
+    ) -> None:
+        self._stream = stream
         self._milestones = milestones
+        self._memory = memory
+        self._slots: dict[int, Slot] = {}
 
     async def receive(self) -> Frame | None:
         try:
-            return decode_frame(await anext(self._frames))
-        except (StopAsyncIteration, grpc.aio.AioRpcError, grpc.RpcError):
+            message = await self._stream.receive()
+        except Broken:
             return None
+        if message is None:
+            return None
+        if isinstance(message, Incoming):
+            return decode_head(message)
+        return decode_frame(message)
 
     def claim(self, handoff_id: str) -> None:
         """Nothing: the payloads of this push come with its frames."""
+
+    async def read(
+        self,
+        coming: Coming,
+        pieces: Sequence[memoryview],
+        allowed: Callable[[], None],
+        seed: int,
+    ) -> None:
+        await _read(coming, pieces, allowed)
+        if pieces_checksum(pieces, seed) != coming.run.checksum:
+            raise HandoffRefused(f"frame {coming.run.sequence}: checksum differs")
+
+    async def fetch(self, coming: Coming) -> Blocks:
+        slot = await self._memory.take(coming.size)
+        try:
+            await _read(coming, [memoryview(slot.payload.numpy())], lambda: None)
+        except BaseException:
+            self._memory.give_back(slot)
+            raise
+        self._slots[id(slot.payload)] = slot
+        return Blocks(coming.run, slot.payload)
 
     def verify(self, blocks: Blocks, seed: int) -> None:
         if host_checksum(blocks.payload, seed) != blocks.run.checksum:
@@ -201,21 +281,19 @@ class GrpcInbound:
             raise HandoffRefused("a checksum of payloads that did not come over a link")
 
     def done(self, blocks: Blocks) -> None:
-        """Nothing: the payload is the message's own memory."""
+        if slot := self._slots.pop(id(blocks.payload), None):
+            self._memory.give_back(slot)
 
     async def send(self, reply: Reply) -> None:
-        with contextlib.suppress(grpc.aio.AioRpcError, grpc.RpcError, asyncio.InvalidStateError):
-            await self._context.write(encode_reply(reply))  # a peer that is gone needs no reply
+        with contextlib.suppress(Broken):  # a peer that is gone needs no reply
+            await self._stream.send(encode_reply(reply))
 
     def close(self) -> None:
-        """Nothing: the stream ends with its handler."""
+        """Nothing: the stream ends with its method."""
 
 
-def why(error: BaseException) -> str:
-    """What a broken stream means."""
-    if not isinstance(error, grpc.aio.AioRpcError):
-        return "the decode worker closed the transfer"
-    log.warning("push failed: %s: %s", error.code().name, error.details())
-    if error.code() == grpc.StatusCode.UNAVAILABLE:
-        return "the decode worker cannot be reached"
-    return f"the decode worker broke the transfer off ({error.code().name})"
+async def _read(coming: Coming, pieces: Sequence[memoryview], allowed: Callable[[], None]) -> None:
+    try:
+        await coming.rest.read_into(Views(pieces), allowed)
+    except Broken:
+        raise HandoffRefused("prefill stopped half-way") from None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-import grpc.aio
 import torch
 
 from cluster.errors import HandoffRefused
@@ -18,7 +17,7 @@ from cluster.kv.doorkeeper import Recent, Terms
 from cluster.kv.milestones import Fence
 from cluster.kv.seldom import Seldom
 from cluster.kv.transport.checksums import DeviceSum, value
-from cluster.kv.transport.frames import Blocks, Commit, Frame, Open
+from cluster.kv.transport.frames import Blocks, Coming, Commit, Frame, Open
 from cluster.kv.transport.grpc_streams import GrpcInbound
 from cluster.kv.transport.hello import (
     HELLO_SECONDS,
@@ -31,6 +30,8 @@ from cluster.kv.transport.hello import (
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.seam import Inbound
 from cluster.kv.transport.staging import Share, Slot, Staging
+from cluster.kv.transport.streams.reading import Broken
+from cluster.kv.transport.streams.stream import Stream
 from cluster.ticket import CLOCK_TOLERANCE_SECONDS, TicketSigner
 
 log = logging.getLogger(__name__)
@@ -92,26 +93,28 @@ class InboundLinks:
         self._hellos: Recent[int] = Recent()
         self._claims: dict[tuple[int, str], Arrivals] = {}
 
-    async def serve(self, frames: AsyncIterator[bytes], context: Any) -> None:
+    async def serve(self, stream: Stream) -> None:
         """One link, from its hello to its end."""
-        frames = aiter(frames)
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_SECONDS):
-                hello = decode_hello(await anext(frames), self._signer)
-            link = await self._open(hello)
-        except (StopAsyncIteration, TimeoutError):
+                wire = await stream.receive_whole()
+            if wire is None:
+                return
+            link = await self._open(hello := decode_hello(wire, self._signer))
+        except (Broken, TimeoutError):
             return
         except HandoffRefused as refusal:
             self._strangers.warning("link refused: %s", refusal)
-            await context.write(encode_link_reply(str(refusal)))
+            with contextlib.suppress(Broken):
+                await stream.send(encode_link_reply(str(refusal)))
             return
         self._links[hello.link] = link
         try:
-            await context.write(encode_link_reply(""))
-            async for wire in frames:
+            await stream.send(encode_link_reply(""))
+            while (wire := await stream.receive_whole()) is not None:
                 for payload in decode_payloads(wire):
                     await self._arrive(hello.link, link, payload)
-        except (HandoffRefused, ValueError, grpc.RpcError) as error:
+        except (HandoffRefused, ValueError, Broken) as error:
             log.warning("link broke: %s", error)
         finally:
             link.abort("the peer closed the link")
@@ -247,7 +250,7 @@ class LinkedInbound(Inbound):
         if isinstance(frame, Commit):
             self._commit = frame
             return await self.receive()
-        if isinstance(frame, Blocks):
+        if isinstance(frame, Blocks | Coming):
             raise HandoffRefused("payloads came with the frames and over a link")
         return frame
 
@@ -257,6 +260,18 @@ class LinkedInbound(Inbound):
         self._delivered += 1
         self._taken[id(arriving.slot.payload)] = arriving
         return Blocks(arriving.payload.run, arriving.slot.payload)
+
+    async def read(
+        self,
+        coming: Coming,
+        pieces: Sequence[memoryview],
+        allowed: Callable[[], None],
+        seed: int,
+    ) -> None:
+        await self._inner.read(coming, pieces, allowed, seed)
+
+    async def fetch(self, coming: Coming) -> Blocks:
+        return await self._inner.fetch(coming)
 
     def verify(self, blocks: Blocks, seed: int) -> None:
         arriving = self._taken.get(id(blocks.payload))
@@ -283,6 +298,8 @@ class LinkedInbound(Inbound):
     def done(self, blocks: Blocks) -> None:
         if arriving := self._taken.pop(id(blocks.payload), None):
             self._links.discard(arriving)
+        else:
+            self._inner.done(blocks)
 
     async def send(self, reply: Any) -> None:
         await self._inner.send(reply)

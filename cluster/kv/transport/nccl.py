@@ -11,16 +11,11 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
-from typing import Any
-
-import grpc.aio
 
 from cluster.errors import HandoffRefused
 from cluster.kv.doorkeeper import Terms
 from cluster.kv.paged import PagedCache
 from cluster.kv.transport.grpc import GrpcTransport
-from cluster.kv.transport.grpc_streams import GrpcInbound
 from cluster.kv.transport.hello import Hello, decode_link_reply, encode_hello
 from cluster.kv.transport.inbound_links import InboundLinks, LinkedInbound
 from cluster.kv.transport.link import Link
@@ -28,6 +23,8 @@ from cluster.kv.transport.nccl_library import library, new_unique_id
 from cluster.kv.transport.outbound_links import NcclOutbound, OutboundLink
 from cluster.kv.transport.seam import Outbound, Peer, Serve
 from cluster.kv.transport.staging import Staging
+from cluster.kv.transport.streams.reading import Broken
+from cluster.kv.transport.streams.stream import Stream
 from cluster.ticket import TicketSigner
 
 log = logging.getLogger(__name__)
@@ -82,7 +79,7 @@ class NcclTransport:
         self._checksums = checksums
         self._stuck_seconds = stuck_seconds
         self._staging_bytes = staging_bytes
-        self._slot_bytes = max(SLOT_BYTES, cache.block_bytes)
+        self.frame_bytes = max(SLOT_BYTES, cache.block_bytes)
         self._links: dict[Peer, asyncio.Task[OutboundLink]] = {}
         self._failed: dict[Peer, float] = {}
 
@@ -92,14 +89,13 @@ class NcclTransport:
             self._signer, self._terms, self._device, self._stuck_seconds, self._new_staging()
         )
 
-        async def push(frames: AsyncIterator[bytes], context: Any) -> None:
-            inner = GrpcInbound(aiter(frames), context, self._grpc.milestones)
-            await serve(LinkedInbound(inner, self._inbound))
+        async def push(stream: Stream) -> None:
+            await serve(LinkedInbound(self._grpc.inbound(stream), self._inbound))
 
-        return await self._grpc.listen({"Push": push, "Link": self._inbound.serve})
+        return self._grpc.listen({"Push": push, "Link": self._inbound.serve})
 
     def _new_staging(self) -> Staging:
-        return Staging(self._device, self._staging_bytes // 2, self._slot_bytes)
+        return Staging(self._device, self._staging_bytes // 2, self.frame_bytes)
 
     async def open(self, peer: Peer, handoff_id: str) -> Outbound:
         inner = await self._grpc.open(peer, handoff_id)
@@ -141,29 +137,29 @@ class NcclTransport:
             await asyncio.to_thread(new_unique_id),
             time.time(),
         )
-        call = self._grpc.call(peer.address, "Link")
+        stream = await self._grpc.call(peer.address, "Link")
         try:
             async with asyncio.timeout(self._stuck_seconds):
-                await call.write(encode_hello(hello, self._signer))
+                await stream.send(encode_hello(hello, self._signer))
                 link = Link(hello.unique_id, 0, self._device, self._stuck_seconds, None)
                 up = asyncio.create_task(link.up())  # the peer answers once it is
                 try:
-                    wire = await call.read()
-                    refused = "closed" if wire is grpc.aio.EOF else decode_link_reply(wire)
+                    wire = await stream.receive_whole()
+                    refused = "closed" if wire is None else decode_link_reply(wire)
                     if refused:
                         raise HandoffRefused(f"the peer refused the link: {refused}")
                     await up
                 except BaseException:
                     up.cancel()
                     link.abort("the link did not come up")
-                    call.cancel()
+                    stream.cancel()
                     raise
         except TimeoutError:
             raise HandoffRefused("the link did not come up in time") from None
-        except grpc.aio.AioRpcError as error:
-            raise HandoffRefused(f"the peer cannot be linked ({error.code().name})") from error
+        except Broken as broken:
+            raise HandoffRefused(f"the peer cannot be linked: {broken}") from None
         log.info("linked to rank %d of %s", peer.rank, peer.worker_id)
-        return OutboundLink(hello.link, call, link, self._staging)
+        return OutboundLink(hello.link, stream, link, self._staging)
 
     def _drop_dead(self) -> None:
         """Forgets links that broke; closes idle ones, and the longest unused of too many."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
-
-import grpc.aio
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
@@ -19,6 +17,8 @@ from cluster.kv.transport.hello import Payload, encode_payloads
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.seam import Buffer
 from cluster.kv.transport.staging import Share, Slot, Staging
+from cluster.kv.transport.streams.reading import Broken
+from cluster.kv.transport.streams.stream import Stream
 
 _Queued = tuple[Payload, Slot, Fence | None, asyncio.Future[None]]
 
@@ -31,14 +31,14 @@ class OutboundLink:
 
     Args:
         link_id: names it on both sides.
-        call: the gRPC stream of its headers.
+        stream: the gRPC stream of its headers.
     """
 
-    def __init__(self, link_id: int, call: Any, link: Link, staging: Staging) -> None:
+    def __init__(self, link_id: int, stream: Stream, link: Link, staging: Staging) -> None:
         self.id = link_id
         self.link = link
         self.staging = Share(staging)
-        self._call = call
+        self._stream = stream
         self._queue: asyncio.Queue[_Queued] = asyncio.Queue()
         self._batch: list[_Queued] = []
         self._pump = asyncio.create_task(self._send_all())
@@ -61,13 +61,13 @@ class OutboundLink:
                     first,
                     *(self._queue.get_nowait() for _ in range(self._queue.qsize())),
                 ]
-                await self._call.write(encode_payloads([queued[0] for queued in self._batch]))
+                await self._stream.send(encode_payloads([queued[0] for queued in self._batch]))
                 while self._batch:
                     _, slot, filled, sent = self._batch[0]
                     fence = await self.link.send(slot, filled)
                     del self._batch[0]
                     self.link.release(fence, partial(self._left, slot, sent))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        except Broken:
             self.link.abort("the peer closed the link")
         except HandoffRefused as broken:
             self.link.abort(str(broken))
@@ -98,14 +98,14 @@ class OutboundLink:
 
     async def _watch(self) -> None:
         """Ends the link with its stream."""
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            await self._call.read()
+        with contextlib.suppress(Broken):
+            await self._stream.receive()
         self.link.abort("the peer closed the link")
 
     def close(self, reason: str) -> None:
         self.link.abort(reason)
         self._pump.cancel()
-        self._call.cancel()
+        self._stream.cancel()
 
 
 class NcclOutbound:
@@ -148,6 +148,9 @@ class NcclOutbound:
             filled = self._link.link.mark()  # the slot is read until then
         payload = Payload(self._handoff_id, run, buffer.payload.numel(), summed)
         self._sent.append(self._link.send(payload, buffer, filled))
+
+    async def send_pieces(self, run: BlockRun, pieces: Sequence[memoryview], seed: int) -> None:
+        raise AssertionError("nothing crosses a link from host memory")
 
     async def reached(self, filled: Fence) -> None:
         await self._link.link.reached(filled)

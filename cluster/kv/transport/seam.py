@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 
 from cluster.kv.assembly import BlockRun
 from cluster.kv.milestones import Fence
-from cluster.kv.transport.frames import Abort, Blocks, Commit, Frame, Open, Reply
+from cluster.kv.transport.frames import Abort, Blocks, Coming, Commit, Frame, Open, Reply
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class Outbound(Protocol):
         """Sends a buffer as soon as `filled` is reached; may return before that."""
         ...
 
+    async def send_pieces(self, run: BlockRun, pieces: Sequence[memoryview], seed: int) -> None:
+        """Sends a payload from where it lies in host memory; never asked of a link."""
+        ...
+
     async def reached(self, filled: Fence) -> None:
         """Waits for the device. Raises HandoffRefused if the way to the peer broke before."""
         ...
@@ -110,6 +114,29 @@ class Inbound(Protocol):
         """The push was admitted: payloads of this handoff are its own."""
         ...
 
+    async def read(
+        self,
+        coming: Coming,
+        pieces: Sequence[memoryview],
+        allowed: Callable[[], None],
+        seed: int,
+    ) -> None:
+        """Reads a payload to its place, and verifies it.
+
+        Args:
+            pieces: of the payload's size together.
+            allowed: called in every turn of the loop in which something is written, before it is;
+                what it raises ends the reading.
+
+        Raises:
+            HandoffRefused: the payload is not what was sent, or never came.
+        """
+        ...
+
+    async def fetch(self, coming: Coming) -> Blocks:
+        """Reads a payload into memory of its own. Raises HandoffRefused if it never came."""
+        ...
+
     def verify(self, blocks: Blocks, seed: int) -> None:
         """Raises HandoffRefused if the payload is seen not to be what was sent. What a device is
         yet to find out is judged with the commit."""
@@ -138,9 +165,14 @@ Serve = Callable[[Inbound], Awaitable[None]]
 
 
 class Transport(Protocol):
-    """Opens pushes to peers and serves those of others."""
+    """Opens pushes to peers and serves those of others.
+
+    Attributes:
+        frame_bytes: the payload size that crosses best.
+    """
 
     name: str
+    frame_bytes: int
 
     async def start(self, serve: Serve) -> str:
         """Listens; returns the host:port that peers reach it at."""

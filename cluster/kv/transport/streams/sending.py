@@ -1,0 +1,161 @@
+"""What leaves on a connection: frames in their order, each message from the memory it lies in."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable
+
+from h2.connection import H2Connection
+
+from cluster.kv.transport.streams.protocol import data_header
+from cluster.kv.transport.streams.reading import Broken
+from cluster.kv.transport.streams.stream import Outgoing, Stream
+from cluster.kv.transport.streams.views import Views
+
+TURN_BYTES = 8 << 20
+"""Sent before others on the loop have their turn."""
+MAX_UNSENT_BYTES = 1 << 20
+"""Of what the protocol has to say; a peer that makes it say more and reads nothing is dropped."""
+
+
+class Sending:
+    """Sends as much as the socket takes, at once or when it takes more.
+
+    Args:
+        broke: called with the reason when the socket is of no more use.
+    """
+
+    def __init__(
+        self, sock: socket.socket, protocol: H2Connection, broke: Callable[[str], None]
+    ) -> None:
+        self._sock = sock
+        self._h2 = protocol
+        self._broke = broke
+        self._loop = asyncio.get_running_loop()
+        self._unsent = bytearray()
+        self._queue: deque[Outgoing] = deque()
+        self._frame: Views | None = None
+        self._waiting = False
+        self._busy = False
+        self._over = False
+
+    def say(self, frame: bytes) -> None:
+        """A frame that is not DATA, packed by hand; leaves with the next `pump`."""
+        self._unsent += frame
+
+    def put(self, outgoing: Outgoing) -> None:
+        """Behind what its stream has queued before."""
+        self._queue.append(outgoing)
+        self.pump()
+
+    def drop(self, outgoing: Outgoing) -> bool:
+        """It need not leave any more; False if it has left."""
+        if outgoing not in self._queue:
+            return False
+        self._queue.remove(outgoing)
+        return True
+
+    def forget(self, stream: Stream) -> None:
+        """Nothing of a stream leaves any more, but for a frame that has begun."""
+        for outgoing in [queued for queued in self._queue if queued.stream is stream]:
+            self._queue.remove(outgoing)
+            outgoing.lost(Broken("the stream was closed"))
+
+    def pump(self) -> None:
+        """Sends what there is, the protocol's own frames too."""
+        if self._waiting or self._busy or self._over:
+            return
+        self._send()
+
+    def _send(self) -> None:
+        self._busy = True
+        try:
+            more = self._send_some()
+        except OSError as error:
+            more = False
+            self._broke(f"the connection broke: {error}")
+        finally:
+            self._busy = False
+        if not self._over:
+            self._wait(more)
+
+    def _send_some(self) -> bool:
+        """True: there is more. Raises OSError."""
+        turn = TURN_BYTES
+        while turn > 0 and not self._over:
+            frame = self._frame = self._frame or self._next()
+            if frame is None:
+                return False
+            try:
+                size = self._sock.sendmsg(frame.front(TURN_BYTES))
+            except (BlockingIOError, InterruptedError):
+                return True
+            frame.advance(size)
+            turn -= size
+            if not frame.left:
+                self._frame = None
+                self._sent()
+        return True
+
+    def _wait(self, more: bool) -> None:
+        if more and not self._waiting:
+            self._loop.add_writer(self._sock, self._send)
+        elif not more and self._waiting:
+            self._loop.remove_writer(self._sock)
+        self._waiting = more
+
+    def _next(self) -> Views | None:
+        """The next frame that may leave."""
+        blocked: set[Stream] = set()
+        for outgoing in tuple(self._queue):
+            if said := self._said():
+                return said
+            if outgoing.stream in blocked or outgoing not in self._queue:
+                continue
+            if outgoing.act is not None:
+                self._queue.remove(outgoing)
+                outgoing.act()
+                continue
+            flow = outgoing.stream.flow
+            room = min(
+                self._h2.max_outbound_frame_size,
+                self._h2.outbound_flow_control_window,
+                flow.outbound_flow_control_window,
+            )
+            if room > 0:
+                part = outgoing.part(room)
+                size = sum(map(len, part))
+                self._h2.outbound_flow_control_window -= size
+                flow.outbound_flow_control_window -= size
+                return Views([memoryview(data_header(outgoing.stream.id, size)), *part])
+            blocked.add(outgoing.stream)
+        return self._said()
+
+    def _said(self) -> Views | None:
+        """What the protocol has to say."""
+        self._unsent += self._h2.data_to_send()
+        if len(self._unsent) > MAX_UNSENT_BYTES:
+            self._broke("the peer reads nothing")
+        if not self._unsent or self._over:
+            return None
+        said, self._unsent = bytes(self._unsent), bytearray()
+        return Views([memoryview(said)])
+
+    def _sent(self) -> None:
+        """A frame has left: so has, perhaps, the message it was the end of."""
+        for outgoing in self._queue:
+            if outgoing.act is None and not outgoing.left():
+                self._queue.remove(outgoing)
+                outgoing.sent()
+                return
+
+    def close(self, why: str) -> None:
+        """Nothing leaves any more."""
+        self._over = True
+        if self._waiting:
+            self._loop.remove_writer(self._sock)
+        for outgoing in self._queue:
+            outgoing.lost(Broken(why))
+        self._queue.clear()

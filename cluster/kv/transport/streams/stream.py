@@ -1,0 +1,135 @@
+"""One call, from either end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cluster.kv.transport.streams.protocol import PREFIX
+from cluster.kv.transport.streams.reading import Broken, Incoming, Message, Reader
+from cluster.kv.transport.streams.views import Views
+
+if TYPE_CHECKING:
+    from cluster.kv.transport.streams.connection import Connection
+
+
+class Stream:
+    """Messages out and in. Made by a connection.
+
+    Args:
+        id: HTTP/2's.
+        flow: h2's object, which knows the peer's window.
+
+    Attributes:
+        over: it has ended on this side.
+        peer_over: the peer has ended it, or it is lost.
+    """
+
+    def __init__(self, connection: Connection, id: int, flow: Any, reader: Reader) -> None:
+        self._connection = connection
+        self.id = id
+        self.flow = flow
+        self.reader = reader
+        self.over = False
+        self.peer_over = False
+        self.uncounted = 0
+        """Bytes that came and have not been given back to the peer's window."""
+        self._ended: list[Callable[[], None]] = []
+
+    async def send(self, *pieces: bytes | memoryview) -> None:
+        """Sends one message from the memory it lies in; returns when the socket has it all. If that
+        is broken off, the memory may still be read for a frame that has begun.
+
+        Raises:
+            Broken: the stream is gone.
+        """
+        if self.over:
+            raise Broken("the stream has ended")
+        views = [piece if isinstance(piece, memoryview) else memoryview(piece) for piece in pieces]
+        prefix = PREFIX.pack(0, sum(map(len, views)))
+        await self._connection.send(self, Views([memoryview(prefix), *views]))
+
+    async def receive(self) -> Message | None:
+        """The next message; None after the last one.
+
+        Raises:
+            Broken: the stream broke.
+        """
+        return await self.reader.next()
+
+    async def receive_whole(self) -> bytes | None:
+        """The same, with all of it there, however long it is."""
+        message = await self.receive()
+        if not isinstance(message, Incoming):
+            return message
+        rest = bytearray(message.left)
+        await message.read_into(Views([memoryview(rest)]), lambda: None)
+        return message.head + bytes(rest)
+
+    def begin(self) -> None:
+        """The server's: the call has been taken."""
+        self._connection.begin(self)
+
+    def cancel(self) -> None:
+        """Ends the stream at once; harmless if it has ended."""
+        self._connection.reset(self)
+
+    def finish(self, status: int, message: str = "") -> None:
+        """The server's end of it: a status, behind everything sent."""
+        self._connection.finish(self, status, message)
+
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Calls it once, when neither side has anything more to say."""
+        self._ended.append(call)
+
+    # ---- the connection's side ---------------------------------------------------------------
+
+    def peer_ended(self, error: Exception | None = None) -> None:
+        """The peer says nothing more."""
+        self.peer_over = True
+        self.reader.end(error)
+
+    def closed(self) -> None:
+        """Nothing more happens on it."""
+        self.over = self.peer_over = True
+        self.reader.end(Broken("the stream was closed"))
+        calls, self._ended = self._ended, []
+        for call in calls:
+            call()
+
+
+class Outgoing:
+    """One message on its way out, or the end of a stream behind its messages.
+
+    Attributes:
+        act: instead of a message.
+    """
+
+    def __init__(
+        self, stream: Stream, views: Views | None, act: Callable[[], None] | None = None
+    ) -> None:
+        self.stream = stream
+        self.views = views
+        self.act = act
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.done.add_done_callback(lambda _: self.done.cancelled() or self.done.exception())
+
+    def part(self, room: int) -> Sequence[memoryview]:
+        """The next bytes of the message, `room` at most."""
+        assert self.views is not None
+        return self.views.take(room)
+
+    def left(self) -> bool:
+        """Some of it has not been sent."""
+        return self.views is not None and self.views.left > 0
+
+    def sent(self) -> None:
+        """The socket has it all."""
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def lost(self, error: Exception) -> None:
+        """It will never leave."""
+        if not self.done.done():
+            self.done.set_exception(error)
