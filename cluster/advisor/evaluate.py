@@ -81,7 +81,7 @@ def roughly(question: Question, options: Sequence[Option]) -> list[Verdict]:
     for option in options:
         guessed = guess(question, option)
         points = _bracket(question, option, requests, guessed, guessed * off)
-        verdicts.append(_verdict(question, option, points, rough=True))
+        verdicts.append(_verdict(question, option, points))
         off = min(verdicts[-1].goodput / guessed or off, REACH / 4)
     return verdicts
 
@@ -114,7 +114,9 @@ def evaluate(question: Question, found: Verdict) -> Verdict:
     more += [found.goodput * share for share in BELOW if found.goodput]
     for rate in more:
         points[rate] = run_at(question, option, requests, rate)
-    return _verdict(question, option, points, rough=False)
+    curve = _by_rate(points)
+    best, strict = _goodputs(curve, goal)
+    return replace(found, goodput=best, goodput99=strict, curve=curve, rough=False)
 
 
 def around(verdict: Verdict, goal: Goal) -> tuple[float, float]:
@@ -130,22 +132,32 @@ def keeps_up(question: Question, option: Option, rate: float) -> bool:
     return _try_at(question, option, requests_for(question), rate)[0]
 
 
-def _verdict(
-    question: Question, option: Option, points: dict[float, Point], rough: bool
-) -> Verdict:
-    curve = tuple(points[rate] for rate in sorted(points))
+def _verdict(question: Question, option: Option, points: dict[float, Point]) -> Verdict:
+    curve, goal = _by_rate(points), question.goal
     own = requests_for(question, least=True)
     now = run_at(question, option, own, mean_rate(question.arrivals))
+    first, gap = now.percentiles()
+    best, strict = _goodputs(curve, goal)
     return Verdict(
         option,
-        goodput_on(curve, question.goal),
-        goodput_on(curve, Goal(question.goal.targets, 0.99)),
-        now.attainment(question.goal.targets),
-        *now.percentiles(),
-        prefill_share(question),
-        curve,
-        rough,
+        best,
+        strict,
+        attainment=now.attainment(goal.targets),
+        ttft=first,
+        tpot=gap,
+        prefill_busy=prefill_share(question),
+        curve=curve,
+        rough=True,
     )
+
+
+def _by_rate(points: dict[float, Point]) -> tuple[Point, ...]:
+    return tuple(points[rate] for rate in sorted(points))
+
+
+def _goodputs(curve: Sequence[Point], goal: Goal) -> tuple[float, float]:
+    """With the goal's share, and with 99 %."""
+    return goodput_on(curve, goal), goodput_on(curve, Goal(goal.targets, 0.99))
 
 
 def requests_for(question: Question, least: bool = False) -> tuple[Arrival, ...]:
