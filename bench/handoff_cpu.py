@@ -41,11 +41,12 @@ def best_grpc(say: Any) -> GrpcRate:
     return best
 
 
-def measure(sizes: list[int], rounds: int, say: Any) -> dict[str, Any]:
+def measure(sizes: list[int], rounds: int, frame: int, say: Any) -> dict[str, Any]:
     """Rows by size."""
     grpc = best_grpc(say)
     tcp = TcpRate()
-    handoff = HandoffRate(2 * max(sizes) * MIB // BLOCK_BYTES, ("cpu", "cpu"), "grpc")
+    blocks = 2 * max(sizes) * MIB // BLOCK_BYTES
+    handoff = HandoffRate(blocks, ("cpu", "cpu"), "grpc", frame=frame)
     rows = []
     try:
         for mib in sizes:
@@ -111,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default="2,16,128,512", help="MiB, comma-separated")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds per size")
+    parser.add_argument("--frame", type=int, default=8, help="MiB of our payloads (8, as configured by default)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
 
@@ -118,7 +120,7 @@ def main() -> None:
         print(text, file=sys.stderr, flush=True)
 
     sizes = [int(size) for size in args.sizes.split(",")]
-    measured = measure(sizes, args.rounds, say)
+    measured = measure(sizes, args.rounds, args.frame, say)
     print(json.dumps(measured) if args.json else as_table(measured["rows"]))
 
 

@@ -23,12 +23,17 @@ def main() -> None:
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--staging", type=int, help="MiB of device memory for payloads under way")
+    parser.add_argument("--frame", type=int, default=8, help="MiB of a payload over gRPC (8)")
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
     rows = []
     for transport in args.transports:
         rate = HandoffRate(
-            2 * max(sizes) * MIB // BLOCK_BYTES, tuple(args.devices), transport, args.staging
+            2 * max(sizes) * MIB // BLOCK_BYTES,
+            tuple(args.devices),
+            transport,
+            args.staging,
+            args.frame,
         )
         for mib in sizes:
             blocks = max(1, mib * MIB // BLOCK_BYTES)

@@ -212,6 +212,7 @@ def _systems(
         p, d = engines.get(f"{transport}-prefill"), engines.get(f"{transport}-decode")
         if p and d:
             splits.append(Split(name, p, d))
+            compared.append((Whole(f"{name}, prefill alone", p), 1))
     return [*compared, *((split, output) for split in splits)], splits
 
 

@@ -132,16 +132,26 @@ class Transfer:
 
 
 class HandoffRate:
-    """Agent to agent: ticket, grant, gather, checksums, transfer, scatter, verdict."""
+    """Agent to agent: ticket, grant, gather, checksums, transfer, scatter, verdict.
+
+    Args:
+        staging: MiB of device memory; None: as configured by default.
+        frame: MiB of a payload over gRPC.
+    """
 
     def __init__(
-        self, blocks: int, devices: tuple[str, str], transport: str, staging: int | None = None
+        self,
+        blocks: int,
+        devices: tuple[str, str],
+        transport: str,
+        staging: int | None = None,
+        frame: int = 8,
     ) -> None:
         self._blocks = blocks
         self._agent, self._cache = make_agent(  # type: ignore[arg-type]
-            "prefill", blocks, devices[0], transport, staging=staging
+            "prefill", blocks, devices[0], transport, frame << 20, staging=staging
         )
-        self._peer = PeerProcess("peers", blocks, devices[1], transport, staging or "")
+        self._peer = PeerProcess("peers", blocks, devices[1], transport, staging or "", frame)
 
     def run(self, size: int, compare: bool = False) -> Transfer:
         """With `compare`, the blocks of both sides are compared afterwards."""

@@ -161,9 +161,14 @@ class PagedCache:
         """
         plain = plain and self._order is not None
         with torch.cuda.stream(stream or self._stream):  # nothing on CPUs
-            if self._copies and payload.is_cuda and not plain:
+            if self._copies and not plain:
                 assert isinstance(index, torch.Tensor)
-                self._copies.gather(layers.start, index, _range(heads), payload)
+                there = (
+                    payload if payload.is_cuda else torch.empty_like(payload, device=self.device)
+                )
+                self._copies.gather(layers.start, index, _range(heads), there)
+                if there is not payload:
+                    payload.copy_(there, non_blocking=True)
                 return
             for layer, part in zip(layers, payload.chunk(len(layers)), strict=True):
                 if plain:
@@ -202,9 +207,10 @@ class PagedCache:
         On a GPU the write is queued on `stream`, or on the cache's own; see `mark`.
         """
         with torch.cuda.stream(stream or self._stream):
-            if self._copies and payload.is_cuda:
+            if self._copies:
                 assert isinstance(index, torch.Tensor)
-                self._copies.scatter(layers.start, index, _range(heads), payload)
+                there = payload.to(self.device, non_blocking=True)
+                self._copies.scatter(layers.start, index, _range(heads), there)
                 return
             for layer, part in zip(layers, payload.chunk(len(layers)), strict=True):
                 target = self._wide[layer][:, heads.start : heads.stop]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -69,24 +68,24 @@ def test_a_hello_of_another_cluster() -> None:
         decode_hello(wire, SIGNER)
 
 
-class Context:
-    """A gRPC server's, as much as a link uses."""
+class Told:
+    """A link's stream, of which all messages are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, *frames: bytes) -> None:
+        self._frames = list(frames)
         self.replies: list[str] = []
 
-    async def write(self, wire: bytes) -> None:
+    async def receive_whole(self) -> bytes | None:
+        return self._frames.pop(0) if self._frames else None
+
+    async def send(self, wire: bytes) -> None:
         self.replies.append(decode_link_reply(wire))
 
 
 async def serve(links: InboundLinks, *frames: bytes) -> list[str]:
-    async def stream() -> AsyncIterator[bytes]:
-        for frame in frames:
-            yield frame
-
-    context = Context()
-    await links.serve(stream(), context)
-    return context.replies
+    stream = Told(*frames)
+    await links.serve(stream)  # type: ignore[arg-type]
+    return stream.replies
 
 
 @pytest.mark.parametrize(

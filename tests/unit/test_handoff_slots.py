@@ -17,6 +17,7 @@ from cluster.kv.transport.hello import Payload, decode_payloads
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.outbound_links import OutboundLink
 from cluster.kv.transport.staging import Staging
+from cluster.kv.transport.streams.reading import Broken
 from tests.unit.test_milestones import Point, until
 
 SIZE, SLOTS = 64, 4
@@ -41,13 +42,13 @@ class Call:
         self.fails = False
         self.open = asyncio.Event()
 
-    async def write(self, wire: bytes) -> None:
+    async def send(self, *pieces: bytes | memoryview) -> None:
         await self.open.wait()
         if self.fails:
-            raise asyncio.InvalidStateError
-        self.written.append(wire)
+            raise Broken("it broke")
+        self.written.append(b"".join(pieces))
 
-    async def read(self) -> None:
+    async def receive(self) -> None:
         await asyncio.Event().wait()
 
     def cancel(self) -> None: ...
@@ -80,7 +81,7 @@ async def call() -> Call:
 
 @pytest.fixture
 async def link(call: Call, staging: Staging) -> AsyncIterator[OutboundLink]:
-    made = OutboundLink(1, call, Wire(), staging)
+    made = OutboundLink(1, call, Wire(), staging)  # type: ignore[arg-type]
     yield made
     made.close("over")
 

@@ -7,6 +7,7 @@ into the memory they belong in.
     reading      a stream's bytes into messages
     stream       one call: messages out, messages in
     sending      what leaves on a connection
+    receiving    what comes on one
     connection   one HTTP/2 connection, either end
     server       a port and its methods
     client       connections to one peer

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +17,6 @@ import h2.events as events
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 
-from cluster.kv.transport.streams.framing import Framing
 from cluster.kv.transport.streams.protocol import (
     BEGIN,
     END_STREAM,
@@ -31,29 +28,14 @@ from cluster.kv.transport.streams.protocol import (
     trailers,
     window_update,
 )
-from cluster.kv.transport.streams.reading import BadMessage, Broken, Reader
+from cluster.kv.transport.streams.reading import BadMessage, Broken, Incoming, Reader
+from cluster.kv.transport.streams.receiving import Receiving
 from cluster.kv.transport.streams.sending import Sending
 from cluster.kv.transport.streams.stream import Outgoing, Stream
 from cluster.kv.transport.streams.views import Views
 
-log = logging.getLogger(__name__)
-
-TURN_BYTES = 8 << 20
-"""Read before others on the loop have their turn."""
-SCRATCH_BYTES = 64 << 10
 RESETS_A_SECOND = 1000
 """Streams that a peer may open only to cancel them; see CVE-2023-44487."""
-
-
-class _Scratch(threading.local):
-    """A loop's memory for what has no place of its own, emptied in the turn in which it was
-    filled."""
-
-    def __init__(self) -> None:
-        self.memory = memoryview(bytearray(SCRATCH_BYTES))
-
-
-_scratch = _Scratch()
 
 
 class Connection:
@@ -86,8 +68,8 @@ class Connection:
         self._opened = opened
         self._closed = closed
         self._h2 = open_protocol(opened is None, max_streams)
-        self._framing = Framing(self, preface=opened is not None)
         self._sending = Sending(sock, self._h2, self.close)
+        self._receiving = Receiving(sock, self, opened is not None, self.close)
         self.streams: dict[int, Stream] = {}
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.ready.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -95,15 +77,13 @@ class Connection:
         self._uncounted = 0
         self._resets = (0, 0)
         self._into: Stream | None = None
-        self._held = b""
-        self._reading = False
 
     def start(self) -> None:
         """Says hello and begins to read."""
         self._sending.say(self._h2.data_to_send())
         more = WINDOW_BYTES - self._h2.inbound_flow_control_window
         self._sending.say(window_update(0, more))
-        self._read_on()
+        self._receiving.start()
         self._sending.pump()
 
     # ---- streams -----------------------------------------------------------------------------
@@ -125,7 +105,7 @@ class Connection:
 
     def _add(self, stream_id: int) -> Stream:
         flow = self._h2.streams[stream_id]
-        stream = Stream(self, stream_id, flow, self._reader(self._go_on))
+        stream = Stream(self, stream_id, flow, self._reader(self._receiving.go_on))
         self.streams[stream_id] = stream
         return stream
 
@@ -177,77 +157,22 @@ class Connection:
         if self.streams.pop(stream.id, None) is not None:
             self._sending.forget(stream)
             stream.closed()
-            self._go_on()
+            self._receiving.go_on()
 
-    # ---- the socket --------------------------------------------------------------------------
+    # ---- of `Taker` --------------------------------------------------------------------------
 
-    def _read_on(self) -> None:
-        if not self._reading and not self.broken:
-            self._reading = True
-            self._loop.add_reader(self._sock, self._readable)
+    def coming(self) -> Incoming | None:
+        return self._into.reader.current if self._into is not None else None
 
-    def _go_on(self) -> None:
-        """What could not be taken before can perhaps be now. Not in this turn: it may be asked for
-        in the middle of one."""
-        if not self._reading and not self.broken:
-            self._loop.call_soon(self._take_held)
-
-    def _take_held(self) -> None:
-        if not self._reading and not self.broken:
-            held, self._held = self._held, b""
-            self._read_on()
-            self._feed(memoryview(held))
-
-    def _readable(self) -> None:
-        turn = TURN_BYTES
-        while turn > 0 and self._reading and not self.broken:
-            try:
-                turn -= self._read()
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                return self.close(f"the connection broke: {error}")
-
-    def _read(self) -> int:
-        """One system call; returns the bytes that came."""
-        coming = self._into.reader.current if self._framing.data_left and self._into else None
-        room = coming.room(self._framing.data_left) if coming is not None and coming.left else []
-        scratch = _scratch.memory
-        size = int(self._sock.recvmsg_into([*room, scratch])[0])
-        if not size:
-            self.close("the peer closed the connection")
-            return 1
-        placed = min(size, sum(map(len, room)))
-        if placed and coming is not None:
-            coming.filled(placed)
-            self._count(placed)
-            self._framing.came(placed)
-        self._feed(scratch[: size - placed])
-        return size
-
-    def _feed(self, data: memoryview) -> None:
-        try:
-            left = self._framing.feed(data)
-        except (ProtocolError, UnicodeDecodeError, ValueError) as error:
-            log.debug("a peer broke HTTP/2: %s", error)
-            self._sending.pump()  # what h2 has to say of it
-            return self.close("the peer broke the protocol")
-        if len(left) and not self.broken:
-            self._held = bytes(left)
-            self._reading = False
-            self._loop.remove_reader(self._sock)
+    def fed(self) -> None:
         self._sending.pump()
 
-    # ---- frames ------------------------------------------------------------------------------
-
     def begin_data(self, stream_id: int) -> None:
-        """Of `Frames`."""
         if stream_id > max(self._h2.highest_inbound_stream_id, self._h2.highest_outbound_stream_id):
             raise ValueError("data of a stream that was never opened")
         self._into = self.streams.get(stream_id)
 
     def data(self, data: memoryview) -> int:
-        """Of `Frames`."""
         stream = self._into
         used = len(data)
         if stream is not None and not stream.peer_over and stream.id in self.streams:
@@ -256,11 +181,11 @@ class Connection:
             except BadMessage as bad:
                 stream.peer_ended(Broken(str(bad)))
                 self.finish(stream, bad.status, str(bad))
-        self._count(used)
+        self.count(used)
         return used
 
-    def _count(self, size: int) -> None:
-        """Flow control: what came may come again."""
+    def count(self, size: int) -> None:
+        # Flow control: what came may come again.
         stream = self._into
         self._uncounted += size
         if self._uncounted >= REPLENISH_BYTES:
@@ -273,13 +198,11 @@ class Connection:
                 stream.uncounted = 0
 
     def end_data(self, stream_id: int, last: bool) -> None:
-        """Of `Frames`."""
         self._into = None
         if last and stream_id in self.streams:
             self.control(data_header(stream_id, 0, END_STREAM))
 
     def control(self, frame: bytes) -> None:
-        """Of `Frames`."""
         for event in self._h2.receive_data(frame):
             match event:
                 case events.RequestReceived() if event.stream_id in self._h2.streams:
@@ -330,9 +253,7 @@ class Connection:
         if self.broken:
             return
         self.broken = why
-        if self._reading:
-            self._loop.remove_reader(self._sock)
-        self._reading = False
+        self._receiving.close()
         self._sending.close(why)
         self._sock.close()
         if not self.ready.done():

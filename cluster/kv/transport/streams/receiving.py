@@ -1,0 +1,135 @@
+"""What comes on a connection: from the socket to its place, or into messages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from h2.exceptions import ProtocolError
+
+from cluster.kv.transport.streams.framing import Frames, Framing
+from cluster.kv.transport.streams.reading import Incoming
+
+log = logging.getLogger(__name__)
+
+TURN_BYTES = 8 << 20
+"""Read before others on the loop have their turn."""
+SCRATCH_BYTES = 64 << 10
+
+
+class _Scratch(threading.local):
+    """A loop's memory for what has no place of its own, emptied in the turn in which it was
+    filled."""
+
+    def __init__(self) -> None:
+        self.memory = memoryview(bytearray(SCRATCH_BYTES))
+
+
+_scratch = _Scratch()
+
+
+class Taker(Frames, Protocol):
+    """Takes what comes."""
+
+    def coming(self) -> Incoming | None:
+        """The long message that the DATA frame under way is part of."""
+        ...
+
+    def count(self, size: int) -> None:
+        """So many bytes of the DATA frame went straight to their place."""
+        ...
+
+    def fed(self) -> None:
+        """What was to be taken in this turn has been: answers may leave."""
+        ...
+
+
+class Receiving:
+    """Reads as long as what comes is taken; the rest stays in the socket.
+
+    Args:
+        preface: a client's comes first.
+        broke: called with the reason when the socket is of no more use.
+    """
+
+    def __init__(
+        self, sock: socket.socket, taker: Taker, preface: bool, broke: Callable[[str], None]
+    ) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._taker = taker
+        self._framing = Framing(taker, preface)
+        self._broke = broke
+        self._held = b""
+        self._reading = False
+        self._over = False
+
+    def start(self) -> None:
+        """Reads from now on."""
+        if not self._reading and not self._over:
+            self._reading = True
+            self._loop.add_reader(self._sock, self._readable)
+
+    def go_on(self) -> None:
+        """What could not be taken before can perhaps be now. Not in this turn: it may be asked for
+        in the middle of one."""
+        if not self._reading and not self._over:
+            self._loop.call_soon(self._take_held)
+
+    def close(self) -> None:
+        """Reads no more."""
+        self._over = True
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._sock)
+
+    def _take_held(self) -> None:
+        if not self._reading and not self._over:
+            held, self._held = self._held, b""
+            self.start()
+            self._feed(memoryview(held))
+
+    def _readable(self) -> None:
+        turn = TURN_BYTES
+        while turn > 0 and self._reading:
+            try:
+                turn -= self._read()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                return self._broke(f"the connection broke: {error}")
+
+    def _read(self) -> int:
+        """One system call; returns the bytes that came."""
+        coming = self._taker.coming() if self._framing.data_left else None
+        room = coming.room(self._framing.data_left) if coming is not None and coming.left else []
+        scratch = _scratch.memory
+        size = int(self._sock.recvmsg_into([*room, scratch])[0])
+        if not size:
+            self._broke("the peer closed the connection")
+            return 1
+        placed = min(size, sum(map(len, room)))
+        if placed and coming is not None:
+            coming.filled(placed)
+            self._taker.count(placed)
+        self._feed(scratch[: size - placed], placed)
+        return size
+
+    def _feed(self, data: memoryview, placed: int = 0) -> None:
+        try:
+            if placed:
+                self._framing.came(placed)
+            left = self._framing.feed(data)
+        except (ProtocolError, UnicodeDecodeError, ValueError) as error:
+            log.debug("a peer broke HTTP/2: %s", error)
+            self._taker.fed()  # what h2 has to say of it
+            return self._broke("the peer broke the protocol")
+        if len(left) and not self._over:
+            self._held = bytes(left)
+            self._reading = False
+            self._loop.remove_reader(self._sock)
+        self._taker.fed()
