@@ -93,9 +93,9 @@ def bearable(worker: Performance, prompt: int, output: int, sequences: int) -> f
 async def measure(
     to: grpc.aio.Channel, model: str, vocab: int, arrivals: list[Arrival]
 ) -> list[tuple[float, float]]:
-    """(TTFT, TPOT) of each, as the router reports it."""
+    """(TTFT, TPOT) of each, as the router reports it; no two runs share a prompt."""
     stub = inference_pb2_grpc.InferenceStub(to)
-    rng = random.Random(1)
+    rng = random.Random()
 
     async def one(arrival: Arrival) -> tuple[float, float]:
         ids = [rng.randrange(1, vocab) for _ in range(arrival.prompt)]
@@ -120,7 +120,8 @@ async def measure(
 
 async def compare(address: str, config: Config, worker: Performance, seconds: float) -> list[Row]:
     model = config.models[0]
-    limits = EngineLimits(max_tokens=model.max_num_batched_tokens)
+    limits = EngineLimits(model.max_num_batched_tokens, model.max_num_seqs)
+    mode = config.placement.disaggregate
     rows = []
     async with channel(address) as to:
         stub = inference_pb2_grpc.InferenceStub(to)
@@ -130,7 +131,8 @@ async def compare(address: str, config: Config, worker: Performance, seconds: fl
             most = bearable(worker, prompt, output, model.max_num_seqs)
             for share in SHARES:
                 arrivals = arrivals_of(prompt, output, share * most, seconds)
-                outcomes = World(Deployment(worker, 1, 1, 0, limits)).run(arrivals)
+                deployed = Deployment(worker, 1, 1, 0, limits, placement_mode=mode)
+                outcomes = World(deployed).run(arrivals)
                 seen = await measure(to, model.name, vocab, arrivals)
                 rows.append(
                     Row(
@@ -159,7 +161,7 @@ def main() -> None:
         try:
             up.start(300)
             out = Path(folder, "profile.json")
-            wanted = profile.Wanted(str(path), "CPU", 1, "", LONGEST, 32, out)
+            wanted = profile.Wanted(str(path), "CPU", 1, "", LONGEST, 32, out, shared=True)
             profile.run(Terminal(), up.grpc_address, "", wanted, as_json=False)
             worker = worker_performance(load_shape(str(path)), hardware("CPU"), 1, out)
             rows = asyncio.run(compare(up.grpc_address, config, worker, asked.seconds))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from cluster.advisor.evaluate import Verdict, evaluate, goodput_on, mixed, requests_for
+from cluster.advisor.contest import Run, Task, contest
+from cluster.advisor.evaluate import Verdict, goodput_on, mixed, roughly
 from cluster.advisor.question import Floor, Option, Question, check_reachable
 from cluster.planner.efficiency import Cost, cost_per_request
-from cluster.simulator.goodput import Goal, goodput
+from cluster.simulator.goodput import Goal
 from cluster.simulator.outcome import Targets
 from cluster.simulator.workload import mean_rate
 
 RIVALS = 2
 """Options beside the best one whose sensitivity to the traffic is simulated."""
-
-Task = tuple[Callable[..., object], tuple[object, ...]]
 
 
 @dataclass(frozen=True)
@@ -58,25 +57,17 @@ class Advice:
         return self.verdicts[0]
 
 
-def advise(
-    question: Question,
-    run: Callable[[Sequence[Task]], Iterable[object]],
-) -> Advice:
+def advise(question: Question, run: Run, exhaustive: bool = False) -> Advice:
     """Answers the question.
 
     Args:
-        run: runs tasks, in processes of its own if it likes, and gives results in their order.
+        exhaustive: runs every option in full, which changes neither the best nor the second best.
 
     Raises:
         InvalidRequest: an idle worker misses the targets, or there is no whole worker.
     """
-    options = question.options()
     least = check_reachable(question.performance, question.arrivals, question.goal)
-    verdicts: list[Verdict] = []
-    for verdict in run([(evaluate, (question, option)) for option in options]):
-        assert isinstance(verdict, Verdict)
-        verdicts.append(verdict)
-    verdicts.sort(key=lambda v: (v.goodput, v.attainment), reverse=True)
+    verdicts = contest(question, run, exhaustive)
     first = verdicts[0].goodput
     second = verdicts[1].goodput if len(verdicts) > 1 else 0.0
     sensitivity = [*_of_targets(question, verdicts), *_of_traffic(question, verdicts, run)]
@@ -116,45 +107,32 @@ def _of_targets(question: Question, verdicts: Sequence[Verdict]) -> list[Sensiti
     return found
 
 
-def _of_traffic(
-    question: Question,
-    verdicts: Sequence[Verdict],
-    run: Callable[[Sequence[Task]], Iterable[object]],
-) -> list[Sensitivity]:
-    requests = requests_for(question, verdicts[0].goodput)
+def _of_traffic(question: Question, verdicts: Sequence[Verdict], run: Run) -> list[Sensitivity]:
     limit = question.shape.max_model_len
     changes = {
-        "prompts twice as long": mixed(requests, 2.0, 1.0, limit),
-        "outputs twice as long": mixed(requests, 1.0, 2.0, limit),
+        "prompts twice as long": mixed(question.arrivals, 2.0, 1.0, limit),
+        "outputs twice as long": mixed(question.arrivals, 1.0, 2.0, limit),
     }
-    candidates = _neighbours(question, verdicts)
+    options = _neighbours(verdicts)
     tasks: list[Task] = [
-        (
-            goodput,
-            (question.deployment(option), tuple(traffic), question.goal, question.seed, near, 0.08),
-        )
+        (roughly, (replace(question, arrivals=tuple(traffic)), options))
         for traffic in changes.values()
-        for option, near in candidates
     ]
-    results = [float(value) for value in run(tasks)]  # type: ignore[arg-type]
     found = []
-    for i, change in enumerate(changes):
-        values = results[i * len(candidates) : (i + 1) * len(candidates)]
-        best = max(range(len(values)), key=values.__getitem__)
-        found.append(Sensitivity(change, candidates[best][0], values[best], values[0]))
+    for change, values in zip(changes, run(tasks), strict=True):
+        assert isinstance(values, list)
+        best = max(values, key=lambda verdict: verdict.goodput)
+        found.append(Sensitivity(change, best.option, best.goodput, values[0].goodput))
     return found
 
 
-def _neighbours(
-    question: Question, verdicts: Sequence[Verdict]
-) -> list[tuple[Option, float | None]]:
+def _neighbours(verdicts: Sequence[Verdict]) -> list[Option]:
     """The best option first, then its rivals: the splits beside it, and aggregated."""
     best = verdicts[0].option
-    rivals = [v for v in verdicts[1:] if v.option.both]
+    rivals = [v.option for v in verdicts[1:] if v.option.both]
     rivals += [
-        v
+        v.option
         for v in verdicts[1:]
         if not v.option.both and abs(v.option.prefill - best.prefill) <= 1 and not best.both
     ]
-    chosen = [verdicts[0], *rivals[:RIVALS]]
-    return [(v.option, v.goodput * 0.7 or None) for v in chosen]
+    return [best, *rivals[:RIVALS]]

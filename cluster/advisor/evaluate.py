@@ -8,26 +8,33 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from cluster.advisor.question import Option, Question, window
-from cluster.simulator.goodput import Goal
+from cluster.simulator.goodput import Goal, play
 from cluster.simulator.outcome import Outcome, Percentiles, Targets
 from cluster.simulator.workload import Arrival, at_rate, mean_rate
 from cluster.simulator.world import World
 
 RUN_SECONDS = 15.0
-"""A run lasts so long at least: shorter ones end before their queues have built up."""
+"""A run lasts so long, about: shorter ones end before their queues have built up."""
 MIN_REQUESTS, MAX_REQUESTS = 1000, 8000
 STEP = 1.25
 """From one rate to the next while the goodput is looked for."""
+REACH = 32.0
+"""It is looked for up to so many times the guess; targets that no load spoils have it there."""
 BELOW = (0.4, 0.7)
 """Shares of the goodput at which the curve goes on below it."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """All requests of one run at one rate: (ttft, tpot, prompt tokens) each."""
+    """The requests of one run at one rate: (ttft, tpot, prompt tokens) each.
+
+    Attributes:
+        whole: all of them; else those that had ended when the run was broken off.
+    """
 
     rate: float
     requests: tuple[tuple[float, float, int], ...]
+    whole: bool = True
 
     def attainment(self, targets: Targets) -> float:
         met = sum(f <= targets.ttft and g <= targets.tpot for f, g, _ in self.requests)
@@ -44,10 +51,12 @@ class Verdict:
     """What one option does with the traffic.
 
     Attributes:
-        goodput: highest rate, requests/s, with the goal's share; `goodput99` with 99 %.
+        goodput: highest rate, requests/s, with the goal's share; `goodput99` with 99 %, 0 if no run
+            had that.
         attainment: at the trace's own rate.
         prefill_busy: share of an aggregated worker's time that prompts take, to split its cost.
         curve: by rate; empty where there is no goodput.
+        rough: by runs that were broken off as soon as they missed the goal.
     """
 
     option: Option
@@ -58,49 +67,113 @@ class Verdict:
     tpot: Percentiles
     prefill_busy: float
     curve: tuple[Point, ...]
+    rough: bool = False
 
 
-def evaluate(question: Question, option: Option) -> Verdict:
-    """Simulates the option on the trace's requests, at their own rate and stretched."""
-    targets, share = question.goal.targets, question.goal.share
-    near = guess(question, option)
-    own = run_at(question, option, mean_rate(question.arrivals), near)
-    points = {near: run_at(question, option, near, near)}
-    up = points[near].attainment(targets) >= share
-    rate = near
-    while (points[rate].attainment(targets) >= share) == up and near / 256 < rate < near * 256:
-        rate = rate * STEP if up else rate / STEP
-        points[rate] = run_at(question, option, rate, near)
-    best = goodput_on(_sorted(points), question.goal)
-    if best > 0:
-        middle = rate / STEP**0.5 if up else rate * STEP**0.5
-        for extra in (middle, *(best * share for share in BELOW)):
-            points[extra] = run_at(question, option, extra, near)
-        best = goodput_on(_sorted(points), question.goal)
-    curve = _sorted(points)
+def roughly(question: Question, options: Sequence[Option]) -> list[Verdict]:
+    """The options one after another; how far off the guess was for one mends that for the next.
+
+    Each goodput lies between two rates that are a step apart. The run above is broken off as soon
+    as it misses the goal.
+    """
+    requests, verdicts = requests_for(question), list[Verdict]()
+    off = 1.0
+    for option in options:
+        guessed = guess(question, option)
+        points = _bracket(question, option, requests, guessed, guessed * off)
+        verdicts.append(_verdict(question, option, points))
+        off = min(verdicts[-1].goodput / guessed or off, REACH / 4)
+    return verdicts
+
+
+def _bracket(
+    question: Question, option: Option, requests: Sequence[Arrival], guessed: float, near: float
+) -> dict[float, Point]:
+    low, high, rate, step = 0.0, math.inf, near, STEP
+    points: dict[float, Point] = {}
+    while guessed / 256 < rate < guessed * REACH and high > low * STEP * 1.001:
+        met, points[rate] = _try_at(question, option, requests, rate)
+        low, high = (rate, high) if met else (low, rate)
+        if low and high < math.inf:
+            rate = (low * high) ** 0.5
+        else:
+            rate = rate * step if met else rate / step
+            step = min(step * STEP, 2.0)
+    return points
+
+
+def evaluate(question: Question, found: Verdict) -> Verdict:
+    """Goes on from what was found roughly, on the same requests, with no run broken off."""
+    requests = requests_for(question)
+    goal, option = question.goal, found.option
+    points = {p.rate: p for p in found.curve if p.whole}
+    low, high = around(found, goal)
+    more = [high] if high < math.inf else []
+    if low and more:
+        more.append((low * high) ** 0.5)
+    more += [found.goodput * share for share in BELOW if found.goodput]
+    for rate in more:
+        points[rate] = run_at(question, option, requests, rate)
+    curve = _by_rate(points)
+    best, strict = _goodputs(curve, goal)
+    return replace(found, goodput=best, goodput99=strict, curve=curve, rough=False)
+
+
+def around(verdict: Verdict, goal: Goal) -> tuple[float, float]:
+    """The highest rate that met the goal, 0 if none did, and the lowest above it that did not."""
+    targets = goal.targets
+    met = [p.rate for p in verdict.curve if p.attainment(targets) >= goal.share]
+    low = max(met, default=0.0)
+    return low, min((p.rate for p in verdict.curve if p.rate > low), default=math.inf)
+
+
+def keeps_up(question: Question, option: Option, rate: float) -> bool:
+    """Whether the option meets the goal at `rate`."""
+    return _try_at(question, option, requests_for(question), rate)[0]
+
+
+def _verdict(question: Question, option: Option, points: dict[float, Point]) -> Verdict:
+    curve, goal = _by_rate(points), question.goal
+    own = requests_for(question, least=True)
+    now = run_at(question, option, own, mean_rate(question.arrivals))
+    first, gap = now.percentiles()
+    best, strict = _goodputs(curve, goal)
     return Verdict(
         option,
         best,
-        goodput_on(curve, Goal(targets, 0.99)),
-        own.attainment(targets),
-        *own.percentiles(),
-        prefill_share(question),
-        curve,
+        strict,
+        attainment=now.attainment(goal.targets),
+        ttft=first,
+        tpot=gap,
+        prefill_busy=prefill_share(question),
+        curve=curve,
+        rough=True,
     )
 
 
-def _sorted(points: dict[float, Point]) -> tuple[Point, ...]:
+def _by_rate(points: dict[float, Point]) -> tuple[Point, ...]:
     return tuple(points[rate] for rate in sorted(points))
 
 
-def requests_for(question: Question, rate: float) -> tuple[Arrival, ...]:
-    """As many requests of the trace as a run at `rate` needs.
+def _goodputs(curve: Sequence[Point], goal: Goal) -> tuple[float, float]:
+    """With the goal's share, and with 99 %."""
+    return goodput_on(curve, goal), goodput_on(curve, Goal(goal.targets, 0.99))
 
-    However many they are, their lengths are spread over the same stretch of the trace, so that
-    options are compared under the same mix; their gaps are consecutive ones, which keeps bursts.
-    Requests that share prefixes are consecutive themselves: only so do they share them.
+
+def requests_for(question: Question, least: bool = False) -> tuple[Arrival, ...]:
+    """The requests of every run: as many of the trace as the workers can take in RUN_SECONDS.
+
+    However many they are, their lengths are spread over the same stretch of the trace; their gaps
+    are consecutive ones, which keeps bursts. Requests that share prefixes are consecutive
+    themselves: only so do they share them.
+
+    Args:
+        least: as few as there may be.
     """
-    wanted = min(MAX_REQUESTS, max(MIN_REQUESTS, math.ceil(rate * RUN_SECONDS)))
+    wanted = MIN_REQUESTS
+    if not least:
+        rate = guess(question, Option(both=question.gpus // question.performance.gpus))
+        wanted = min(MAX_REQUESTS, max(wanted, math.ceil(rate * RUN_SECONDS)))
     stretch = window(question.arrivals, MAX_REQUESTS)
     gaps = window(stretch, wanted)
     if len(stretch) <= wanted or any(each.blocks for each in gaps):
@@ -109,15 +182,23 @@ def requests_for(question: Question, rate: float) -> tuple[Arrival, ...]:
     return tuple(replace(each, at=gap.at) for each, gap in zip(picked, gaps, strict=True))
 
 
-def run_at(question: Question, option: Option, rate: float, near: float) -> Point:
-    """The option at `rate`, on the requests that a rate of `near` needs."""
-    requests = at_rate(requests_for(question, near), rate)
-    outcomes = World(question.deployment(option), question.seed).run(requests)
-    return Point(rate, tuple(_measures(outcome) for outcome in outcomes))
+def run_at(question: Question, option: Option, requests: Sequence[Arrival], rate: float) -> Point:
+    """The option on these requests, at `rate`."""
+    outcomes = World(question.deployment(option), question.seed).run(at_rate(requests, rate))
+    return _point(rate, outcomes)
 
 
-def _measures(outcome: Outcome) -> tuple[float, float, int]:
-    return outcome.ttft, outcome.tpot, outcome.prompt
+def _try_at(
+    question: Question, option: Option, requests: Sequence[Arrival], rate: float
+) -> tuple[bool, Point]:
+    """The same, broken off when it misses the goal; and whether it does not."""
+    arrivals, deployment = at_rate(requests, rate), question.deployment(option)
+    met, outcomes = play(deployment, arrivals, question.goal, question.seed)
+    return met, _point(rate, outcomes, met)
+
+
+def _point(rate: float, outcomes: Sequence[Outcome], whole: bool = True) -> Point:
+    return Point(rate, tuple((each.ttft, each.tpot, each.prompt) for each in outcomes), whole)
 
 
 def goodput_on(curve: Sequence[Point], goal: Goal) -> float:
@@ -138,7 +219,7 @@ def goodput_on(curve: Sequence[Point], goal: Goal) -> float:
 
 def guess(question: Question, option: Option) -> float:
     """A rate near the option's goodput, from the work alone. Saves runs, decides nothing."""
-    requests = requests_for(question, 0.0)
+    requests = requests_for(question, least=True)
     performance, targets = question.performance, question.goal.targets
     prefill = sum(performance.prefill_seconds(a.prompt) for a in requests) / len(requests)
     output = sum(a.output for a in requests) / len(requests)
@@ -148,16 +229,17 @@ def guess(question: Question, option: Option) -> float:
     while batch > 1 and performance.decode_seconds(batch, batch * context) > targets.tpot:
         batch = batch * 9 // 10
     decode = output * performance.decode_seconds(batch, batch * context) / batch
-    if option.both:
-        rate = option.both / (prefill + decode)
-    else:
-        rate = min(option.prefill / prefill, option.decode / decode)
-    return max(0.7 * rate, mean_rate(requests) / 64)
+    rate = (option.prefill + option.decode + option.both) / (prefill + decode)
+    if not option.both:
+        # Placement runs some requests whole, so that roles bind less than they seem to.
+        strict = min(option.prefill / prefill, option.decode / decode)
+        rate = (rate * strict) ** 0.5
+    return max(rate, mean_rate(requests) / 64)
 
 
 def prefill_share(question: Question) -> float:
     """Of the work of all requests, what prompts take, decodes in batches of 32."""
-    requests = requests_for(question, 0.0)
+    requests = requests_for(question, least=True)
     performance = question.performance
     prefill = sum(performance.prefill_seconds(a.prompt) for a in requests)
     decode = sum(

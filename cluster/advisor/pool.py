@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from cluster.advisor.advice import Task
+from cluster.advisor.contest import Task
 
 
 class Pool:

@@ -35,6 +35,7 @@ def report(advice: Advice) -> dict[str, Any]:
                 "both": verdict.option.both,
                 "goodput": verdict.goodput,
                 "goodput99": verdict.goodput99,
+                "rough": verdict.rough,
                 "attainment_at_trace_rate": verdict.attainment,
                 "ttft": _percentiles(verdict.ttft),
                 "tpot": _percentiles(verdict.tpot),

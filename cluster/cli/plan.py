@@ -141,8 +141,8 @@ def _print(terminal: Terminal, advice: Advice, plot: Path | None) -> None:
         first, gap = verdict.ttft, verdict.tpot
         table.add_row(
             f"[bold green]{verdict.option}[/]" if i == 0 else str(verdict.option),
-            f"{verdict.goodput:.2f}",
-            f"{verdict.goodput99:.2f}",
+            f"{'~' if verdict.rough else ''}{verdict.goodput:.2f}",
+            f"{verdict.goodput99:.2f}" if verdict.goodput99 else "–",
             f"{verdict.attainment:.1%}",
             f"{first.p50 * 1e3:.0f}/{first.p90 * 1e3:.0f}",
             f"{gap.p50 * 1e3:.1f}/{gap.p90 * 1e3:.1f}",
@@ -150,8 +150,8 @@ def _print(terminal: Terminal, advice: Advice, plot: Path | None) -> None:
         )
     out.print(table)
     out.print(
-        "goodput in requests/s; TTFT and TPOT p50/p90 at the trace's own rate; P + D: dollars per "
-        "1,000 requests at the goodput"
+        "goodput in requests/s, ~: roughly; TTFT and TPOT p50/p90 at the trace's own rate; "
+        "P + D: dollars per 1,000 requests at the goodput"
     )
     out.print(
         f"best: [bold]{advice.best.option}[/]; the second best loses {advice.second_loses:.1%}",

@@ -164,6 +164,9 @@ def add_steering(app: typer.Typer, terminal: Terminal, where: Where, token: Wher
         served: Annotated[str, typer.Option(help="As the cluster calls it.")] = "",
         max_prompt: Annotated[int, typer.Option(min=256, help="Longest prompt measured.")] = 8192,
         max_batch: Annotated[int, typer.Option(min=4, help="Largest batch measured.")] = 64,
+        shared: Annotated[
+            bool, typer.Option("--shared", help="Workers share cores: one beside the other.")
+        ] = False,
         name: Name = None,
         address: Address = None,
         as_json: Json = False,
@@ -171,7 +174,8 @@ def add_steering(app: typer.Typer, terminal: Terminal, where: Where, token: Wher
         """Measure the idle cluster's workers for a minute, for the planner and the advisor."""
         from cluster.cli import profile as command
 
-        wanted = command.Wanted(model, gpu, tensor_parallel, served, max_prompt, max_batch, out)
+        what = model, gpu, tensor_parallel, served
+        wanted = command.Wanted(*what, max_prompt, max_batch, out, shared)
         at = where(address, name), token(address, name)
         _exit(command.run(terminal, *at, wanted, as_json))
 

@@ -4,17 +4,17 @@ the data sheet. Reads files; nothing else here does."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cluster.config import Config, ModelConfig
-from cluster.config_models import SimulationConfig
+from cluster.config_models import SimulationConfig, WorkerPoolConfig
 from cluster.engine.simulated.timing import Timing
 from cluster.errors import InvalidRequest, PdserveError
 from cluster.planner.calibrate import calibrate
 from cluster.planner.hardware import HARDWARE, Hardware, hardware
-from cluster.planner.performance import DecodeCost, HandoffCost, Performance, PrefillCost
+from cluster.planner.performance import DecodeCost, HandoffCost, Performance, PrefillCost, across
 from cluster.planner.profile import Profile
 from cluster.planner.roofline import roofline
 from cluster.planner.shape import load_shape
@@ -22,10 +22,11 @@ from cluster.planner.shape import load_shape
 NO_LIMIT = 1 << 30
 ACCELERATOR = "accelerator_type:"
 """Ray's resource that names a host's GPUs."""
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
 
 def speed_of(config: Config, model: ModelConfig, resources: Iterable[str]) -> Performance:
-    """What one worker of the model takes.
+    """What a worker of either pool takes; they differ where the pools' labels name other GPUs.
 
     Args:
         resources: the names of the Ray cluster's, for what the GPUs are.
@@ -35,8 +36,28 @@ def speed_of(config: Config, model: ModelConfig, resources: Iterable[str]) -> Pe
     """
     if model.engine == "simulated":
         return _simulated(model.simulation, model.max_num_batched_tokens, model.name)
-    named = config.planner.hardware
-    machine = hardware(named) if named else _named_by_ray(resources)
+    kinds = [hardware_of(config, pool, resources) for pool in (model.prefill, model.decode)]
+    prefill, decode = (_worker(config, model, kind, kinds) for kind in kinds)
+    return across(prefill, decode)
+
+
+def hardware_of(config: Config, pool: WorkerPoolConfig, resources: Iterable[str]) -> Hardware:
+    """What the pool's labels name, else `planner.hardware`, else Ray.
+
+    Raises:
+        PdserveError: none of them does.
+    """
+    if named := _known(pool.labels.get(ACCELERATOR_LABEL, "")):
+        return hardware(named)
+    if config.planner.hardware:
+        return hardware(config.planner.hardware)
+    return _named_by_ray(resources)
+
+
+def _worker(
+    config: Config, model: ModelConfig, machine: Hardware, kinds: Sequence[Hardware]
+) -> Performance:
+    """By the profile, if it is of this hardware; a profile of none of the kinds is refused."""
     try:
         shape = load_shape(model.path)
     except InvalidRequest as error:
@@ -48,6 +69,8 @@ def speed_of(config: Config, model: ModelConfig, resources: Iterable[str]) -> Pe
     if config.planner.profile is None:
         return start
     profile = read_profile(config.planner.profile, "planner.profile")
+    if profile.hardware.upper() in {k.name for k in kinds} - {machine.name}:
+        return start
     profile.check(shape.name, machine.name, model.tensor_parallel_size)
     return calibrate(start, profile).performance
 
@@ -62,7 +85,10 @@ def read_profile(path: Path, field: str) -> Profile:
 
 def with_capacity(performance: Performance, kv_tokens: int) -> Performance:
     """With the KV cache that the workers have registered."""
-    return replace(performance, kv_capacity=kv_tokens) if kv_tokens else performance
+    if not kv_tokens:
+        return performance
+    whole = performance.whole and with_capacity(performance.whole, kv_tokens)
+    return replace(performance, kv_capacity=kv_tokens, whole=whole)
 
 
 def _simulated(simulation: SimulationConfig, chunk: int, name: str) -> Performance:
@@ -82,11 +108,15 @@ def _simulated(simulation: SimulationConfig, chunk: int, name: str) -> Performan
     )
 
 
+def _known(text: str) -> str:
+    """The hardware that a name such as NVIDIA-H100-80GB-HBM3 tells of; empty if none."""
+    words = re.split(r"[^A-Z0-9]", text.upper())
+    return next((name for name in HARDWARE if name in words), "")
+
+
 def _named_by_ray(resources: Iterable[str]) -> Hardware:
     kinds = {r.removeprefix(ACCELERATOR) for r in resources if r.startswith(ACCELERATOR)}
-    known = {
-        name for kind in kinds for name in HARDWARE if name in re.split(r"[^A-Z0-9]", kind.upper())
-    }
+    known = {name for kind in kinds if (name := _known(kind))}
     if kinds and len(known) != 1:
         raise PdserveError(
             f"planner.hardware: Ray names {', '.join(sorted(kinds))}: say which of "

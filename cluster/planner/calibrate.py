@@ -13,7 +13,13 @@ from typing import TypeVar
 
 from cluster.errors import InvalidRequest
 from cluster.planner.performance import DecodeCost, HandoffCost, Performance, PrefillCost
-from cluster.planner.profile import DecodeSample, HandoffSample, PrefillSample, Profile
+from cluster.planner.profile import (
+    DecodeSample,
+    HandoffSample,
+    PathSample,
+    PrefillSample,
+    Profile,
+)
 
 MIN_SAMPLES = 3
 
@@ -56,6 +62,8 @@ def calibrate(start: Performance, profile: Profile) -> Calibration:
     fitted = _fit_decode(_fit_prefill(start, profile.prefill), profile.decode)
     if profile.handoff:
         fitted = _fit_handoff(fitted, profile.handoff)
+    if profile.path:
+        fitted = _fit_path(fitted, profile.path)
     prefill_error = _cross_validated(
         profile.prefill,
         lambda rest: _fit_prefill(start, rest),
@@ -95,6 +103,24 @@ def _fit_handoff(start: Performance, samples: Sequence[HandoffSample]) -> Perfor
     latency, per_byte = fit([(1.0, float(s.bytes)) for s in samples], [s.seconds for s in samples])
     bandwidth = 1 / per_byte if per_byte > 0 else start.handoff.bandwidth
     return replace(start, handoff=HandoffCost(latency, bandwidth, start.handoff.layers))
+
+
+def _fit_path(start: Performance, samples: Sequence[PathSample]) -> Performance:
+    """What is outside of the steps, at the median.
+
+    Between the first two tokens decode takes two steps, because it repeats the first token; what
+    the last layer's copy does not explain of the rest is the handoff's latency.
+    """
+    dispatch = quantile(sorted(s.before for s in samples), 0.5)
+    late = []
+    for sample in (s for s in samples if s.bytes):
+        steps = 2 * start.decode_seconds(1, sample.prompt)
+        copy = sample.bytes / start.handoff.bandwidth / start.handoff.layers
+        late.append(max(0.0, sample.between - steps - copy))
+    handoff = start.handoff
+    if late:
+        handoff = replace(handoff, latency=quantile(sorted(late), 0.5))
+    return replace(start, dispatch=dispatch, handoff=handoff)
 
 
 def _cross_validated(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cluster.planner.demand import Demand, Lengths
@@ -114,6 +114,8 @@ class Load:
 
     def whole(self, workers: int) -> dict[str, Attainment]:
         """By class, on so many aggregated workers."""
+        if self.performance.whole is not None:
+            return replace(self, performance=self.performance.whole).whole(workers)
         busy = self.prefill_work / workers if workers else math.inf
         batch, step = self._balance(workers, 1 - busy)
         if busy >= 1 or math.isinf(batch):

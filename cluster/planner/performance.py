@@ -56,6 +56,8 @@ class Performance:
         kv_bytes_per_token: of all its layers.
         kv_capacity: tokens its cache holds.
         gpus: that one worker takes.
+        dispatch: seconds to a request's first token that no step takes: the ways between router and
+            engine.
         label: what it describes, for reports.
     """
 
@@ -68,6 +70,8 @@ class Performance:
     kv_capacity: int
     gpus: int = 1
     label: str = ""
+    dispatch: float = 0.0
+    whole: Performance | None = None
 
     def prefill_seconds(self, new: int, cached: int = 0) -> float:
         """One prompt alone in a step: `new` tokens after `cached` ones."""
@@ -130,7 +134,43 @@ class Performance:
             ),
             decode=_scaled(self.decode, decode),
             decode_large=_scaled(self.decode_large, decode),
+            whole=self.whole and self.whole.scaled(prefill, decode),
         )
+
+
+def across(prefill: Performance, decode: Performance) -> Performance:
+    """Pools whose workers differ: prompts on the one kind, decodes and their KV on the other.
+
+    Aggregated, a worker of either kind counts as one that has the slower steps of both.
+    """
+    if prefill == decode:
+        return prefill
+    handoff = max(prefill.handoff, decode.handoff, key=lambda cost: 1 / cost.bandwidth)
+    label = f"{prefill.label}; decode: {decode.label}"
+    split = replace(
+        prefill,
+        decode=decode.decode,
+        decode_large=decode.decode_large,
+        large_batch=decode.large_batch,
+        kv_capacity=decode.kv_capacity,
+        handoff=handoff,
+        label=label,
+    )
+    prompts = max(prefill, decode, key=lambda worker: worker.prefill_seconds(_USUAL))
+    steps = max(prefill, decode, key=lambda worker: worker.decode_seconds(_BATCH, _BATCH * _USUAL))
+    whole = replace(
+        split,
+        prefill=prompts.prefill,
+        decode=steps.decode,
+        decode_large=steps.decode_large,
+        large_batch=steps.large_batch,
+        kv_capacity=min(prefill.kv_capacity, decode.kv_capacity),
+    )
+    return replace(split, whole=whole)
+
+
+_USUAL, _BATCH = 1024, 16
+"""Tokens and sequences by which the slower of two workers is told."""
 
 
 def _scaled(cost: DecodeCost, by: float) -> DecodeCost:

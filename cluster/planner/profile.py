@@ -37,6 +37,26 @@ class HandoffSample:
 
 
 @dataclass(frozen=True)
+class PathSample:
+    """What one request took outside of its steps, on its way through the cluster.
+
+    Attributes:
+        prompt: tokens; bytes: of KV that were handed off.
+        before: seconds to its first token, less those of its prefill.
+        between: seconds from its first token to its second.
+    """
+
+    prompt: int
+    bytes: int
+    before: float
+    between: float
+
+    @property
+    def seconds(self) -> float:
+        return self.before + self.between
+
+
+@dataclass(frozen=True)
 class Profile:
     """Samples, and the worker they belong to; a profile says nothing about any other."""
 
@@ -46,6 +66,7 @@ class Profile:
     prefill: tuple[PrefillSample, ...]
     decode: tuple[DecodeSample, ...]
     handoff: tuple[HandoffSample, ...] = ()
+    path: tuple[PathSample, ...] = ()
 
     def check(self, model: str, hardware: str, tensor_parallel: int) -> None:
         """Raises InvalidRequest unless it was measured on exactly this."""
@@ -75,10 +96,11 @@ class Profile:
                 prefill=tuple(PrefillSample(**sample) for sample in values["prefill"]),
                 decode=tuple(DecodeSample(**sample) for sample in values["decode"]),
                 handoff=tuple(HandoffSample(**sample) for sample in values.get("handoff", ())),
+                path=tuple(PathSample(**sample) for sample in values.get("path", ())),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidRequest("profile", f"is not a profile: {error!r}") from error
-        for sample in (*profile.prefill, *profile.decode, *profile.handoff):
+        for sample in (*profile.prefill, *profile.decode, *profile.handoff, *profile.path):
             _check_sample(sample)
         return profile
 

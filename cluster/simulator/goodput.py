@@ -25,22 +25,30 @@ class Goal:
 
 def holds(deployment: Deployment, arrivals: Sequence[Arrival], goal: Goal, seed: int = 0) -> bool:
     """Whether the deployment meets the goal on this workload; stops as soon as it cannot."""
+    return play(deployment, arrivals, goal, seed)[0]
+
+
+def play(
+    deployment: Deployment, arrivals: Sequence[Arrival], goal: Goal, seed: int = 0
+) -> tuple[bool, list[Outcome]]:
+    """As `holds`, and all outcomes, or those there were when the goal got out of reach."""
     world = World(deployment, seed)
     allowed = int((1 - goal.share) * len(arrivals) + 1e-9)
     misses = 0
+    ended: list[Outcome] = []
 
-    def ended(outcome: Outcome) -> None:
+    def note(outcome: Outcome) -> None:
         nonlocal misses
+        ended.append(outcome)
         misses += not outcome.meets(goal.targets)
         if misses > allowed:
             raise _Hopeless
 
-    world.on_end = ended
+    world.on_end = note
     try:
-        world.run(arrivals)
+        return True, world.run(arrivals)
     except _Hopeless:
-        return False
-    return True
+        return False, ended
 
 
 def goodput(

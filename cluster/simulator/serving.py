@@ -55,7 +55,15 @@ class Serving:
         else:
             whole = stage is Stage.WHOLE
             worker.loaded(arrival.prompt, int(whole), job.kv_tokens if whole else 0)
-            worker.engine.prefill(now, job)
+            if seconds := worker.engine.performance.dispatch:
+                self._agenda.after(seconds, lambda: self._arrives(worker, job))
+            else:
+                self._arrives(worker, job)
+
+    def _arrives(self, worker: VirtualWorker, job: Job) -> None:
+        """A prompt reaches its engine, unless it was given up on the way."""
+        if job.attempt.jobs.get(job.stage) is job:
+            worker.engine.prefill(self._agenda.now, job)
             self._watch(worker)
 
     def cancel(self, attempt: Attempt, target: Target) -> None:

@@ -104,6 +104,9 @@ class Admission:
         self._capacities = capacities
         for pace in (self._pace, *self._class_pace.values()):
             pace.passes(now)
+        if not self.queued:
+            self._note_who_waits()
+            return []
         effects = self._expire(now)
         while found := self._next(now):
             offer, promised, yields = found
@@ -113,10 +116,13 @@ class Admission:
             self._start(now, offer, promised)
             effects.append(Admit(offer.request_id, promised))
         effects += self._expire(now)  # What yielded may be past its deadline.
+        self._note_who_waits()
+        return effects
+
+    def _note_who_waits(self) -> None:
         self._pace.waiting = self.queued > 0
         for slo_class, class_pace in self._class_pace.items():
             class_pace.waiting = self.queued_in(slo_class) > 0
-        return effects
 
     def first_token(self, now: float, request_id: str) -> None:
         """The first tokens of all its completions came: prefill has room again."""

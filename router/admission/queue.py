@@ -10,6 +10,7 @@ tenant that comes back starts at the present virtual time, so that pauses are no
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ class ClassQueue:
         self._served: dict[str, float] = {}
         self._present = 0.0
         self._number = 0
+        self._latest = -math.inf
         self.cost = 0
         """Of all that wait, in tokens."""
 
@@ -73,6 +75,7 @@ class ClassQueue:
             before = self._served.get(offer.tenant, 0.0)
             self._served[offer.tenant] = max(before, self._present)
         self._number += 1
+        self._latest = max(self._latest, offer.start_by) if self._by_id else offer.start_by
         name, number = offer.request_id, self._number
         self._by_id[name] = Waiting(offer, now, number)
         self.cost += offer.cost
@@ -129,7 +132,9 @@ class ClassQueue:
         return due
 
     def cost_before(self, start_by: float) -> int:
-        """Of all that is due no later than `start_by`."""
+        """Of all that is due no later than `start_by`; where all have one target, that is all."""
+        if start_by >= self._latest:
+            return self.cost
         return sum(w.offer.cost for w in self._by_id.values() if w.offer.start_by <= start_by)
 
     def later(self, start_by: float) -> list[Offer]:

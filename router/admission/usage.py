@@ -64,6 +64,7 @@ class Usage:
     def __init__(self, max_running: int) -> None:
         self._max_running = max_running
         self._running: dict[str, _Running] = {}
+        self._batch: dict[str, _Running] = {}
         self._promised: dict[str, _Running] = {}
         self._used: dict[str, _Used] = {}
 
@@ -99,8 +100,7 @@ class Usage:
 
     def start(self, now: float, offer: Offer, capacity: Capacity) -> None:
         prompt = min(offer.prompt_tokens, capacity.prefill_worker_tokens)
-        running = self._running[offer.request_id] = _Running(offer, now, prompt)
-        self._used.setdefault(offer.model, _Used()).add(running, 1)
+        self._take(_Running(offer, now, prompt))
 
     def promise(self, now: float, offer: Offer) -> None:
         """Starts it beside the others, for good: it does not yield."""
@@ -122,6 +122,7 @@ class Usage:
         running = self._running.pop(request_id, None)
         if running is None:
             return None
+        self._batch.pop(request_id, None)
         used = self._used[running.offer.model]
         used.add(running, -1)
         if not used.requests:
@@ -131,15 +132,20 @@ class Usage:
     def yielding(self, offer: Offer, capacity: Capacity) -> list[str]:
         """The batch requests to end so that `offer` fits, youngest first; none if none would do."""
         chosen: list[_Running] = []
-        for running in reversed(list(self._running.values())):
+        for running in reversed(list(self._batch.values())):
             if self.fits(offer, capacity):
                 break
-            frees = len(self._running) >= self._max_running or running.offer.model == offer.model
-            if running.offer.slo_class is SloClass.BATCH and frees:
+            if len(self._running) >= self._max_running or running.offer.model == offer.model:
                 self.end(running.offer.request_id)
                 chosen.append(running)
-        enough = self.fits(offer, capacity)
+        enough = bool(chosen) and self.fits(offer, capacity)
         for running in reversed(chosen):
-            self._running[running.offer.request_id] = running
-            self._used.setdefault(running.offer.model, _Used()).add(running, 1)
+            self._take(running)
         return [running.offer.request_id for running in chosen] if enough else []
+
+    def _take(self, running: _Running) -> None:
+        offer = running.offer
+        self._running[offer.request_id] = running
+        if offer.slo_class is SloClass.BATCH:
+            self._batch[offer.request_id] = running
+        self._used.setdefault(offer.model, _Used()).add(running, 1)

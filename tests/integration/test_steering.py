@@ -176,6 +176,7 @@ async def test_a_profile_finds_the_engines_own_times(tmp_path: Path) -> None:
         truth = timing.prefill(1024, 0, 1024)
         assert fitted.performance.prefill_seconds(1024) == pytest.approx(truth, rel=0.2)
         assert any(s.cached for s in measured.prefill) and measured.handoff
+        assert measured.path and all(s.before > 0 and s.bytes for s in measured.path)
 
         busy = asyncio.create_task(cluster.generate([1, 2, 3], max_tokens=300))
         await asyncio.sleep(0.3)
@@ -207,6 +208,18 @@ def test_where_a_workers_speed_comes_from(tmp_path: Path) -> None:
     assert "H200" in on_h200.label
     with pytest.raises(Exception, match=r"planner\.hardware: Ray names A100, H100"):
         speed_of(named, named.models[0], ["accelerator_type:A100", "accelerator_type:H100"])
+    kinds = {"prefill": "NVIDIA-H200", "decode": "NVIDIA-L40S"}
+    pools = {
+        pool: {"labels": {"ray.io/accelerator-type": name}, "num_gpus": 1}
+        for pool, name in kinds.items()
+    }
+    mixed = Config.model_validate({"models": [{"name": "m", "path": str(shape), **pools}]})
+    on_both = speed_of(mixed, mixed.models[0], [])
+    named_l40s = real(hardware="L40S")
+    on_l40s = speed_of(named_l40s, named_l40s.models[0], [])
+    assert on_both.prefill_seconds(4000) == on_h200.prefill_seconds(4000)
+    assert on_both.decode_seconds(8, 8000) == on_l40s.decode_seconds(8, 8000)
+    assert on_both.kv_capacity == on_l40s.kv_capacity < on_h200.kv_capacity
     hub = real("somebody/something")
     with pytest.raises(InvalidRequest, match="cannot tell how large"):
         speed_of(hub, hub.models[0], [])

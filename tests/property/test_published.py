@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import splitwise
 from bench.distserve import goodput, met, workloads
 from cluster.planner.performance import DecodeCost, HandoffCost, Performance, PrefillCost
 from cluster.planner.queueing import md1_ttft, md1_ttft_pipeline, md1_ttft_tensor
@@ -140,3 +141,28 @@ def test_a_split_bears_more_a_gpu_than_the_vllm_of_its_time() -> None:
     (humaneval,) = [w for w in workloads() if w.name == "66B HumanEval"]
     assert met(humaneval, "distserve", 0.875, seeds=1) > 0.9
     assert met(humaneval, "vllm", 0.875, seeds=1) < 0.75
+
+
+def test_splitwises_slos_are_met_until_they_are_not() -> None:
+    """The bench's machine, from steps that are exactly of the fitted form, in all 40 machines."""
+    truth = Performance(
+        PrefillCost(0.02, 1e-4, 1e-9), DecodeCost(0.03, 1e-7, 2e-4), DecodeCost(0.03, 1e-7, 2e-4),
+        1, HandoffCost(0.005, 5e10, 70), 4e6, 77_000,
+    )  # fmt: skip
+    sizes = [(n, 1) for n in (512, 1024, 2048, 4096)] + [(512, b) for b in (2, 8, 64)]
+    steps = {
+        (n, b): (truth.prefill_batch_seconds([(n, 0)] * b), truth.decode_seconds(b, n * b))
+        for n, b in sizes
+    }
+    fitted = splitwise.machine(steps)
+    assert fitted.prefill_seconds(3000) == pytest.approx(truth.prefill_seconds(3000))
+    assert fitted.decode_seconds(20, 30_000) == pytest.approx(truth.decode_seconds(20, 30_000))
+    reference = fitted.scaled(1.8, 1.3)
+    columns = ([800, 1500], [100, 200])
+
+    def bears(rate: float, prefill: int) -> bool:
+        return splitwise.bears(fitted, reference, prefill, splitwise.workload(columns, rate, 1))
+
+    assert bears(4.0, 25)
+    assert not bears(60.0, 39)  # one machine is left to decode
+    assert not bears(60.0, 1)

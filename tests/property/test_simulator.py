@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -37,8 +38,8 @@ workloads = st.builds(
     st.sampled_from([50, 3000, 12_000]),
 )
 deployments = st.builds(
-    lambda split, mixes, queued: Deployment(
-        WORKER,
+    lambda split, mixes, queued, dispatch: Deployment(
+        replace(WORKER, dispatch=dispatch),
         prefill=split[0],
         decode=split[1],
         both=split[2],
@@ -50,6 +51,7 @@ deployments = st.builds(
     st.sampled_from([(1, 1, 0), (2, 3, 0), (0, 0, 3), (1, 1, 1), (3, 1, 0)]),
     st.booleans(),
     st.sampled_from([0, 10_000]),
+    st.sampled_from([0.0, 0.02]),
 )
 
 

@@ -13,8 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.advisor import evaluate
-from cluster.advisor.advice import Task, advise
-from cluster.advisor.evaluate import Point, goodput_on
+from cluster.advisor.advice import advise
+from cluster.advisor.contest import Task, contest
+from cluster.advisor.evaluate import Point, Verdict, goodput_on
 from cluster.advisor.plots import plots
 from cluster.advisor.question import Option, Question, check_reachable, parse_slo, window
 from cluster.advisor.report import report
@@ -33,6 +34,8 @@ from cluster.simulator.workload import Arrival, poisson
 SHAPE, GPU = load_shape("llama-3.1-8b"), hardware("H200")
 LONG_PROMPTS = poisson(8, 30, lambda r: (r.randint(6000, 10_000), r.randint(40, 160)), 1)
 SHORT_PROMPTS = poisson(8, 30, lambda r: (r.randint(20, 200), r.randint(200, 600)), 2)
+
+MIXED = poisson(8, 30, lambda r: (r.choice((300, 9000)), r.randint(50, 400)), 3)
 
 
 def question(arrivals: Sequence[Arrival], slo: str, gpus: int = 4) -> Question:
@@ -74,6 +77,49 @@ def test_tight_tpot_and_long_prompts_want_a_split() -> None:
 def test_short_prompts_and_loose_targets_want_none() -> None:
     advice = advise(question(SHORT_PROMPTS, "ttft=2,tpot=0.05", gpus=2), here)
     assert advice.best.option == Option(both=2)
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "slo", "gpus"),
+    [
+        (LONG_PROMPTS, "ttft=2,tpot=0.012", 4),
+        (LONG_PROMPTS, "ttft=0.6", 3),
+        (MIXED, "ttft=1,tpot=0.01", 4),
+    ],
+)
+def test_few_full_runs_find_the_two_that_all_of_them_find(
+    arrivals: Sequence[Arrival], slo: str, gpus: int
+) -> None:
+    asked = question(sorted(arrivals, key=lambda a: a.at), slo, gpus)
+    fast, all_in_full = contest(asked, here), contest(asked, here, exhaustive=True)
+    assert fast[:2] == all_in_full[:2]
+    assert not any(verdict.rough for verdict in all_in_full)
+    assert {v.option for v in fast} == set(asked.options())
+    assert all(v.goodput <= fast[1].goodput for v in fast[2:])
+
+
+@pytest.mark.parametrize("best_looks", [0.6, 1.2])
+def test_a_rough_look_that_is_off_does_not_change_the_winner(best_looks: float) -> None:
+    asked = question(LONG_PROMPTS, "ttft=2,tpot=0.012", 4)
+    right = contest(asked, here, exhaustive=True)
+
+    def off(tasks: Sequence[Task]) -> Iterator[object]:
+        for (call, _), result in zip(tasks, here(tasks), strict=True):
+            yield [misjudged(v) for v in result] if call is evaluate.roughly else result  # type: ignore[attr-defined]
+
+    def misjudged(verdict: Verdict) -> Verdict:
+        by = best_looks if verdict.option == right[0].option else 1.0
+        return replace(verdict, goodput=verdict.goodput * by)
+
+    found = contest(asked, off)
+    assert found[0].option == right[0].option
+    assert not found[1].rough
+
+
+def test_targets_that_no_load_spoils_have_a_goodput_on_every_option() -> None:
+    few = [Arrival(i / 8, 100, 4) for i in range(20)]
+    advice = advise(question(few, "ttft=60,tpot=9", 3), here)
+    assert all(v.goodput > 100 and v.goodput99 == v.goodput for v in advice.verdicts)
 
 
 def test_every_option_is_answered_and_drawn() -> None:

@@ -17,9 +17,18 @@ from cluster.planner.efficiency import (
 )
 from cluster.planner.hardware import hardware
 from cluster.planner.online import OnlinePerformance
-from cluster.planner.profile import DecodeSample, HandoffSample, PrefillSample, Profile
+from cluster.planner.profile import (
+    DecodeSample,
+    HandoffSample,
+    PathSample,
+    PrefillSample,
+    Profile,
+)
 from cluster.planner.roofline import roofline
 from cluster.planner.shape import load_shape, shape_of
+from cluster.simulator.fleet import Deployment
+from cluster.simulator.workload import Arrival
+from cluster.simulator.world import World
 
 LLAMA = load_shape("meta-llama/Llama-3.1-8B-Instruct")
 H200 = hardware("h200")
@@ -77,6 +86,22 @@ def test_handoffs_are_fitted_and_mostly_hidden() -> None:
     assert worker.exposed_handoff_seconds(4096, 0.0) == pytest.approx(whole)
     # However long the prefill, the last layer's blocks leave after it.
     assert worker.exposed_handoff_seconds(4096, 9.0) == pytest.approx(0.001 + (whole - 0.001) / 32)
+
+
+def test_what_no_step_takes_is_found_again() -> None:
+    """Alone, a simulated request takes what the profile's samples of the way were made from."""
+    start = roofline(LLAMA, H200)
+    worker = replace(start, dispatch=0.009, handoff=replace(start.handoff, latency=0.012))
+    path = []
+    for prompt in (200, 1000, 4000):
+        (alone,) = World(Deployment(worker, 1, 1, placement_mode="always")).run(
+            [Arrival(0.0, prompt, 2)]
+        )
+        before = alone.ttft - worker.prefill_seconds(prompt)
+        path.append(PathSample(prompt, int(prompt * worker.kv_bytes_per_token), before, alone.tpot))
+    found = calibrate(start, replace(MEASURED, path=tuple(path))).performance
+    assert found.dispatch == pytest.approx(0.009)
+    assert found.handoff.latency == pytest.approx(0.012, rel=0.1)
 
 
 @pytest.mark.parametrize(

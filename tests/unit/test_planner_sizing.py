@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from cluster.planner.capacity import Load
 from cluster.planner.demand import Demand, Lengths
 from cluster.planner.hardware import hardware
+from cluster.planner.performance import across
 from cluster.planner.roofline import roofline
 from cluster.planner.shape import load_shape
 from cluster.planner.sizing import shortfalls, size_split, size_whole
@@ -79,6 +81,19 @@ def test_loose_tpot_wants_no_split_and_tight_tpot_does() -> None:
     assert not size_whole(load(8.0, tight), 20).enough or (
         split.counts.total < size_whole(load(8.0, tight), 20).counts.total
     )
+
+
+def test_pools_on_different_gpus_are_sized_each_with_its_own() -> None:
+    fast = roofline(load_shape("llama-3.1-8b"), hardware("H200"))
+    slow_decodes, slow_prompts, slow, quick = (
+        size_split(replace(load(16.0), performance=across(p, d)), 100)
+        for p, d in ((fast, WORKER), (WORKER, fast), (WORKER, WORKER), (fast, fast))
+    )
+    assert slow_decodes and slow_prompts and slow and quick
+    assert slow_decodes.counts == Counts(prefill=quick.counts.prefill, decode=slow.counts.decode)
+    assert slow_prompts.counts == Counts(prefill=slow.counts.prefill, decode=quick.counts.decode)
+    whole = size_whole(replace(load(16.0), performance=across(fast, WORKER)), 100)
+    assert whole.counts == size_whole(load(16.0), 100).counts
 
 
 def test_nothing_to_do_takes_the_minimum() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from router.admission.pace import (
     PrefillTimes,
 )
 from router.admission.policy import Limits, Policy, TenantPolicy
+from router.admission.queue import ClassQueue
 
 INTERACTIVE, STANDARD, BATCH = SloClass
 
@@ -424,3 +426,18 @@ def test_the_delay_follows_the_rate() -> None:
             desk.core.offer(8 * gap, offer("x"))
         delays.append(refused.value.retry_after_seconds)
     assert delays[0] < delays[1]
+
+
+def test_what_is_due_before_a_request_is_counted_in_any_order() -> None:
+    rng = random.Random(4)
+    queue = ClassQueue(lambda tenant: 1.0)
+    waiting: dict[str, Offer] = {}
+    for number in range(200):
+        due = rng.choice([5.0, 10.0, rng.uniform(0, 20)])
+        offer = Offer(f"r{number}", "t", SloClass.STANDARD, "m", rng.randint(1, 99), 1, due)
+        assert queue.cost_before(due) == sum(o.cost for o in waiting.values() if o.start_by <= due)
+        queue.push(0.0, offer, long=False)
+        waiting[offer.request_id] = offer
+        while waiting and rng.random() < 0.5:
+            gone = rng.choice(sorted(waiting))
+            assert queue.remove(gone) == waiting.pop(gone)
