@@ -41,25 +41,16 @@ def _latency(results: Results) -> str:
     names += sorted({row.system for row in results.latency} - set(names))
     if not names:
         return ""
-    head = ["prompt", "raw NCCL"]
-    for name in names:
-        head += [f"{name} TTFT", "range"] + ([] if name == PREFILL else ["2nd gap", "step"])
     rows = []
     for prompt in _prompts(results.latency):
-        raw = results.find_raw(prompt)
-        cells = [str(prompt), f"{raw.ms:.2f}" if raw else ""]
+        if raw := results.find_raw(prompt):
+            rows.append([str(prompt), "a raw NCCL send of the KV", f"{raw.ms:.2f}", "", "", ""])
         for name in names:
-            row = results.find(name, prompt)
-            cells += _times(row) if name != PREFILL else _times(row)[:2]
-        rows.append(cells)
-    return table(head, rows)
-
-
-def _times(row: Latency | None) -> list[str]:
-    if row is None:
-        return ["", "", "", ""]
-    span = f"{row.ttft_least_ms:.1f}–{row.ttft_most_ms:.1f}"
-    return [f"{row.ttft_ms:.1f}", span, _ms(row.second_ms), _ms(row.step_ms)]
+            if row := results.find(name, prompt):
+                span = f"{row.ttft_least_ms:.1f}–{row.ttft_most_ms:.1f}"
+                times = [f"{row.ttft_ms:.1f}", span, _ms(row.second_ms), _ms(row.step_ms)]
+                rows.append([str(prompt), name, *times])
+    return table(["prompt", "system", "TTFT", "range", "2nd gap", "step"], rows)
 
 
 def _handoffs(results: Results, source: Sequence[Latency]) -> str:

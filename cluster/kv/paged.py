@@ -50,9 +50,10 @@ class PagedCache:
     Args:
         layers: layer name to a view `[blocks, heads, tokens, content]`, in model order.
         packing: how the attention kernel orders a block.
-        kept: the engine keeps a prompt's blocks until its handoff has ended. Otherwise – sliding
-            windows – it uses them for what follows, and they must be copied as soon as they are
-            computed.
+        kept: the engine keeps a prompt's blocks, each its own, until its handoff has ended.
+            Otherwise – sliding windows – it uses them for what follows, so that they must be
+            copied as soon as they are computed, and lets one block stand for all that are out of
+            the window, so that what is written to it is not what is found there.
 
     Raises:
         ValueError: the layers differ in shape or type, or are not such views.
@@ -135,7 +136,7 @@ class PagedCache:
     def pieces(self, layers: range, block_ids: Sequence[int], heads: HeadRun) -> list[memoryview]:
         """Blocks of some layers where they lie in host memory, in a payload's order; none where
         they do not lie so, or in pieces so small that a copy costs less."""
-        if self._flat is None or not block_ids:
+        if self._flat is None or not self.kept or not block_ids:
             return []
         start, stop = heads.start * self.head_block_bytes, heads.stop * self.head_block_bytes
         whole = stop - start == self.block_bytes

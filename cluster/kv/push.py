@@ -248,7 +248,7 @@ class Push:
 
     def _pieces(self, group: list[Ready], ids: tuple[int, ...]) -> list[memoryview]:
         """The blocks where they lie, if they can be sent from there."""
-        if self.order.plain or not self.cache.kept:
+        if self.order.plain:
             return []
         layers = range(group[0].layer, group[-1].layer + 1)
         return self.cache.pieces(layers, ids, self.order.route.source)

@@ -56,6 +56,7 @@ planner:
   cold_start_seconds: 10
   flip_drain_seconds: 3
   down_after_seconds: 900
+  budget: [{{{{name: hosts, gpus: 4}}}}]
 secret: {{secret}}
 """
 
@@ -99,7 +100,7 @@ def explained(cluster: RunningCluster) -> list[dict[str, Any]]:
 
 
 class Load:
-    """Requests at a rate, each checked to the last token."""
+    """Requests at a rate, each checked to the last token; one that is refused comes again."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = inference_pb2_grpc.InferenceStub(channel)
@@ -123,16 +124,27 @@ class Load:
             sampling=common_pb2.SamplingParams(temperature=0, max_tokens=output, ignore_eos=True),
             slo_class=common_pb2.SLO_CLASS_INTERACTIVE,
         )
+        while not await self._served(request, continuation(ids, output, SEED, VOCAB)):
+            await asyncio.sleep(0.5)
+        self.ended += 1
+
+    async def _served(self, request: inference_pb2.GenerateRequest, due: list[int]) -> bool:
+        """False: refused, before it began, because it could not be in time now."""
         tokens: list[int] = []
         completed = False
-        async for message in self._stub.Generate(request, timeout=60):
-            if message.HasField("completed"):
-                completed = True
-            else:
-                assert message.delta.offset == len(tokens)
-                tokens += message.delta.token_ids
-        assert completed and tokens == continuation(ids, output, SEED, VOCAB)
-        self.ended += 1
+        try:
+            async for message in self._stub.Generate(request, timeout=60):
+                if message.HasField("completed"):
+                    completed = True
+                else:
+                    assert message.delta.offset == len(tokens)
+                    tokens += message.delta.token_ids
+        except grpc.aio.AioRpcError as error:
+            if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED or tokens:
+                raise
+            return False
+        assert completed and tokens == due
+        return True
 
 
 def turned(cluster: RunningCluster, seen: Counter[str], role: str) -> Callable[[], bool]:

@@ -50,6 +50,21 @@ async def test_a_block_reused_before_it_was_read(prefill: Prefill, decode: Decod
     assert torch.equal(contents(decode, (5, 6)), before)
 
 
+async def test_one_block_may_stand_for_several_out_of_a_window(
+    prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is found in it afterwards is the last of what was written."""
+    for cache in (prefill.cache, decode.cache):
+        monkeypatch.setattr(cache, "kept", False)
+    ticket = make_ticket(3 * TOKENS)
+    wire = sign(ticket)
+    decode.reserve(ticket, wire, (0, 0, 6))
+    prefill.offer(ticket, wire, decode.agent.address, (1, 2, 3))
+    prefill.release(ticket, token=42)
+    assert (await decode.result(ticket.handoff_id)).ok
+    assert torch.equal(contents(decode, (6,)), contents(prefill, (3,)))
+
+
 @pytest.mark.parametrize("layer", range(LAYERS))
 async def test_a_block_reused_while_it_was_read(
     prefill: Prefill, decode: Decode, layer: int, monkeypatch: pytest.MonkeyPatch
