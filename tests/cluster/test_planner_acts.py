@@ -7,6 +7,7 @@ stream breaks, every answer is exact. Then people steer it, and the controller d
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import subprocess
@@ -124,8 +125,10 @@ class Load:
             sampling=common_pb2.SamplingParams(temperature=0, max_tokens=output, ignore_eos=True),
             slo_class=common_pb2.SLO_CLASS_INTERACTIVE,
         )
-        while not await self._served(request, continuation(ids, output, SEED, VOCAB)):
-            await asyncio.sleep(0.5)
+        for wait in itertools.repeat(0.5):
+            if await self._served(request, continuation(ids, output, SEED, VOCAB)):
+                break
+            await asyncio.sleep(wait)
         self.ended += 1
 
     async def _served(self, request: inference_pb2.GenerateRequest, due: list[int]) -> bool:
