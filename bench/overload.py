@@ -1,6 +1,6 @@
 """What is left of a system's goodput when more comes than it can serve.
 
-    quiet .venv/bin/python -m bench.overload [--json] [--systems …] [--loads …]
+    .venv/bin/python -m bench.overload [--json] [--systems …] [--loads …]
 
 One router alone on a core, in front of simulated engines with an 8B model's times on a small GPU;
 engines and clients share the other core. First the capacity: what pdserve ends a second with so

@@ -1,7 +1,7 @@
 """Placement's quality: traces replayed on a virtual clock through production's placement core and
 the simulated engine's scheduler, against round-robin, least-loaded, prefix-only and random.
 
-    light .venv/bin/python -m bench.placement [--traces DIR] [--json]
+    .venv/bin/python -m bench.placement [--traces DIR] [--json]
 
 Load is the share of the rate at which the pool that is full first (prefill by the trace's mean
 prompt, decode by the batch that just meets the target) would always be busy, with cold caches.

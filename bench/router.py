@@ -1,6 +1,6 @@
 """What a router costs: CPU per token, tokens per second and core, added time to first token.
 
-    quiet .venv/bin/python -m bench.router [--json] [--systems …] [--streams …]
+    .venv/bin/python -m bench.router [--json] [--systems …] [--streams …]
 
 Simulated engines on one core, the system under test alone on another; the clients share the
 engines' core, so that what is measured is the system's own CPU time. Every load comes twice: paced,
