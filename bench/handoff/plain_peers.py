@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from cluster.kv.transport.allocator import keep_large_blocks
+from bench.handoff.allocator import keep_large_blocks
 
 READ_BYTES = 4 << 20
 METHOD = "/bench.Sink/Push"

@@ -18,12 +18,11 @@ import torch
 from cluster.kv.geometry import HeadRun
 from cluster.kv.milestones import Fence
 from cluster.kv.packing import Packing
+from cluster.kv.places import Places
 
 if TYPE_CHECKING:
     from cluster.kv.block_copies import BlockCopies
 
-MIN_PIECE_BYTES = 8 << 10
-"""A payload in smaller pieces than these, on average, is gathered first."""
 _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -85,7 +84,7 @@ class PagedCache:
         self._order = None if order is None else order.to(self.device)
         self._stream = torch.cuda.Stream(self.device, priority=-1) if first.is_cuda else None
         self._copies = _copies(self._wide) if first.is_cuda else None
-        self._flat = None if first.is_cuda else _flat(tensors)
+        self._places = Places.of(tensors)
 
     @property
     def num_layers(self) -> int:
@@ -136,21 +135,9 @@ class PagedCache:
     def pieces(self, layers: range, block_ids: Sequence[int], heads: HeadRun) -> list[memoryview]:
         """Blocks of some layers where they lie in host memory, in a payload's order; none where
         they do not lie so, or in pieces so small that a copy costs less."""
-        if self._flat is None or not self.kept or not block_ids:
+        if self._places is None or not self.kept:
             return []
-        start, stop = heads.start * self.head_block_bytes, heads.stop * self.head_block_bytes
-        whole = stop - start == self.block_bytes
-        runs = _runs(block_ids) if whole else [(block, block + 1) for block in block_ids]
-        if len(block_ids) * (stop - start) < MIN_PIECE_BYTES * len(runs):
-            return []
-        made = []
-        for layer in layers:
-            flat = self._flat[layer]
-            for first, last in runs:
-                made.append(
-                    flat[first * self.block_bytes + start : (last - 1) * self.block_bytes + stop]
-                )
-        return made
+        return self._places.pieces(layers, block_ids, heads)
 
     # ---- out ---------------------------------------------------------------------------------
 
@@ -268,24 +255,6 @@ class PagedCache:
                 items.view(self.num_blocks, self.heads, -1)[
                     block[:, :, None], head[:, :, None], place[at % self.tokens][:, None]
                 ] = source
-
-
-def _flat(layers: Sequence[torch.Tensor]) -> list[memoryview] | None:
-    """The layers as bytes; None if a layer's blocks do not lie one behind the other."""
-    if not all(layer.is_contiguous() for layer in layers):
-        return None
-    return [memoryview(layer.view(torch.uint8).flatten().numpy()) for layer in layers]
-
-
-def _runs(block_ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges of ids that follow each other."""
-    runs: list[tuple[int, int]] = []
-    for block in block_ids:
-        if runs and runs[-1][1] == block:
-            runs[-1] = (runs[-1][0], block + 1)
-        else:
-            runs.append((block, block + 1))
-    return runs
 
 
 def _copies(layers: Sequence[torch.Tensor]) -> BlockCopies | None:

@@ -15,7 +15,8 @@ from cluster.kv.transport.frames import Frame, Open
 from cluster.kv.transport.hello import (
     Payload,
 )
-from cluster.kv.transport.inbound_links import InboundLinks, LinkedInbound
+from cluster.kv.transport.inbound_links import InboundLinks
+from cluster.kv.transport.linked_inbound import LinkedInbound
 from cluster.kv.transport.staging import Staging
 from cluster.ticket import TicketSigner
 

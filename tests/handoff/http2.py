@@ -7,15 +7,18 @@ import struct
 
 from cluster.kv.transport.frames import Frame, encode_frame
 
-_DATA, _HEADERS, _SETTINGS = 0, 1, 4
+_DATA, _HEADERS, _SETTINGS, _PING = 0, 1, 4, 6
+_INITIAL_WINDOW_SIZE = 4
 _END_HEADERS = 4
 METHOD = "/pdserve.v1.KvTransfer/Push"
 
 
-def connect(address: str) -> socket.socket:
-    """A connection that has shown HTTP/2's preface and its settings."""
+def connect(address: str, window: int | None = None) -> socket.socket:
+    """A connection that has shown HTTP/2's preface and its settings: bytes that it takes of a
+    stream, among others."""
     port = dial(address)
-    port.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, b""))
+    settings = b"" if window is None else struct.pack(">HI", _INITIAL_WINDOW_SIZE, window)
+    port.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, settings))
     return port
 
 
@@ -44,6 +47,11 @@ def data_frame(stream: int, message: Frame | bytes, claimed: int | None = None) 
     wire = message if isinstance(message, bytes) else encode_frame(message)
     prefix = struct.pack(">BI", 0, len(wire) if claimed is None else claimed)
     return _frame(_DATA, stream, prefix + wire)
+
+
+def ping() -> bytes:
+    """Asks for an answer."""
+    return _frame(_PING, 0, bytes(8))
 
 
 def _frame(kind: int, stream: int, payload: bytes, flags: int = 0) -> bytes:

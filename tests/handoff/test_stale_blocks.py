@@ -340,7 +340,7 @@ async def test_blocks_are_not_given_back_while_the_device_still_writes(
     is done, and not when the push ends."""
     device = SlowDevice()
     monkeypatch.setattr(decode.cache, "mark", lambda stream: device)
-    monkeypatch.setattr(decode.cache, "_flat", None)  # as it is on a device
+    monkeypatch.setattr(decode.cache, "_places", None)  # as it is on a device
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
     decode.reserve(ticket, wire, (5, 6), lease=0.3 if end == "the lease ends" else 20)

@@ -27,7 +27,7 @@ from tests.handoff.agents import (
     sign,
     start_agent,
 )
-from tests.handoff.http2 import connect, data_frame, dial, stream_headers
+from tests.handoff.http2 import connect, data_frame, dial, ping, stream_headers
 from tests.handoff.raw import RawPeer, landed
 
 MIB = 1 << 20
@@ -91,6 +91,33 @@ async def test_a_length_prefix_of_gigabytes_reserves_nothing(
         port.sendall(stream_headers(1))
         port.sendall(data_frame(1, b"\x12" * 1000, claimed))
         await right_handoff(prefill, decode)  # beside it
+    await right_handoff(prefill, decode)
+
+
+@pytest.mark.usefixtures("bounded")
+async def test_one_that_takes_no_reply_is_not_waited_for(
+    prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lets nothing be sent to it: its pushes end all the same."""
+    monkeypatch.setattr("cluster.kv.transport.grpc_streams.REPLY_SECONDS", 0.2)
+    tasks = len(asyncio.all_tasks(decode.agent._loop))
+    with connect(decode.agent.address, window=0) as port:
+        for stream in range(1, 41, 2):
+            port.sendall(stream_headers(stream) + data_frame(stream, b"\x0a\x03\x0a\x01x"))
+        await right_handoff(prefill, decode)
+        await decode.until(lambda: len(asyncio.all_tasks(decode.agent._loop)) <= tasks + 2)
+    await right_handoff(prefill, decode)
+
+
+@pytest.mark.usefixtures("bounded")
+async def test_one_that_asks_and_reads_no_answer_is_dropped(
+    prefill: Prefill, decode: Decode
+) -> None:
+    with connect(decode.agent.address) as port, contextlib.suppress(ConnectionError):
+        port.settimeout(5)
+        for _ in range(300):
+            await asyncio.to_thread(port.sendall, ping() * 10_000)
+        pytest.fail("51 MB of questions were taken")
     await right_handoff(prefill, decode)
 
 

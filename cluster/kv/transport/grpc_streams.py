@@ -37,6 +37,9 @@ from cluster.kv.transport.streams.views import Views
 
 log = logging.getLogger(__name__)
 
+REPLY_SECONDS = 10.0
+"""A peer that takes no reply for so long has its stream ended."""
+
 
 @dataclass
 class HostBuffer:
@@ -285,8 +288,9 @@ class GrpcInbound:
             self._memory.give_back(slot)
 
     async def send(self, reply: Reply) -> None:
-        with contextlib.suppress(Broken):  # a peer that is gone needs no reply
-            await self._stream.send(encode_reply(reply))
+        with contextlib.suppress(Broken, TimeoutError):  # a peer that is gone needs no reply
+            async with asyncio.timeout(REPLY_SECONDS):
+                await self._stream.send(encode_reply(reply))
 
     def close(self) -> None:
         """Nothing: the stream ends with its method."""

@@ -17,8 +17,9 @@ from cluster.kv.doorkeeper import Terms
 from cluster.kv.paged import PagedCache
 from cluster.kv.transport.grpc import GrpcTransport
 from cluster.kv.transport.hello import Hello, decode_link_reply, encode_hello
-from cluster.kv.transport.inbound_links import InboundLinks, LinkedInbound
+from cluster.kv.transport.inbound_links import InboundLinks
 from cluster.kv.transport.link import Link
+from cluster.kv.transport.linked_inbound import LinkedInbound
 from cluster.kv.transport.nccl_library import library, new_unique_id
 from cluster.kv.transport.outbound_links import NcclOutbound, OutboundLink
 from cluster.kv.transport.seam import Outbound, Peer, Serve

@@ -65,9 +65,11 @@ class Sending:
 
     def pump(self) -> None:
         """Sends what there is, the protocol's own frames too."""
-        if self._waiting or self._busy or self._over:
+        if self._busy or self._over:
             return
-        self._send()
+        self._collect()
+        if not self._waiting and not self._over:
+            self._send()
 
     def _send(self) -> None:
         self._busy = True
@@ -135,13 +137,17 @@ class Sending:
 
     def _said(self) -> Views | None:
         """What the protocol has to say."""
-        self._unsent += self._h2.data_to_send()
-        if len(self._unsent) > MAX_UNSENT_BYTES:
-            self._broke("the peer reads nothing")
+        self._collect()
         if not self._unsent or self._over:
             return None
         said, self._unsent = bytes(self._unsent), bytearray()
         return Views([memoryview(said)])
+
+    def _collect(self) -> None:
+        """Also while the socket takes nothing: a peer may ask on and on, and read no answer."""
+        self._unsent += self._h2.data_to_send()
+        if len(self._unsent) > MAX_UNSENT_BYTES:
+            self._broke("the peer reads nothing")
 
     def _sent(self) -> None:
         """A frame has left: so has, perhaps, the message it was the end of."""

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 
 from cluster.kv.transport.streams.connection import Connection
-from cluster.kv.transport.streams.reading import Reader
+from cluster.kv.transport.streams.reading import Broken, Reader
 from cluster.kv.transport.streams.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -137,6 +137,8 @@ class Server:
         except asyncio.CancelledError:
             stream.cancel()
             raise
+        except Broken:
+            stream.cancel()  # the peer has gone, or will not hear of it
         except Exception:
             log.exception("a stream's method failed")
             stream.finish(INTERNAL, "the method failed")
