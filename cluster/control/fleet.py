@@ -49,10 +49,14 @@ class End:
 
 
 def drop_former_groups(cluster_name: str) -> None:
-    """Removes the placement groups of a controller that died: Ray keeps them as long as the job."""
+    """Removes the placement groups of a controller that died: Ray keeps them as long as the job.
+
+    Those of a cluster of the same name in another namespace are listed too, and stay.
+    """
     for entry in placement_group_table().values():
-        if entry["name"].startswith(f"pdserve-{cluster_name}-") and entry["state"] != "REMOVED":
-            remove_placement_group(get_placement_group(entry["name"]))
+        if entry["name"].startswith(_named(cluster_name, "")) and entry["state"] != "REMOVED":
+            with suppress(ValueError):  # none of that name is in this namespace
+                remove_placement_group(get_placement_group(entry["name"]))
 
 
 def restarted() -> bool:
@@ -248,7 +252,12 @@ class RayLife:
         return f"its process{on} died (killed, out of memory or crashed), or its host is gone"
 
     def _name(self) -> str:
-        return f"pdserve-{self._launch.config.name}-{self._slot.slot_id}"
+        return _named(self._launch.config.name, self._slot.slot_id)
+
+
+def _named(cluster_name: str, slot_id: str) -> str:
+    """What Ray knows a slot by. No cluster's name holds the slash, so none begins another's."""
+    return f"pdserve/{cluster_name}/{slot_id}"
 
 
 def _explain(error: RayTaskError) -> End:

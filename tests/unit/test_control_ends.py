@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,35 @@ async def test_a_router_whose_background_died_says_so(tmp_path: Path) -> None:
     task = asyncio.create_task(die())
     task.add_done_callback(server._broke)
     await asyncio.wait_for(server.broken.wait(), 5)
+
+
+async def test_what_a_controller_left_goes_and_no_other_clusters_groups(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[str] = []
+
+    def make(*_: Any, name: str, **__: Any) -> Group:
+        made.append(name)
+        return Group()
+
+    def find(name: str) -> str:
+        if name == made[2]:
+            raise ValueError("no such group in this namespace")
+        return name
+
+    removed: list[str] = []
+    table: dict[int, dict[str, str]] = {}
+    monkeypatch.setattr(fleet, "placement_group", make)
+    monkeypatch.setattr(fleet, "remove_placement_group", lambda _: None)
+    monkeypatch.setattr(fleet, "placement_group_table", lambda *_: table)
+    for cluster, slot in (("prod", "router-0"), ("prod-eu", "router-0"), ("prod", "router-1")):
+        config = Config.model_validate({"name": cluster, "models": [{"name": "m", "path": "/m"}]})
+        place = replace(SLOT, slot_id=slot)
+        life = Launch(config, b"s" * 32, "", tmp_path)
+        running = fleet.RayLife(life, place, "x", "n", need_of(SLOT, False))
+        await running.ended
+    table.update({i: {"name": name, "state": "CREATED"} for i, name in enumerate(made)})
+    monkeypatch.setattr(fleet, "get_placement_group", find)
+    monkeypatch.setattr(fleet, "remove_placement_group", removed.append)
+    fleet.drop_former_groups("prod")
+    assert removed == [made[0]]
