@@ -16,7 +16,7 @@ from cluster.clock import SystemClock
 from cluster.config import Config
 from cluster.control.actors import log_path
 from cluster.control.desk import PlanDesk
-from cluster.control.fleet import drop_former_groups, resource_names, restarted
+from cluster.control.fleet import RayLife, drop_former_groups, resource_names, restarted
 from cluster.control.launch import Launch
 from cluster.control.life_log import redirect_output
 from cluster.control.lives import Lives
@@ -41,6 +41,8 @@ from cluster.control.turning import Turns
 from cluster.errors import Unavailable
 
 INTERVAL_SECONDS = 0.5
+TELL_SECONDS = 5.0
+"""What a router has to take a configuration over: one that hangs must not hold up the rest."""
 
 
 class Controller:
@@ -113,8 +115,8 @@ class Controller:
         self._launch = replace(self._launch, config=config)
         routers = (s.slot.slot_id for s in self._slots.values() if s.slot.kind == "router")
         running = self._lives.running
-        lives = [running[slot_id] for slot_id in routers if slot_id in running]
-        said = await asyncio.gather(*(life.reload(config) for life in lives))
+        lives = {slot_id: running[slot_id] for slot_id in routers if slot_id in running}
+        said = await asyncio.gather(*(_told(name, life, config) for name, life in lives.items()))
         return [complaint for complaint in said if complaint]
 
     async def leave(self, node_id: str, drain_seconds: float) -> list[str]:
@@ -133,8 +135,7 @@ class Controller:
         self._stopping = True
         for task in filter(None, (self._loop, self._planning)):
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait([task])  # it may have failed: all the more is to be shut down
         await self._lives.settled()
         deadline = self._clock.now() + drain_seconds
         for kind in ("router", "worker"):
@@ -224,3 +225,12 @@ class Controller:
 
     def _observed(self) -> Observed:
         return Observed(tuple(self._slots.values()), leases(self._store.members))
+
+
+async def _told(slot_id: str, life: RayLife, config: Config) -> str:
+    """As `RayLife.reload`, within `TELL_SECONDS`."""
+    try:
+        async with asyncio.timeout(TELL_SECONDS):
+            return await life.reload(config)
+    except TimeoutError:
+        return f"{slot_id}: did not answer within {TELL_SECONDS:g} s"

@@ -47,6 +47,7 @@ class FakeLife:
 
     where = None
     lacks = complaint = ""
+    frozen = False
 
     def __init__(
         self, launch: Launch, slot: Slot, incarnation: str, namespace: str, need: Need, aim: str
@@ -64,6 +65,8 @@ class FakeLife:
         return "" if self.node_id else "for a host"
 
     async def reload(self, config: Config) -> str:
+        if self.frozen:
+            await asyncio.Event().wait()
         self.config = config
         return self.complaint
 
@@ -165,8 +168,9 @@ def controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Controller:
         "redirect_output": lambda _: None,
         "INTERVAL_SECONDS": 0.01,
     }.items():
-        (owner,) = [each for each in (module, lives, store_view) if hasattr(each, name)]
-        monkeypatch.setattr(owner, name, fake)
+        for owner in (module, lives, store_view):
+            if hasattr(owner, name):
+                monkeypatch.setattr(owner, name, fake)
     launch = Launch(config(), b"s" * 32, "", tmp_path, embedded=False)
     return Controller(launch, "n")
 
@@ -380,3 +384,33 @@ async def test_orders_that_cannot_be(
     reply = await told(controller, order)
     assert reply.code == code and says in reply.said
     assert not KEPT or KEPT[-1].manual == {}
+
+
+async def test_a_router_that_does_not_answer_stops_nothing(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TELL_SECONDS", 0.05)
+    await until(controller, lambda s: s.ready)
+    LIVES["router-0"].frozen = True
+    (said,) = await controller.reload(config(ttft=1.0))
+    assert said.startswith("router-0: did not answer")
+    await told(controller, Order("targets", slo_class="batch", ttft_seconds=9))
+    LIVES["m-decode-0"].ended.set_result(End("killed"))
+    await until(controller, lambda s: any(slot.failures for slot in s.slots))
+
+
+async def test_a_cluster_whose_loop_broke_is_shut_down_in_order(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await until(controller, lambda s: s.ready)
+    router = LIVES["router-0"]
+
+    def broken(*_: object) -> Members:
+        raise TypeError("a record of another version")
+
+    with monkeypatch.context() as once:
+        once.setattr(FakeRegistry, "members", broken)
+        assert controller._loop is not None
+        await asyncio.wait([controller._loop], timeout=5)
+    await controller.shutdown(3.0)
+    assert not LIVES and router.drained is not None
