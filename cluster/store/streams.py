@@ -22,16 +22,25 @@ REMEMBERED_SECONDS = 24 * 3600
 MAX_STREAMS = 20_000
 
 # KEYS: head, log, was, index[, idempotency key]. ARGV: request id, asked, fingerprint, owner,
-# ttl ms, remembered ms, now, cap, prefix of heads, prefix of logs, name. The oldest beyond the cap
-# go, at most 64 a call. A stream that failed may begin again.
+# ttl ms, remembered ms, now, cap, prefix of heads, prefix of logs, name, mark, tenant. The request
+# that holds the key or the id, and whether by this very claim, whose first answer was lost then. The
+# oldest beyond the cap go, at most 64 a call. A stream that failed may begin again, and a key whose
+# stream failed or is gone is free.
 _CLAIM = """
-if KEYS[5] then
-  local held = redis.call('GET', KEYS[5])
-  if held then return held end
+local function holds(head)
+  local stream = redis.call('HMGET', head, 'end', 'mark')
+  if not stream[1] or string.sub(stream[1], 1, 9) == '{"error":' then return nil end
+  return stream[2] == ARGV[12] and 1 or 0
 end
-local ended = redis.call('HGET', KEYS[1], 'end')
-if ended and string.sub(ended, 1, 9) ~= '{"error":' then return '' end
-redis.call('HSET', KEYS[1], 'asked', ARGV[2], 'fingerprint', ARGV[3], 'owner', ARGV[4], 'end', '')
+local held = KEYS[5] and redis.call('GET', KEYS[5])
+if held then
+  local mine = holds(ARGV[9] .. ARGV[13] .. '/' .. held)
+  if mine then return {held, mine} end
+end
+local mine = holds(KEYS[1])
+if mine then return {mine == 1 and ARGV[1] or '', mine} end
+redis.call('HSET', KEYS[1], 'asked', ARGV[2], 'fingerprint', ARGV[3], 'owner', ARGV[4], 'end', '',
+  'mark', ARGV[12])
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 redis.call('DEL', KEYS[2])
 redis.call('SET', KEYS[3], '1', 'PX', ARGV[6])
@@ -43,7 +52,7 @@ if over > 0 then
   local old = redis.call('ZPOPMIN', KEYS[4], math.min(over, 64))
   for i = 1, #old, 2 do redis.call('DEL', ARGV[9] .. old[i], ARGV[10] .. old[i]) end
 end
-return ARGV[1]
+return {ARGV[1], 1}
 """
 
 # KEYS: head, log. ARGV: owner, entries before these, entries. -1: another owner, or it is gone.
@@ -57,19 +66,22 @@ redis.call('PEXPIRE', KEYS[2], math.max(1, redis.call('PTTL', KEYS[1])))
 return redis.call('LLEN', KEYS[2])
 """
 
-# KEYS: head, log[, idempotency key]. ARGV: owner, end, ttl ms, whether it failed: the key is free
-# for another try then.
+# KEYS: head, log[, idempotency key]. ARGV: owner, end, ttl ms, request id.
 _FINISH = """
 if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'end', ARGV[2])
-for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ARGV[3]) end
-if KEYS[3] and ARGV[4] == '1' then redis.call('DEL', KEYS[3]) end
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+if KEYS[3] and redis.call('GET', KEYS[3]) == ARGV[4] then
+  redis.call('PEXPIRE', KEYS[3], ARGV[3])
+end
 return 1
 """
 
-# KEYS: head, log, was[, idempotency key]. ARGV: owner.
+# KEYS: head, log, was[, idempotency key]. ARGV: owner, mark.
 _FORGET = """
-if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
+local head = redis.call('HMGET', KEYS[1], 'owner', 'mark')
+if head[1] ~= ARGV[1] or head[2] ~= ARGV[2] then return 0 end
 redis.call('DEL', unpack(KEYS))
 return 1
 """
@@ -102,12 +114,27 @@ class StreamHead:
         fingerprint: digest of it; equal for a repetition of the same request.
         owner: `<router id> <incarnation>` of the router that serves it; empty: none does.
         end: JSON of how it ended; empty while it runs.
+        mark: of the claim that began it.
     """
 
     asked: str
     fingerprint: str
     owner: str
     end: str
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has an idempotency key or, without one, a request id.
+
+    Attributes:
+        request_id: the holder's; empty if the claimed id is that of another request that is kept.
+        mine: the claim has won: whoever made it is to run the request.
+    """
+
+    request_id: str
+    mine: bool
 
 
 @dataclass(frozen=True)
@@ -143,22 +170,23 @@ class Streams:
         asked: str,
         fingerprint: str,
         owner: str,
+        mark: str,
         ttl_seconds: float,
         now_wall: float,
-    ) -> str:
-        """Begins a stream, if no other router has begun it under the same key.
+    ) -> Holder:
+        """Begins a stream, if nobody has begun it under the same key or id.
 
-        Returns:
-            The id of the request that has the key: the caller's own, if it won; empty if there is a
-            stream of that id already.
+        Args:
+            mark: drawn for this claim, to tell it from another one of the same id by the same owner.
         """
         keys = [self._head(name), self._log(name), self._was(name), f"{self._cluster}:streams"]
         remembered = _ms(ttl_seconds + REMEMBERED_SECONDS)
         args: list[Any] = [name.request_id, asked, fingerprint, owner, _ms(ttl_seconds), remembered]
         args += [repr(now_wall), self._max_streams, self._of("stream"), self._of("stream-log")]
-        args.append(name.id)
+        args += [name.id, mark, name.tenant]
         with store_errors():
-            return str(await self._claim(keys=[*keys, *self._key(name)], args=args))
+            held, mine = await self._claim(keys=[*keys, *self._key(name)], args=args)
+        return Holder(held, bool(mine))
 
     async def append(
         self, name: StreamName, owner: str, before: int, entries: Sequence[str]
@@ -169,25 +197,18 @@ class Streams:
             done = await self._append(keys=keys, args=[owner, before, *entries])
         return int(done) >= 0
 
-    async def finish(
-        self, name: StreamName, owner: str, end: str, ttl_seconds: float, failed: bool
-    ) -> bool:
-        """Writes its end and keeps it for so long; False if it is another router's now.
-
-        Args:
-            failed: its key, if it has one, is free for another try.
-        """
+    async def finish(self, name: StreamName, owner: str, end: str, ttl_seconds: float) -> bool:
+        """Writes its end and keeps it for so long; False if it is another router's now."""
         keys = [self._head(name), self._log(name), *self._key(name)]
+        args = [owner, end, _ms(ttl_seconds), name.request_id]
         with store_errors():
-            return bool(
-                await self._finish(keys=keys, args=[owner, end, _ms(ttl_seconds), int(failed)])
-            )
+            return bool(await self._finish(keys=keys, args=args))
 
-    async def forget(self, name: StreamName, owner: str) -> None:
+    async def forget(self, name: StreamName, owner: str, mark: str) -> None:
         """Takes a claim back: the request was refused, and may be asked again."""
         keys = [self._head(name), self._log(name), self._was(name), *self._key(name)]
         with store_errors():
-            await self._forget(keys=keys, args=[owner])
+            await self._forget(keys=keys, args=[owner, mark])
 
     async def abandon(self, name: StreamName, owner: str) -> None:
         """Leaves it to any other router."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from cluster.errors import NotResumable, Unavailable
+from cluster.errors import NotResumable, PdserveError, Unavailable
 from cluster.store.streams import StreamName, Streams
 from router.resume import codec
 from router.resume.transcript import Transcript
@@ -31,7 +31,7 @@ async def follow(streams: Streams, name: StreamName, transcript: Transcript, own
             if entries:
                 transcript.extend([codec.delta(entry) for entry in entries])
             if head is None:
-                transcript.close(NotResumable(f"request {name.request_id} has expired"))
+                transcript.close(_gone(name, transcript))
                 return False
             if head.end:
                 transcript.close(codec.ended(head.end))
@@ -45,3 +45,9 @@ async def follow(streams: Streams, name: StreamName, transcript: Transcript, own
             log.info("stream %s cannot be followed now: %s", name.id, error)
         polls += 1
         await asyncio.sleep(POLL_SECONDS)
+
+
+def _gone(name: StreamName, transcript: Transcript) -> PdserveError:
+    if transcript.deltas:
+        return NotResumable(f"request {name.request_id} has expired")
+    return Unavailable(f"request {name.request_id} was given up before it began: ask again")

@@ -90,7 +90,6 @@ class Recorder:
 
     async def _finish(self, end: Completed | PdserveError) -> bool:
         """False if the store does not answer."""
-        failed = isinstance(end, PdserveError)
         try:
             async with asyncio.timeout(STORE_TIMEOUT_SECONDS):
                 if self._unsaved and not await self._append():
@@ -100,7 +99,7 @@ class Recorder:
                 else:
                     keep = self._keep_seconds
                     raw = codec.end(end)
-                    await self._streams.finish(self._name, self._owner, raw, keep, failed)
+                    await self._streams.finish(self._name, self._owner, raw, keep)
         except (Unavailable, TimeoutError) as error:
             log.info("the end of stream %s is not recorded: %s", self._name.id, error)
             return False

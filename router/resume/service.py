@@ -14,6 +14,7 @@ from cluster.errors import InvalidRequest, NotFound, NotResumable, PdserveError,
 from cluster.store.streams import StreamHead, StreamName, Streams
 from router.generation import Generation
 from router.resume import codec
+from router.resume.claims import Claim, Claims
 from router.resume.follower import follow
 from router.resume.recorder import Recorder
 from router.resume.transcript import Reader, Transcript
@@ -61,6 +62,7 @@ class Resumption:
     ) -> None:
         self._config = config
         self._store = streams
+        self._claims = Claims(lambda: self._streams, owner, clock, config.window_seconds)
         self._dispatch = dispatch
         self._owner = owner
         self._clock = clock
@@ -76,14 +78,14 @@ class Resumption:
         """
         name = StreamName(generation.tenant, generation.request_id, key)
         for _ in range(CLAIM_TRIES):
-            holder = await self._claim(name, generation)
-            if holder == generation.request_id:
-                return await self._start(name, generation)
-            if not holder:
+            holder, claim = await self._claims.claim(name, generation)
+            if holder.mine:
+                return await self._start(claim, generation)
+            if not holder.request_id:
                 raise InvalidRequest(
                     "request_id", f"{generation.request_id} is the id of a request that is kept"
                 )
-            first = StreamName(generation.tenant, holder, key)
+            first = StreamName(generation.tenant, holder.request_id, key)
             head = await self._streams.head(first)
             if head is None:
                 continue  # It was refused meanwhile, and its key is free again.
@@ -119,6 +121,7 @@ class Resumption:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._claims.stop()
 
     def abandon(self) -> None:
         """From now on what this router gives up is left to the others."""
@@ -138,26 +141,15 @@ class Resumption:
             raise Unavailable("this router keeps no streams: nothing can be resumed")
         return self._store
 
-    async def _claim(self, name: StreamName, generation: Generation) -> str:
-        ttl = generation.deadline - self._clock.now() + self._config.window_seconds
-        return await self._streams.claim(
-            name,
-            codec.asked(generation, self._clock),
-            codec.fingerprint(generation),
-            self._owner,
-            ttl,
-            self._clock.wall(),
-        )
-
-    async def _start(self, name: StreamName, generation: Generation) -> Reader:
+    async def _start(self, claim: Claim, generation: Generation) -> Reader:
         try:
             running = self._dispatch.submit(generation)
         except PdserveError:
-            await self._streams.forget(name, self._owner)
+            await self._claims.forget(claim)
             raise
-        stream = self._new(name, generation)
+        stream = self._new(claim.name, generation)
         reader = stream.transcript.reader()
-        self._record(name, stream, running, saved=0)
+        self._record(claim.name, stream, running, saved=0)
         return reader
 
     def _attach(self, name: StreamName, head: StreamHead) -> Transcript:
@@ -195,7 +187,7 @@ class Resumption:
                     await self._streams.abandon(name, self._owner)
                 else:
                     keep, end = self._config.window_seconds, codec.end(error)
-                    await self._streams.finish(name, self._owner, end, keep, failed=True)
+                    await self._streams.finish(name, self._owner, end, keep)
                 return
             log.info("stream %s: goes on here", name.id)
             self._record(name, stream, running, saved=len(transcript.deltas))

@@ -17,6 +17,7 @@ import pytest
 from cluster.store.client import connect
 from cluster.store.embedded import EmbeddedStore
 from cluster.store.registry import Registry
+from cluster.store.streams import Holder, StreamName, Streams
 from pdserve.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from router.server import RouterServer
 from router.tokenize import Tokenizer
@@ -198,6 +199,62 @@ async def test_a_repetition_joins_and_later_ones_replay(pair: Pair) -> None:
         report = messages[-1].completed.completions[0]
         assert (report.prefill_worker, report.handoff.bytes) == ("p-0", 4096)
     assert pair.executions == 1
+
+
+async def test_repetitions_under_the_same_id_run_once_too(pair: Pair) -> None:
+    """As a client sends a request again that its own library has already given an id."""
+
+    def again(router: int) -> Any:
+        request = keyed("k", temperature=1)
+        request.request_id = "mine"
+        return pair.stub(router).Generate(request, timeout=TIMEOUT)
+
+    answers = await asyncio.gather(*(collect(again(i % 2)) for i in range(6)))
+    answers += [await collect(again(i)) for i in range(2)]
+    assert [merged(messages) for messages in answers] == [(ALL, ALL_TEXT)] * 8
+    assert pair.executions == 1
+
+
+async def test_a_call_that_ends_while_it_claims_leaves_its_key_usable(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, claimed, answer = Streams.claim, asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any) -> Any:
+        holder = await claim(*args)
+        claimed.set()
+        await answer.wait()
+        return holder
+
+    monkeypatch.setattr(Streams, "claim", slow)
+    call = pair.stub(0).Generate(keyed("k"), timeout=TIMEOUT)
+    await claimed.wait()
+    call.cancel()
+    async with asyncio.timeout(TIMEOUT):
+        while not pair.routers[0]._resumption._claims._left:
+            await asyncio.sleep(0.02)
+        answer.set()
+        while await pair.client.keys("*:stream-key:*"):
+            await asyncio.sleep(0.02)
+    for router in (1, 0):
+        messages = await collect(pair.stub(router).Generate(keyed("k"), timeout=TIMEOUT))
+        assert merged(messages) == (ALL, ALL_TEXT)
+    assert pair.executions == 1
+
+
+@pytest.mark.parametrize("key", ["", "k"])
+async def test_a_claim_whose_answer_was_lost_is_had_again(pair: Pair, key: str) -> None:
+    streams, name = Streams(pair.client, "c"), StreamName("t", "r", key)
+
+    async def claim(mark: str) -> Holder:
+        return await streams.claim(name, "{}", "f", "r-0 life", mark, 60, 1.0)
+
+    assert [await claim("first") for _ in range(2)] == [Holder("r", True)] * 2
+    assert await claim("second") == Holder("r" if key else "", False)
+    await streams.forget(name, "r-0 life", "second")
+    assert await claim("third") == Holder("r" if key else "", False)
+    await streams.finish(name, "r-0 life", '{"error":[14,"no"]}', 60)
+    assert await claim("fourth") == Holder("r", True)
 
 
 async def test_a_key_stands_for_one_request(pair: Pair) -> None:
