@@ -37,11 +37,12 @@ async def connect(config: Config, url: str, stack: contextlib.AsyncExitStack) ->
     client = await store_client.connect(url, config.store.connect_timeout_seconds)
     stack.push_async_callback(client.aclose)
     name = config.name
+    most = config.batch.max_stored_bytes
     return Store(
         store_registry.Registry(client, name),
         store_journal.Journal(client, name),
         Streams(client, name),
-        BatchStore(Batches(client, name, config.batch.max_stored_bytes), Files(client, name)),
+        BatchStore(Batches(client, name, most), Files(client, name, most)),
         Plans(client, name),
         Cancellations(client, name),
     )

@@ -15,12 +15,30 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from cluster.errors import Overloaded
 from cluster.store.batch_records import BatchJob, BatchState, Page
 from cluster.store.client import store_errors
+from cluster.store.lines import UNOWNED_SECONDS, Lines
 
 PAGE_LINES = 16
-_PUSH_LINES = 2000
+RECORD_BYTES = 1024
+"""What a job counts for besides its lines and results."""
+
+# KEYS: job, index, stored bytes, active, pages, lines, errors, done. ARGV: id, name, created at,
+# pages, bytes, the most bytes, then the job's fields. 0: there is no room.
+_ADD = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
+if (tonumber(redis.call('GET', KEYS[3])) or 0) + ARGV[5] > tonumber(ARGV[6]) then
+  redis.call('DEL', KEYS[6], KEYS[7], KEYS[8])
+  return 0
+end
+redis.call('HSET', KEYS[1], unpack(ARGV, 7))
+redis.call('INCRBY', KEYS[3], ARGV[5])
+for page = 0, ARGV[4] - 1 do redis.call('ZADD', KEYS[5], 0, page) end
+for i = 6, 8 do redis.call('PERSIST', KEYS[i]) end
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1])
+redis.call('ZADD', KEYS[4], ARGV[3], ARGV[2])
+return 1
+"""
 
 # KEYS: pages, owners, done, job. ARGV: owner, now, lease end, page lines, total. The next free page
 # and its open lines; nothing if there is none.
@@ -84,6 +102,17 @@ end
 return 0
 """
 
+# KEYS: index, ended, stored bytes, job, then the rest of it. ARGV: id, name. Once, whoever calls it.
+_DROP = """
+redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[2])
+local size = redis.call('HGET', KEYS[4], 'bytes')
+if not size then return 0 end
+redis.call('DECRBY', KEYS[3], size)
+redis.call('DEL', unpack(KEYS, 4))
+return 1
+"""
+
 # KEYS: job. ARGV: final state.
 _CANCEL = """
 if redis.call('HGET', KEYS[1], 'state') ~= 'in_progress' then return 0 end
@@ -102,7 +131,9 @@ class Batches:
     def __init__(self, client: Redis, cluster_name: str, max_stored_bytes: int) -> None:
         self._client: Any = client
         self._cluster = f"pdserve:{{{cluster_name}}}"
-        self._max_stored_bytes = max_stored_bytes
+        self._written = Lines(client, cluster_name, max_stored_bytes)
+        self._add = client.register_script(_ADD)
+        self._drop = client.register_script(_DROP)
         self._claim = client.register_script(_CLAIM)
         self._renew = client.register_script(_RENEW)
         self._result = client.register_script(_RESULT)
@@ -120,23 +151,26 @@ class Batches:
         Raises:
             Overloaded: the store holds all that it may.
         """
-        job = replace(job, bytes=sum(len(line.encode()) for line in lines))
-        await self.reserve(job.bytes)
+        failed = sorted(dict(errors).items())
+        results = [result for _, result in failed]
+        size = RECORD_BYTES + len(job.to_hash()["metadata"])
+        size += sum(len(line.encode()) for line in (*lines, *results))
+        job = replace(job, bytes=size, failed=len(failed))
+        await self._written.check_room(size)
+        await self._written.write(self._key("lines", job), lines)
+        await self._written.write(self._key("errors", job), results)
         with store_errors():
-            pipe = self._client.pipeline(transaction=False)
-            for start in range(0, len(lines), _PUSH_LINES):
-                pipe.rpush(self._key("lines", job), *lines[start : start + _PUSH_LINES])
-                await pipe.execute()
-            pages = dict.fromkeys(range(-(-len(lines) // PAGE_LINES)), 0)
-            if pages:
-                await self._client.zadd(self._key("pages", job), pages)
-            await self._client.hset(self._key("job", job), mapping=job.to_hash())
-            await self._client.zadd(self._index(job.tenant), {job.batch_id: job.created_at})
-        for line, result in errors:
-            await self.write_result(job, line, result, failed=True)
-        with store_errors():
-            await self._client.zadd(self._active, {job.name: job.created_at})
-        return await self.get(job.tenant, job.batch_id) or job
+            if failed:
+                done = _bitmap((line for line, _ in failed), len(lines))
+                await self._client.set(self._key("done", job), done, ex=UNOWNED_SECONDS)
+            keys = [self._key("job", job), self._index(job.tenant), self._stored, self._active]
+            keys += [self._key(kind, job) for kind in ("pages", "lines", "errors", "done")]
+            pages = -(-len(lines) // PAGE_LINES)
+            args = [job.batch_id, job.name, job.created_at, pages, size, self._written.max_bytes]
+            fields = [part for field in job.to_hash().items() for part in field]
+            if not await self._add(keys=keys, args=[*args, *fields]):
+                raise self._written.full()
+        return job
 
     async def get(self, tenant: str, batch_id: str) -> BatchJob | None:
         """None if the tenant has no such job."""
@@ -224,28 +258,11 @@ class Batches:
 
     async def drop(self, job: BatchJob) -> None:
         """Forgets a job that has ended, results and all."""
+        keys = [self._index(job.tenant), self._ended, self._stored]
         kinds = ("job", "lines", "pages", "owners", "done", "output", "errors")
+        keys += [self._key(kind, job) for kind in kinds]
         with store_errors():
-            await self._client.delete(*(self._key(kind, job) for kind in kinds))
-            await self._client.zrem(self._index(job.tenant), job.batch_id)
-            await self._client.zrem(self._ended, job.name)
-            await self._client.decrby(self._stored, job.bytes)
-
-    async def reserve(self, size: int) -> None:
-        """Counts so many bytes in. Raises Overloaded if there is no room for them."""
-        with store_errors():
-            if await self._client.incrby(self._stored, size) > self._max_stored_bytes:
-                await self._client.decrby(self._stored, size)
-                raise Overloaded(
-                    f"batch.max_stored_bytes: jobs and files take {self._max_stored_bytes} bytes; "
-                    "delete files, or wait until finished jobs are dropped",
-                    60.0,
-                )
-
-    async def free(self, size: int) -> None:
-        """Counts them out."""
-        with store_errors():
-            await self._client.decrby(self._stored, size)
+            await self._drop(keys=keys, args=[job.batch_id, job.name])
 
     @property
     def _active(self) -> str:
@@ -257,10 +274,18 @@ class Batches:
 
     @property
     def _stored(self) -> str:
-        return f"{self._cluster}:batch-bytes"
+        return self._written.counter
 
     def _index(self, tenant: str) -> str:
         return f"{self._cluster}:batches:{tenant}"
 
     def _key(self, kind: str, job: BatchJob) -> str:
         return f"{self._cluster}:batch-{kind}:{job.name}"
+
+
+def _bitmap(bits: Iterable[int], size: int) -> bytes:
+    """As SETBIT numbers them: from the first byte's highest bit on."""
+    made = bytearray(-(-size // 8))
+    for bit in bits:
+        made[bit // 8] |= 0x80 >> bit % 8
+    return bytes(made)

@@ -9,8 +9,32 @@ from typing import Any
 from redis.asyncio import Redis
 
 from cluster.store.client import store_errors
+from cluster.store.lines import Lines
 
-_PUSH_LINES = 2000
+# KEYS: file, lines, index, stored bytes. ARGV: id, created at, bytes, the most bytes, then the
+# file's fields. 0: there is no room.
+_ADD = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
+if (tonumber(redis.call('GET', KEYS[4])) or 0) + ARGV[3] > tonumber(ARGV[4]) then
+  redis.call('DEL', KEYS[2])
+  return 0
+end
+redis.call('HSET', KEYS[1], unpack(ARGV, 5))
+redis.call('PERSIST', KEYS[2])
+redis.call('ZADD', KEYS[3], ARGV[2], ARGV[1])
+redis.call('INCRBY', KEYS[4], ARGV[3])
+return 1
+"""
+
+# KEYS: file, lines, index, stored bytes. ARGV: id.
+_DELETE = """
+local size = redis.call('HGET', KEYS[1], 'bytes')
+redis.call('ZREM', KEYS[3], ARGV[1])
+if not size then return 0 end
+redis.call('DEL', KEYS[1], KEYS[2])
+redis.call('DECRBY', KEYS[4], size)
+return 1
+"""
 
 
 @dataclass(frozen=True)
@@ -27,19 +51,23 @@ class FileRecord:
 class Files:
     """The files of one cluster, by tenant. Every method raises `Unavailable` while it is out."""
 
-    def __init__(self, client: Redis, cluster_name: str) -> None:
+    def __init__(self, client: Redis, cluster_name: str, max_stored_bytes: int) -> None:
         self._client: Any = client
         self._cluster = f"pdserve:{{{cluster_name}}}"
+        self._written = Lines(client, cluster_name, max_stored_bytes)
+        self._add = client.register_script(_ADD)
+        self._delete = client.register_script(_DELETE)
 
     async def add(self, tenant: str, record: FileRecord, lines: Sequence[str]) -> None:
-        """Writes a file; it is there once all of it is."""
+        """Writes a file; it is there once all of it is. Raises Overloaded: there is no room."""
+        await self._written.check_room(record.bytes)
+        await self._written.write(self._lines(tenant, record.file_id), lines)
+        args = [record.file_id, record.created_at, record.bytes, self._written.max_bytes]
+        fields = [part for field in asdict(record).items() for part in field]
         with store_errors():
-            for start in range(0, len(lines), _PUSH_LINES):
-                await self._client.rpush(
-                    self._lines(tenant, record.file_id), *lines[start : start + _PUSH_LINES]
-                )
-            await self._client.hset(self._file(tenant, record.file_id), mapping=asdict(record))
-            await self._client.zadd(self._index(tenant), {record.file_id: record.created_at})
+            done = await self._add(keys=self._keys(tenant, record.file_id), args=[*args, *fields])
+        if not done:
+            raise self._written.full()
 
     async def get(self, tenant: str, file_id: str) -> FileRecord | None:
         """None if the tenant has no such file."""
@@ -69,10 +97,12 @@ class Files:
         if record is None:
             return None
         with store_errors():
-            gone = await self._client.delete(self._file(tenant, file_id))
-            await self._client.delete(self._lines(tenant, file_id))
-            await self._client.zrem(self._index(tenant), file_id)
+            gone = await self._delete(keys=self._keys(tenant, file_id), args=[file_id])
         return record if gone else None
+
+    def _keys(self, tenant: str, file_id: str) -> list[str]:
+        file, lines = self._file(tenant, file_id), self._lines(tenant, file_id)
+        return [file, lines, self._index(tenant), self._written.counter]
 
     def _file(self, tenant: str, file_id: str) -> str:
         return f"{self._cluster}:file:{tenant}/{file_id}"

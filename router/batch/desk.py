@@ -149,7 +149,6 @@ class BatchDesk:
         file_id = f"file-{secrets.token_hex(12)}"
         name = filename[:256] or "input.jsonl"
         record = FileRecord(file_id, name, purpose, len(content), self._clock.wall())
-        await self._batches.reserve(record.bytes)
         await self._files.add(tenant.name, record, raw_lines)
         return record
 
@@ -184,10 +183,8 @@ class BatchDesk:
 
     async def delete(self, tenant: Tenant, file_id: str) -> None:
         """Jobs that were made from it go on. Raises NotFound."""
-        record = await self._files.delete(tenant.name, file_id)
-        if record is None:
+        if await self._files.delete(tenant.name, file_id) is None:
             raise NotFound(f"file_id: there is no file {file_id[:100]} that can be deleted")
-        await self._batches.free(record.bytes)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:

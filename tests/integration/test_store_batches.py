@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
 
-from cluster.errors import Overloaded
+from cluster.errors import Overloaded, Unavailable
 from cluster.store.batch_records import BatchJob
 from cluster.store.batches import PAGE_LINES, Batches
 from cluster.store.client import connect
@@ -21,6 +23,7 @@ TOTAL = 2 * PAGE_LINES + 3
 JOB = BatchJob("b-1", "t", "/v1/completions", "in_progress", TOTAL, 100.0, 1000.0)
 LINES = [f"line {i}" for i in range(TOTAL)]
 NOW, UNTIL = 200.0, 215.0
+STORED = "pdserve:{c}:batch-bytes"
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ async def serve(batches: Batches, job: BatchJob, owner: str, now: float = NOW) -
     return set(page.lines)
 
 
-async def test_a_job_from_its_lines_to_its_results(batches: Batches) -> None:
+async def test_a_job_from_its_lines_to_its_results(batches: Batches, client: Redis) -> None:
     job = await batches.add(JOB, LINES, [(1, "bad")])
     assert (job.failed, job.completed, job.state) == (1, 0, "in_progress")
     assert await batches.active() == [job]
@@ -74,7 +77,11 @@ async def test_a_job_from_its_lines_to_its_results(batches: Batches) -> None:
     await batches.drop(ended)
     assert await batches.get("t", "b-1") is None
     assert await batches.latest("t", 10) == []
-    await batches.reserve(10_000)
+    await batches.drop(ended)  # as another router does that has seen it end as well
+    assert await client.get(STORED) == "0"
+    await client.zadd("pdserve:{c}:batches-ended", {"t/b-1": NOW})
+    await batches.drop(ended)  # as the next sweep does where the first one broke off
+    assert await client.zcard("pdserve:{c}:batches-ended") == 0
 
 
 async def test_a_page_is_one_routers_until_its_lease_runs_out(batches: Batches) -> None:
@@ -139,6 +146,64 @@ async def test_no_more_than_the_store_may_hold(batches: Batches) -> None:
     assert [job.batch_id for job in await batches.latest("t", 10)] == ["b-1"]
 
 
+@contextlib.asynccontextmanager
+async def forgetful(url: str, answers: int) -> AsyncIterator[Redis]:
+    """A client whose way to the store breaks after so many answers to large writes have been lost:
+    the store did what it was asked to."""
+    port = int(urlsplit(url).port or 0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal answers
+        inner, outer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(OSError):
+            while asked := await reader.read(1 << 20):
+                outer.write(asked)
+                answer = await inner.read(1 << 20)
+                if b"line 0" in asked and answers and not answer.startswith(b"-NOSCRIPT"):
+                    answers -= 1
+                    break
+                writer.write(answer)
+        outer.close()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        here = server.sockets[0].getsockname()[1]
+        client = await connect(url.replace(f":{port}/", f":{here}/"), 1.0)
+        yield client
+        await client.aclose()
+    assert not answers
+
+
+async def test_what_is_written_again_is_there_once(store: EmbeddedStore) -> None:
+    async with forgetful(store.url, 1) as client:
+        files = Files(client, "c", 10_000)
+        await files.add("t", FileRecord("f", "line 0", "batch", 7, 5.0), LINES)
+        assert await files.lines("t", "f") == LINES
+    async with forgetful(store.url, 1) as client:
+        batches = Batches(client, "c", 10_000)
+        job = await batches.add(JOB, LINES, [(1, "bad")])
+        assert [await batches.lines(job, page) for page in range(3)] == [
+            LINES[start : start + PAGE_LINES] for start in range(0, TOTAL, PAGE_LINES)
+        ]
+
+
+async def test_what_breaks_off_on_the_way_takes_no_room(
+    batches: Batches, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(**_: object) -> None:
+        raise Unavailable("the store does not answer")
+
+    files = Files(client, "c", 10_000)
+    monkeypatch.setattr(batches, "_add", gone)
+    monkeypatch.setattr(files, "_add", gone)
+    with pytest.raises(Unavailable):
+        await batches.add(JOB, LINES, [(1, "bad")])
+    with pytest.raises(Unavailable):
+        await files.add("t", FileRecord("f", "in.jsonl", "batch", 7, 5.0), LINES)
+    assert int(await client.get(STORED) or 0) == 0
+    assert [key for key in await client.keys("*") if await client.ttl(key) < 0] == []
+
+
 async def test_tenants_have_their_own(batches: Batches, client: Redis) -> None:
     await batches.add(JOB, LINES, [])
     await batches.add(replace(JOB, batch_id="b-2", created_at=101.0), LINES, [])
@@ -146,7 +211,7 @@ async def test_tenants_have_their_own(batches: Batches, client: Redis) -> None:
     assert [job.batch_id for job in await batches.latest("t", 10, "b-2")] == ["b-1"]
     assert await batches.latest("other", 10) == []
     assert await batches.get("other", "b-1") is None
-    files = Files(client, "c")
+    files = Files(client, "c", 10_000)
     record = FileRecord("f", "in.jsonl", "batch", 7, 5.0)
     await files.add("t", record, ["a", "b"])
     assert await files.get("t", "f") == record
