@@ -91,7 +91,7 @@ def success(custom_id: str, request_id: str, body: dict[str, Any]) -> str:
     return _result(custom_id, {"status_code": 200, "request_id": request_id, "body": body})
 
 
-def failure(number: int, custom_id: str, error: PdserveError) -> str:
+def failure(number: int, custom_id: str, error: Exception) -> str:
     """The result of a line that was not; `number` counts from 0."""
     status, body = body_of(error)
     body["error"]["line"] = number + 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ STORE_RETRY_SECONDS = 1.0
 SWEEP_SECONDS = 60.0
 
 Serve = Callable[[BatchJob, int, str], Awaitable[tuple[str, bool]]]
-"""Serves a line of a job; returns its result and whether it failed. Never raises PdserveError."""
+"""Serves a line of a job; returns its result and whether it failed. Never raises."""
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +84,13 @@ class BatchRunner:
             if job.state != "in_progress" or now >= job.deadline_at:
                 await self._end(job)
         open_jobs = [job for job in jobs.values() if job.state == "in_progress"]
-        while open_jobs and self.running_lines + PAGE_LINES <= self._config.max_running_lines:
-            for job in list(open_jobs):
-                page = await self._batches.claim(job, self._owner, now, now + LEASE_SECONDS)
-                if page is None:
-                    open_jobs.remove(job)
-                else:
-                    self._begin(job, page)
+        turns = deque(open_jobs)  # a page of each, oldest first, as long as there is room
+        while turns and self.running_lines + PAGE_LINES <= self._config.max_running_lines:
+            job = turns.popleft()
+            page = await self._batches.claim(job, self._owner, now, now + LEASE_SECONDS)
+            if page is not None:
+                self._begin(job, page)
+                turns.append(job)
         if self._clock.now() - self._swept_at >= SWEEP_SECONDS:
             self._swept_at = self._clock.now()
             for job in await self._batches.ended_before(now - self._config.keep_seconds):
@@ -119,7 +120,12 @@ class BatchRunner:
         key = (job.name, page.number)
         self._work[key] = work
         work.task = asyncio.create_task(self._page(work), name=f"batch {job.name} {page.number}")
-        work.task.add_done_callback(lambda _: self._work.pop(key, None))
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if self._work.get(key) is work:  # and not what was begun anew since it was given up
+                del self._work[key]
+
+        work.task.add_done_callback(ended)
 
     async def _page(self, work: _Work) -> None:
         job, page = work.job, work.page

@@ -45,6 +45,9 @@ class LineServer:
                 if not error.retryable or failures >= MAX_FAILURES:
                     return lines.failure(number, _custom_id(raw), error), True
                 pause = 2.0**failures
+            except Exception as error:
+                # Its page would be served again and again, with all the lines beside it.
+                return lines.failure(number, _custom_id(raw), error), True
             await asyncio.sleep(min(pause, MAX_PAUSE_SECONDS))
         raise AssertionError("unreachable")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from cluster.errors import InvalidRequest
@@ -46,7 +47,7 @@ class BatchServicer(batch_pb2_grpc.BatchServicer):
                 raise InvalidRequest("content", f"must be at most {self._max_bytes} bytes")
         if header is None:
             raise InvalidRequest("header", "is required")
-        raw_lines = lines.split(bytes(content))
+        raw_lines = await asyncio.to_thread(lines.split, bytes(content))
         metadata = dict(header.metadata)
         return _job(await self._desk.submit(tenant, header.endpoint, raw_lines, metadata))
 
