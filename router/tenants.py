@@ -156,7 +156,8 @@ def _is_loopback(host: str | None) -> bool:
 
 
 def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode()).digest()
+    # HTTP's headers may hold what is no text, as lone surrogates.
+    return hashlib.sha256(token.encode(errors="surrogatepass")).digest()
 
 
 def _digest_of(shown: Shown) -> bytes | None:

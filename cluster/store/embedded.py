@@ -139,15 +139,28 @@ def _free_port() -> int:
 
 
 def _answers(process: subprocess.Popen[bytes], port: int, password: str) -> bool:
-    """Waits for a PONG under our password: it is our server and not whoever took the port."""
+    """Waits for a PONG under our password: it is our server and not whoever took the port. A server
+    that loads what it held before says so, and is given the time."""
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as conn:
-            conn.settimeout(1)
-            conn.sendall(f"AUTH {password}\r\nPING\r\n".encode())
-            reply = b""
-            while reply.count(b"\r\n") < 2 and (part := conn.recv(64)):
-                reply += part
+        reply = _reply(port, password)
+        if reply.startswith(b"+OK\r\n-LOADING"):
+            deadline = time.monotonic() + START_SECONDS
+        elif reply:
             return reply == b"+OK\r\n+PONG\r\n"
         time.sleep(0.02)
     return False
+
+
+def _reply(port: int, password: str) -> bytes:
+    """Of whoever listens to AUTH and PING; empty while nobody answers."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), 1) as conn:
+            conn.settimeout(1)
+            conn.sendall(f"AUTH {password}\r\nPING\r\n".encode())
+            reply = b""
+            while reply.count(b"\r\n") < 2 and (part := conn.recv(256)):
+                reply += part
+            return reply
+    except OSError:
+        return b""

@@ -24,8 +24,9 @@ class Outbox:
         self._filled = asyncio.Event()
 
     def put(self, step: SequenceStep) -> None:
-        """Raises Overloaded when the router has stopped reading."""
-        if self._count >= MAX_STEPS:
+        """Raises Overloaded when the router has stopped reading; a sequence's last step, of which
+        there is one, is always taken: it must not be waited for in vain."""
+        if self._count >= MAX_STEPS and step.finish_reason is None:
             raise Overloaded("the router does not read its stream")
         self._steps.setdefault(step.sequence_id, []).append(step)
         self._count += 1

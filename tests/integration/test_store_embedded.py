@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -17,6 +19,7 @@ import pytest
 from redis.asyncio import Redis
 
 from cluster.errors import ConfigError, Unavailable
+from cluster.store import embedded
 from cluster.store.client import connect
 from cluster.store.embedded import EmbeddedStore
 from cluster.store.journal import Journal
@@ -47,6 +50,25 @@ async def client(store: EmbeddedStore) -> AsyncIterator[Redis]:
     client = await connect(store.url, 1.0)
     yield client
     await client.aclose()
+
+
+@pytest.mark.parametrize(("last", "ours"), [(b"+OK\r\n+PONG\r\n", True), (b"-ERR\r\n" * 2, False)])
+def test_a_server_that_loads_what_it_holds_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, last: bytes, ours: bool
+) -> None:
+    """As one does that kept so much that it is asked before it has read all of it."""
+    loading = b"+OK\r\n-LOADING Valkey is loading the dataset in memory\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listener, subprocess.Popen(["sleep", "60"]) as it:
+
+        def serve() -> None:
+            for reply in (b"", loading, loading, last):
+                with listener.accept()[0] as conn:
+                    conn.recv(256)
+                    conn.sendall(reply)
+
+        threading.Thread(target=serve, daemon=True).start()
+        assert embedded._answers(it, listener.getsockname()[1], "password") is ours  # type: ignore[arg-type]
+        it.kill()
 
 
 async def test_a_record_comes_back_as_it_was_put(client: Redis) -> None:

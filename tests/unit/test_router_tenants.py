@@ -69,6 +69,7 @@ def test_a_tenant_is_known_by_any_of_its_tokens_or_its_certificate(tenants: Tena
         bearer(TOKEN.upper()),
         bearer("x" * 100_000),
         bearer("ünïcode-is-not-a-token"),
+        bearer("\udcff\udcfe"),  # as HTTP's headers come that are not UTF-8
         Shown(None, ("third.example",)),
     ],
 )

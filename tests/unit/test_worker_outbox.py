@@ -43,6 +43,10 @@ async def test_a_router_that_does_not_read_is_given_up() -> None:
         outbox.put(SequenceStep("a", i, [1]))
     with pytest.raises(Overloaded):
         outbox.put(SequenceStep("a", MAX_STEPS, [1]))
+    failed = SequenceStep("a", 0, [], finish_reason="error", error=Overloaded("not read"))
+    outbox.put(failed)  # or a router that reads again would wait for it until the deadline
+    (tokens, last), _ = await outbox.take()
+    assert len(tokens.token_ids) == MAX_STEPS and last is failed
 
 
 async def test_a_router_is_told_all_blocks_first_and_then_the_changes() -> None:
