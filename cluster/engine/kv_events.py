@@ -55,19 +55,24 @@ class BlockNames:
         self._known: dict[Any, _Known] = {}
 
     def see(self, events: Iterable[Any]) -> tuple[list[int], list[int]]:
-        """The names of blocks that the events stored, and of those they removed."""
-        stored: list[int] = []
+        """The names of blocks that are held after the events, and of those they removed; a name in
+        both was gone before it came."""
+        stored: dict[int, None] = {}
         removed: list[int] = []
         for event in events:
-            if isinstance(event, BlockStored):
-                if event.medium in _OWN_MEDIA and not event.group_idx:
-                    stored += self._store(event)
-            elif isinstance(event, BlockRemoved):
-                if event.medium in _OWN_MEDIA and not event.group_idx:
-                    removed += self._remove(event.block_hashes)
-            elif isinstance(event, AllBlocksCleared):
-                removed += self.clear()
-        return stored, removed
+            gone: list[int] = []
+            if isinstance(event, AllBlocksCleared):
+                gone = self.clear()
+            elif not _of_the_cache(event):
+                continue
+            elif isinstance(event, BlockStored):
+                stored |= dict.fromkeys(self._store(event))
+            else:
+                gone = self._remove(event.block_hashes)
+            removed += gone
+            for name in gone:
+                stored.pop(name, None)
+        return list(stored), removed
 
     def clear(self) -> list[int]:
         """Nothing is known any more; the names of all that was."""
@@ -106,6 +111,11 @@ class BlockNames:
             if not known.copies:
                 gone.append(self._known.pop(block).name)
         return gone
+
+
+def _of_the_cache(event: Any) -> bool:
+    known = isinstance(event, BlockStored | BlockRemoved)
+    return known and event.medium in _OWN_MEDIA and not event.group_idx
 
 
 def _salt(extra_keys: list[Any] | None) -> str:

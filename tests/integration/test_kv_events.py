@@ -38,6 +38,18 @@ def test_a_block_is_gone_with_its_last_copy() -> None:
     assert names.see([removed(7), removed(7)]) == ([], [name])
 
 
+def test_a_block_that_comes_and_goes_in_one_step_is_not_held() -> None:
+    held, names = HeldBlocks(), BlockNames()
+    came, gone = stored([7], None, PROMPT[:4]), removed(7)
+    held.change(*names.see([came, gone]))
+    assert not held.names
+    held.change(*names.see([came]))
+    held.change(*names.see([gone, came]))
+    assert len(held.names) == 1
+    held.change(*names.see([came, AllBlocksCleared()]))
+    assert not held.names
+
+
 def test_what_follows_a_missed_block_is_left_out() -> None:
     names = BlockNames()
     assert names.see([stored([9], 8, PROMPT[8:])]) == ([], [])
