@@ -75,8 +75,10 @@ class RunDir:
             ConfigError: the directory cannot be made, or a cluster of the name already runs.
         """
         try:
-            for path in (self.path.parent, self.path, self.logs):
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # The root may be there for others too, such as /tmp: it stays as it is.
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in (self.path, self.logs):
+                path.mkdir(mode=0o700, exist_ok=True)
                 path.chmod(0o700)
             lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:

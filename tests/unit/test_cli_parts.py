@@ -45,6 +45,15 @@ def test_the_directory_is_for_its_owner_only() -> None:
         assert stat.S_IMODE((own.path / name).stat().st_mode) == 0o600
 
 
+def test_a_root_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o755)
+    (tmp_path / "run").chmod(0o1777)  # as /tmp is
+    own = RunDir("c")
+    own.acquire()
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o1777
+    assert stat.S_IMODE(own.path.stat().st_mode) == 0o700
+
+
 def test_a_name_is_taken_once() -> None:
     RunDir("c").acquire()
     with pytest.raises(ConfigError, match="already runs here"):
