@@ -38,7 +38,7 @@ def channel(address: str, token: str = "") -> grpc.aio.Channel:
     token = os.environ.get("PDSERVE_TOKEN", "") or token
     interceptors: list[grpc.aio.ClientInterceptor] = []
     if token:
-        interceptors += [_Unary(token), _Stream(token)]
+        interceptors += [_Unary(token), _Stream(token), _Upload(token)]
     ca = _file("PDSERVE_CA_FILE")
     if ca is None:
         return grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
@@ -71,6 +71,13 @@ class _Stream(_Authorized, grpc.aio.UnaryStreamClientInterceptor):
         self, continuation: Callable[[Any, Any], Any], details: Any, request: Any
     ) -> Any:
         return await continuation(self._with_header(details), request)
+
+
+class _Upload(_Authorized, grpc.aio.StreamUnaryClientInterceptor):
+    async def intercept_stream_unary(
+        self, continuation: Callable[[Any, Any], Any], details: Any, requests: Any
+    ) -> Any:
+        return await continuation(self._with_header(details), requests)
 
 
 def _file(variable: str) -> bytes | None:

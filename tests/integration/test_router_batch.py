@@ -16,6 +16,7 @@ import grpc
 import openai
 import pytest
 
+from cluster.cli.access import channel
 from cluster.store.embedded import EmbeddedStore
 from pdserve.v1 import batch_pb2, batch_pb2_grpc
 from tests.integration.router_fakes import MODEL
@@ -268,7 +269,11 @@ async def test_bad_jobs(pair: Pair) -> None:
             assert reply.status == 400
 
 
-async def test_jobs_are_their_tenants(store: EmbeddedStore, tmp_path: Path) -> None:  # noqa: F811
+async def test_jobs_are_their_tenants(
+    store: EmbeddedStore,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name, token in TOKENS.items():
         (tmp_path / name).write_text(token)
     tenants = [
@@ -291,6 +296,11 @@ async def test_jobs_are_their_tenants(store: EmbeddedStore, tmp_path: Path) -> N
             await submit(pair, content(line(0)), metadata=of("second"))
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
         job = await submit(pair, content(line(0)), metadata=of("first"))
+        monkeypatch.setenv("PDSERVE_TOKEN", TOKENS["first"])
+        async with channel(pair.routers[0].grpc_address) as command_lines:
+            pair.channels.append(command_lines)
+            shown = await submit(pair, content(line(0)), router=2)
+            assert shown.state == "in_progress"
         request = batch_pb2.GetBatchRequest(batch_id=job.batch_id)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await jobs(pair, 1).Get(request, timeout=TIMEOUT, metadata=of("second"))
