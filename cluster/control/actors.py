@@ -201,9 +201,14 @@ def _failure(error: Exception, log: Path) -> Failure:
     if isinstance(error, PdserveError):
         reason = str(error)
     else:
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0] if len(lines[0]) > 8 else lines[-1]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
     return Failure(reason, permanent, () if isinstance(error, ConfigError) else tuple(tail(log)))
+
+
+def first_line(error: BaseException) -> str:
+    """Of what the error says; the last one where the first says next to nothing."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if len(lines[0]) > 8 else lines[-1]
 
 
 def _load(target: str) -> Any:

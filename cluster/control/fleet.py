@@ -19,7 +19,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import Config
-from cluster.control.actors import Failure, RouterActor, Where, WorkerActor
+from cluster.control.actors import Failure, RouterActor, Where, WorkerActor, first_line
 from cluster.control.hosts import Host, Need, spoken_labels
 from cluster.control.launch import Launch
 from cluster.control.reconcile import Slot
@@ -170,7 +170,7 @@ class RayLife:
             raise Unavailable("the worker did not say that it has changed its role") from None
         except RayError as error:
             raise Unavailable(
-                _explain(error).reason if isinstance(error, RayTaskError) else _first_line(error)
+                _explain(error).reason if isinstance(error, RayTaskError) else first_line(error)
             ) from error
 
     async def demand(self, mark: tuple[int, int] | None) -> Any:
@@ -211,9 +211,9 @@ class RayLife:
         except TimeoutError:
             return End(f"its former life's name was not free within {NAME_SECONDS:g} s")
         except (RayError, ValueError) as error:
-            return End(f"Ray could not start it: {_first_line(error)}")
+            return End(f"Ray could not start it: {first_line(error)}")
         except Exception as error:  # one slot must not stop the reconciling of all
-            return End(f"{type(error).__name__}: {_first_line(error)}")
+            return End(f"{type(error).__name__}: {first_line(error)}")
         finally:
             if self._actor is not None:
                 with suppress(RayError):
@@ -265,12 +265,7 @@ def _explain(error: RayTaskError) -> End:
     if isinstance(cause, PdserveError):
         return End(str(cause), permanent=isinstance(cause, ConfigError))
     permanent = isinstance(cause, ImportError)
-    return End(f"{type(cause).__name__}: {_first_line(cause)}", permanent)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0] if len(lines[0]) > 8 else lines[-1]
+    return End(f"{type(cause).__name__}: {first_line(cause)}", permanent)
 
 
 def _spoken(need: Need) -> str:

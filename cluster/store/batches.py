@@ -102,7 +102,8 @@ end
 return 0
 """
 
-# KEYS: index, ended, stored bytes, job, then the rest of it. ARGV: id, name. Once, whoever calls it.
+# KEYS: index, ended, stored bytes, job, then the rest of it. ARGV: id, name. Counted out once,
+# however often it is called.
 _DROP = """
 redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[2])
@@ -166,9 +167,10 @@ class Batches:
             keys = [self._key("job", job), self._index(job.tenant), self._stored, self._active]
             keys += [self._key(kind, job) for kind in ("pages", "lines", "errors", "done")]
             pages = -(-len(lines) // PAGE_LINES)
-            args = [job.batch_id, job.name, job.created_at, pages, size, self._written.max_bytes]
-            fields = [part for field in job.to_hash().items() for part in field]
-            if not await self._add(keys=keys, args=[*args, *fields]):
+            args: list[Any] = [job.batch_id, job.name, job.created_at, pages, size]
+            args.append(self._written.max_bytes)
+            args += [part for field in job.to_hash().items() for part in field]
+            if not await self._add(keys=keys, args=args):
                 raise self._written.full()
         return job
 

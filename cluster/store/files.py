@@ -62,10 +62,10 @@ class Files:
         """Writes a file; it is there once all of it is. Raises Overloaded: there is no room."""
         await self._written.check_room(record.bytes)
         await self._written.write(self._lines(tenant, record.file_id), lines)
-        args = [record.file_id, record.created_at, record.bytes, self._written.max_bytes]
-        fields = [part for field in asdict(record).items() for part in field]
+        args: list[Any] = [record.file_id, record.created_at, record.bytes, self._written.max_bytes]
+        args += [part for field in asdict(record).items() for part in field]
         with store_errors():
-            done = await self._add(keys=self._keys(tenant, record.file_id), args=[*args, *fields])
+            done = await self._add(keys=self._keys(tenant, record.file_id), args=args)
         if not done:
             raise self._written.full()
 

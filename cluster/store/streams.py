@@ -23,9 +23,9 @@ MAX_STREAMS = 20_000
 
 # KEYS: head, log, was, index[, idempotency key]. ARGV: request id, asked, fingerprint, owner,
 # ttl ms, remembered ms, now, cap, prefix of heads, prefix of logs, name, mark, tenant. The request
-# that holds the key or the id, and whether by this very claim, whose first answer was lost then. The
-# oldest beyond the cap go, at most 64 a call. A stream that failed may begin again, and a key whose
-# stream failed or is gone is free.
+# that holds the key or the id, and whether by this very claim, whose first answer was lost then.
+# The oldest beyond the cap go, at most 64 a call. A stream that failed may begin again, and a key
+# whose stream failed or is gone is free.
 _CLAIM = """
 local function holds(head)
   local stream = redis.call('HMGET', head, 'end', 'mark')
@@ -177,7 +177,7 @@ class Streams:
         """Begins a stream, if nobody has begun it under the same key or id.
 
         Args:
-            mark: drawn for this claim, to tell it from another one of the same id by the same owner.
+            mark: drawn for this claim, to tell it from another of the same id and owner.
         """
         keys = [self._head(name), self._log(name), self._was(name), f"{self._cluster}:streams"]
         remembered = _ms(ttl_seconds + REMEMBERED_SECONDS)
@@ -200,7 +200,7 @@ class Streams:
     async def finish(self, name: StreamName, owner: str, end: str, ttl_seconds: float) -> bool:
         """Writes its end and keeps it for so long; False if it is another router's now."""
         keys = [self._head(name), self._log(name), *self._key(name)]
-        args = [owner, end, _ms(ttl_seconds), name.request_id]
+        args: list[Any] = [owner, end, _ms(ttl_seconds), name.request_id]
         with store_errors():
             return bool(await self._finish(keys=keys, args=args))
 

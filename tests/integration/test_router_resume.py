@@ -231,10 +231,10 @@ async def test_a_call_that_ends_while_it_claims_leaves_its_key_usable(
     await claimed.wait()
     call.cancel()
     async with asyncio.timeout(TIMEOUT):
-        while not pair.routers[0]._resumption._claims._left:
+        while not pair.routers[0]._resumption._claims._left:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         answer.set()
-        while await pair.client.keys("*:stream-key:*"):
+        while await pair.client.keys("*:stream-key:*"):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     for router in (1, 0):
         messages = await collect(pair.stub(router).Generate(keyed("k"), timeout=TIMEOUT))

@@ -58,7 +58,8 @@ def test_a_server_that_loads_what_it_holds_is_waited_for(
 ) -> None:
     """As one does that kept so much that it is asked before it has read all of it."""
     loading = b"+OK\r\n-LOADING Valkey is loading the dataset in memory\r\n"
-    with socket.create_server(("127.0.0.1", 0)) as listener, subprocess.Popen(["sleep", "60"]) as it:
+    sleeping = subprocess.Popen(["sleep", "60"])
+    with socket.create_server(("127.0.0.1", 0)) as listener, sleeping as it:
 
         def serve() -> None:
             for reply in (b"", loading, loading, last):

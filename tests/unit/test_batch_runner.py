@@ -1,4 +1,4 @@
-"""A router's part in batch jobs, without a store: how much it takes in hand, and lines that break."""
+"""A router's part in batch jobs, without a store: what it takes in hand, and lines that break."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def until(true: Any) -> None:
     async with asyncio.timeout(5):
-        while not true():
+        while not true():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
