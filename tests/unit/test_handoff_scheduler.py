@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from vllm.v1.request import RequestStatus
 
+from cluster.kv.connector import scheduler
 from cluster.kv.connector.scheduler import SchedulerSide
 from cluster.kv.credit import CreditBook
 from cluster.kv.handoff import HandoffParams
@@ -154,6 +156,18 @@ def test_decode_reserves_what_it_does_not_hold() -> None:
     assert (reserve.block_ids, reserve.held_tokens) == ((20, 1, 2), 4)
     assert (reserve.num_tokens, reserve.ticket) == (10, "ticket of d")
     assert engine.step().reserves == ()
+
+
+def test_a_reservation_lasts_as_long_as_its_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: now)
+    engine = Engine()
+    decode = engine.add(request("decode", "a", 10))
+    now += 12.5  # no room meanwhile
+    engine.matched(decode)
+    engine.allocate(decode, external=10)
+    (reserve,) = engine.step().reserves
+    assert reserve.expires_in == 30.0 - 12.5
 
 
 def test_a_preempted_decode_recomputes_and_reserves_nothing_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ class _Prefill:
 @dataclass
 class _Decode:
     params: HandoffParams
+    arrived_at: float
     local_tokens: int = 0
     reserved: bool = False
 
@@ -72,7 +74,7 @@ class SchedulerSide:
             self._arrivals.append(Arrival(request.request_id, params))
             self.credit.arrive(params.handoff_id)
         else:
-            self._decodes[request.request_id] = _Decode(params)
+            self._decodes[request.request_id] = _Decode(params, time.monotonic())
 
     def after_step(self, granted: Iterable[str], sent_requests: Iterable[str]) -> None:
         """Decode has room for these handoffs; these requests' blocks are pinned no more."""
@@ -116,7 +118,8 @@ class SchedulerSide:
                 num_tokens=params.num_tokens,
                 block_ids=tuple(blocks.get_block_ids()[0][:needed]),
                 held_tokens=held,
-                expires_in=params.expires_in,
+                # What is left of the ticket: the request may have waited here for its blocks.
+                expires_in=params.expires_in - (time.monotonic() - decode.arrived_at),
             )
         )
 
