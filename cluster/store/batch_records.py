@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from cluster.store.records import known_fields
+
 BatchState = Literal["in_progress", "cancelling", "completed", "cancelled", "expired"]
 ENDED = ("completed", "cancelled", "expired")
 
@@ -53,7 +55,7 @@ class BatchJob:
     def from_hash(cls, raw: dict[str, str]) -> BatchJob:
         numbers = ("total", "completed", "failed", "bytes")
         times = ("created_at", "deadline_at", "ended_at")
-        values: dict[str, Any] = dict(raw)
+        values = known_fields(cls, raw)
         values.update({name: int(raw[name]) for name in numbers})
         values.update({name: float(raw[name]) for name in times})
         return cls(**{**values, "metadata": json.loads(raw["metadata"])})

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 from cluster.store.client import store_errors
 from cluster.store.lines import Lines
+from cluster.store.records import known_fields
 
 # KEYS: file, lines, index, stored bytes. ARGV: id, created at, bytes, the most bytes, then the
 # file's fields. 0: there is no room.
@@ -76,7 +77,7 @@ class Files:
         if not raw:
             return None
         size, created_at = int(raw["bytes"]), float(raw["created_at"])
-        return FileRecord(**{**raw, "bytes": size, "created_at": created_at})
+        return FileRecord(**{**known_fields(FileRecord, raw), "bytes": size, "created_at": created_at})
 
     async def latest(self, tenant: str, limit: int) -> list[FileRecord]:
         """The tenant's files, newest first."""

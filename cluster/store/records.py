@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
 
 WorkerState = Literal["starting", "ready", "draining", "failed"]
+
+
+def known_fields(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that the dataclass `kind` has. Versions meet while a cluster is renewed, and
+    what a later one has added is no reason for an earlier one to end."""
+    return {each.name: values[each.name] for each in fields(kind) if each.name in values}
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class WorkerRecord:
 
     @classmethod
     def from_json(cls, raw: str | bytes) -> WorkerRecord:
-        values = json.loads(raw)
+        values = known_fields(cls, json.loads(raw))
         record = cls(**values)
         return replace(record, transfer_addresses=tuple(values.get("transfer_addresses", ())))
 
@@ -77,7 +84,7 @@ class RouterRecord:
 
     @classmethod
     def from_json(cls, raw: str | bytes) -> RouterRecord:
-        return cls(**json.loads(raw))
+        return cls(**known_fields(cls, json.loads(raw)))
 
 
 @dataclass(frozen=True)
@@ -102,4 +109,4 @@ class JournalEntry:
 
     @classmethod
     def from_json(cls, raw: str | bytes) -> JournalEntry:
-        return cls(**json.loads(raw))
+        return cls(**known_fields(cls, json.loads(raw)))

@@ -17,6 +17,7 @@ from typing import Any
 from redis.asyncio import Redis
 
 from cluster.store.client import store_errors
+from cluster.store.records import known_fields
 
 REMEMBERED_SECONDS = 24 * 3600
 MAX_STREAMS = 20_000
@@ -226,7 +227,7 @@ class Streams:
         """None if there is no such stream, or not any more."""
         with store_errors():
             found = await self._client.hgetall(self._head(name))
-        return StreamHead(**found) if found else None
+        return StreamHead(**known_fields(StreamHead, found)) if found else None
 
     async def expired(self, name: StreamName) -> bool:
         """There was such a stream within a day."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from cluster.store.client import connect
 from cluster.store.embedded import EmbeddedStore
 from cluster.store.journal import Journal
 from cluster.store.records import JournalEntry, RouterRecord, WorkerRecord
-from cluster.store.registry import Registry
+from cluster.store.registry import Members, Registry
 
 WORKER = WorkerRecord(
     worker_id="m-prefill-0",
@@ -78,6 +79,16 @@ async def test_a_record_comes_back_as_it_was_put(client: Redis) -> None:
     assert await registry.get_worker("m-prefill-0") == WORKER
     assert await registry.workers() == [WORKER]
     assert await Registry(client, "other").workers() == []
+
+
+async def test_what_a_later_version_has_added_to_a_record_is_passed_over(client: Redis) -> None:
+    registry = Registry(client, "c")
+    await registry.put_worker(WORKER, 5)
+    await registry.put_router(ROUTER, 5)
+    for key in ("worker:m-prefill-0", "router:router-0"):
+        raw = json.loads(await client.get(f"pdserve:{{c}}:{key}"))
+        await client.set(f"pdserve:{{c}}:{key}", json.dumps({**raw, "new": [1]}))
+    assert await registry.members() == Members((WORKER,), (ROUTER,))
 
 
 async def test_a_lease_that_is_not_renewed_drops_the_worker_and_its_index_entry(
