@@ -1,6 +1,7 @@
 """The journal: the latest requests and what became of them. No prompt and no text.
 
-One JSON entry per request under a TTL, and a sorted set of the ids by age that caps their number.
+One JSON entry per request under a TTL, and a sorted set of their names, `<tenant>/<request id>`, by
+age that caps their number.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cluster.store.records import JournalEntry
 TTL_SECONDS = 24 * 3600
 MAX_ENTRIES = 100_000
 
-# KEYS: index. ARGV: entry key prefix, ttl s, cap, then id, entry and received_at of each. What is
+# KEYS: index. ARGV: entry key prefix, ttl s, cap, then name, entry and received_at of each. What is
 # older than the ttl goes, and of what is over the cap a bounded part: no call is long.
 # Entry keys are built from the prefix: they share the index's slot by its hash tag.
 _RECORD = """
@@ -50,14 +51,15 @@ class Journal:
         """Writes each entry over the one of the same request."""
         args: list[str | int] = [f"{self._prefix}:entry:", TTL_SECONDS, self._max_entries]
         for entry in entries:
-            args += [entry.request_id, entry.to_json(), repr(entry.received_at)]
+            name = f"{entry.tenant}/{entry.request_id}"
+            args += [name, entry.to_json(), repr(entry.received_at)]
         with store_errors():
             await self._record(keys=[f"{self._prefix}:index"], args=args)
 
-    async def get(self, request_id: str) -> JournalEntry | None:
+    async def get(self, request_id: str, tenant: str = "default") -> JournalEntry | None:
         """The request's entry, for a day or until `max_entries` newer ones came."""
         with store_errors():
-            raw = await self._client.get(f"{self._prefix}:entry:{request_id}")
+            raw = await self._client.get(f"{self._prefix}:entry:{tenant}/{request_id}")
         return JournalEntry.from_json(raw) if raw else None
 
     async def latest(self, count: int) -> list[JournalEntry]:

@@ -185,6 +185,10 @@ async def test_the_journal_keeps_the_latest_entry_and_its_cap(client: Redis) -> 
     assert await journal.get("r0") is None
     assert (await journal.get("r4")) == replace(entries[4], state="failed", error="gone")
     assert [e.request_id for e in await journal.latest(9)] == ["r4", "r3", "r2"]
+    theirs = replace(entries[4], tenant="other")  # ids are the tenants' own
+    await journal.record([theirs])
+    assert await journal.get("r4") == replace(entries[4], state="failed", error="gone")
+    assert await journal.get("r4", "other") == theirs
     assert 0 < await client.ttl("pdserve:{c}:journal:entry:r4") <= 24 * 3600
 
 
