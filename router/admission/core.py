@@ -60,7 +60,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return sum([len(queue) for queue in self._queues.values()])
 
     def queued_in(self, slo_class: SloClass) -> int:
         return len(self._queues[slo_class])
@@ -102,27 +102,31 @@ class Admission:
             capacities: by model; a model that is missing is unbounded.
         """
         self._capacities = capacities
+        waits = self.queued > 0
+        if not waits and not self._pace.waiting:
+            return []  # The paces need not know of time in which nobody waits.
         for pace in (self._pace, *self._class_pace.values()):
             pace.passes(now)
-        if not self.queued:
+        if not waits:
             self._note_who_waits()
             return []
         effects = self._expire(now)
-        while found := self._next(now):
+        while self.queued and (found := self._next(now)):
             offer, promised, yields = found
             for request_id in yields:
                 effects.append(Yield(request_id))
                 self._wait_again(now, request_id)
             self._start(now, offer, promised)
             effects.append(Admit(offer.request_id, promised))
-        effects += self._expire(now)  # What yielded may be past its deadline.
+        if self.queued:
+            effects += self._expire(now)  # What yielded may be past its deadline.
         self._note_who_waits()
         return effects
 
     def _note_who_waits(self) -> None:
         self._pace.waiting = self.queued > 0
         for slo_class, class_pace in self._class_pace.items():
-            class_pace.waiting = self.queued_in(slo_class) > 0
+            class_pace.waiting = len(self._queues[slo_class]) > 0
 
     def first_token(self, now: float, request_id: str) -> None:
         """The first tokens of all its completions came: prefill has room again."""

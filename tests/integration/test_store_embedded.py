@@ -189,7 +189,7 @@ async def test_the_journal_keeps_the_latest_entry_and_its_cap(client: Redis) -> 
     await journal.record([theirs])
     assert await journal.get("r4") == replace(entries[4], state="failed", error="gone")
     assert await journal.get("r4", "other") == theirs
-    assert 0 < await client.ttl("pdserve:{c}:journal:entry:r4") <= 24 * 3600
+    assert 0 < await client.ttl("pdserve:{c}:journal:entry:default/r4") <= 24 * 3600
 
 
 async def test_every_call_says_unavailable_when_the_store_is_gone(

@@ -70,6 +70,24 @@ async def reloaded(
     return out.getvalue(), cluster
 
 
+@pytest.mark.parametrize("bad", ["name: 2026-99-99", "? [a, b]\n: c", "[" * 5000, "{", "- a"])
+async def test_no_file_ends_a_cluster_that_runs(rundir: RunDir, tmp_path: Path, bad: str) -> None:
+    (tmp_path / "bad.yaml").write_text(bad)
+    with pytest.raises(ConfigError, match=r"bad\.yaml: "):
+        await reloaded(rundir, tmp_path / "bad.yaml")
+
+
+async def test_nor_does_what_nobody_thought_of(rundir: RunDir, tmp_path: Path) -> None:
+    def load(_: Path | None) -> Config:
+        raise KeyError("a bug")
+
+    reloads = Reloads(RunningCluster(rundir), rundir, load)  # type: ignore[arg-type]
+    (rundir.path / "reload.request").write_text(json.dumps({"id": "x", "file": ""}))
+    await reloads.answer()
+    reply = json.loads((rundir.path / "reload.reply").read_text())
+    assert reply["id"] == "x" and "KeyError" in reply["error"]
+
+
 async def test_live_fields_are_taken_over_and_told(rundir: RunDir, tmp_path: Path) -> None:
     said, cluster = await reloaded(rundir, file(tmp_path, targets={"ttft_seconds": 1}))
     assert said == "targets.ttft_seconds: 2.0 → 1.0\nreloaded\n"
