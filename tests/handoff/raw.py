@@ -101,8 +101,8 @@ def frame_of(
         layers = range(layer + i, layer + i + 1)
         prefill.cache.gather(layers, block_ids, HeadRun(0, HEADS), payload[i])
     digest = host_checksum(payload.flatten(), seed_of(ticket.handoff_id))
-    run = BlockRun(sequence, layer, num_layers, first_block, len(block_ids), digest)
-    return Blocks(run, payload.flatten())
+    run = BlockRun(sequence, layer, num_layers, first_block, len(block_ids))
+    return Blocks(run, payload.flatten(), digest)
 
 
 def whole_prompt(prefill: Prefill, ticket: Ticket, block_ids: tuple[int, ...]) -> list[Blocks]:

@@ -1,6 +1,6 @@
 """PushFrame and PushReply on the wire.
 
-A frame of blocks is ordinary protobuf in one fixed encoding: a header of 40 bytes, the payload, and
+A frame of blocks is ordinary protobuf in one fixed encoding: a header of 48 bytes, the payload, and
 its checksum in 10 bytes. So it is sent from where it lies and read into where it belongs, and never
 passes through protobuf's own copies; and the checksum is taken while the payload passes.
 """
@@ -19,11 +19,11 @@ from cluster.kv.transport.streams.reading import Incoming
 from cluster.kv.transport.views import bytes_view
 from pdserve.v1 import kv_transfer_pb2 as pb
 
-_HEADER = struct.Struct("<BB BI BI BI BI BI 7s B5s")
+_HEADER = struct.Struct("<BB BI BI BI BI BI 15s B5s")
 _BLOCKS_TAG, _PAYLOAD_TAG = 0x12, 0x7A  # fields 2 and 15, length-delimited
 _FIELDS = (0x0D, 0x15, 0x1D, 0x25, 0x2D)  # fixed32 1 to 5
 _BLOCKS_BYTES = 25
-_PAD = bytes((0x72, 5)) + bytes(5)  # field 14
+_PAD = bytes((0x72, 13)) + bytes(13)  # field 14
 _CHECKSUM = struct.Struct("<2sQ")
 _CHECKSUM_TAG = bytes((0x81, 0x01))  # field 16, fixed64
 CONTROL_BYTES = 8192

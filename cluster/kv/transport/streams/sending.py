@@ -106,12 +106,13 @@ class Sending:
         return True
 
     def _let_go(self, outgoing: Outgoing) -> None:
-        """Its memory is read no more."""
-        if self._frame is not None and self._frame.outgoing is outgoing:
+        """The pieces of a sealed message are read no more. What is left of another goes: it is its
+        own, and with zeros in it might mean something."""
+        if outgoing.sealing and self._frame is not None and self._frame.outgoing is outgoing:
             self._frame.blank()
 
     def forget(self, stream: Stream) -> None:
-        """Nothing of a stream leaves any more; a frame that has begun goes on with zeros."""
+        """Nothing of a stream leaves any more, but for the rest of a frame that has begun."""
         for outgoing in [queued for queued in self._queue if queued.stream is stream]:
             self._queue.remove(outgoing)
             self._let_go(outgoing)

@@ -38,8 +38,8 @@ class Stream:
         self._ended: list[Callable[[], None]] = []
 
     async def send(self, *pieces: bytes | memoryview) -> None:
-        """Sends one message from the memory it lies in; returns when the socket has it all. However
-        that ends, the memory is read no more.
+        """Sends one message from the memory it lies in; returns when the socket has it all. If that
+        is broken off, the memory may still be read for a frame that has begun.
 
         Raises:
             Broken: the stream is gone.
@@ -51,7 +51,8 @@ class Stream:
         await self._connection.send(self, Views([memoryview(prefix), *views]))
 
     async def send_sealed(self, head: bytes, pieces: Sequence[memoryview], seal: Seal) -> None:
-        """The same with an end that is made of the pieces while they leave.
+        """The same with an end that is made of the pieces while they leave. However it ends, the
+        pieces are read no more.
 
         Args:
             head: before the pieces; none of the seal's.
@@ -155,6 +156,11 @@ class Outgoing:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(lambda _: self.done.cancelled() or self.done.exception())
 
+    @property
+    def sealing(self) -> bool:
+        """Its end is still to be made."""
+        return self._seal is not None
+
     def part(self, room: int) -> Sequence[memoryview]:
         """The next bytes of the message, `room` at most, once those before have left."""
         assert self.views is not None
@@ -175,7 +181,7 @@ class Outgoing:
 
     def left(self) -> bool:
         """Some of it has not been sent."""
-        return self.views is not None and (self.views.left > 0 or self._seal is not None)
+        return self.views is not None and (self.views.left > 0 or self.sealing)
 
     def sent(self) -> None:
         """The socket has it all."""
