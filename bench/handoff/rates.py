@@ -146,6 +146,7 @@ class HandoffRate:
     Args:
         staging: MiB of device memory; None: as configured by default.
         frame: MiB of a payload over gRPC.
+        max_ctas: thread blocks of a transfer over NCCL; None: it decides.
     """
 
     def __init__(
@@ -155,12 +156,21 @@ class HandoffRate:
         transport: str,
         staging: int | None = None,
         frame: int = 8,
+        max_ctas: int | None = None,
     ) -> None:
         self._blocks = blocks
         self._agent, self._cache = make_agent(  # type: ignore[arg-type]
-            "prefill", blocks, devices[0], transport, frame << 20, staging=staging
+            "prefill",
+            blocks,
+            devices[0],
+            transport,
+            frame << 20,
+            staging=staging,
+            max_ctas=max_ctas,
         )
-        self._peer = PeerProcess("peers", blocks, devices[1], transport, staging or "", frame)
+        self._peer = PeerProcess(
+            "peers", blocks, devices[1], transport, frame, staging or "", max_ctas or ""
+        )
 
     def run(self, size: int, compare: bool = False) -> Transfer:
         """With `compare`, the blocks of both sides are compared afterwards."""

@@ -74,6 +74,7 @@ async def right_handoff(prefill: Prefill, decode: Decode) -> None:
     await prefill.until(lambda: f"p-{ticket.handoff_id}" in prefill.finished.sending)
 
 
+@pytest.mark.on_host
 @pytest.mark.parametrize("why", ["the engine takes the blocks back", "the request is cancelled"])
 async def test_memory_of_a_push_that_was_called_off_is_not_read(
     prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch, why: str

@@ -26,7 +26,7 @@ from cluster.kv.transport.frames import (
     encode_frame,
 )
 from cluster.ticket import Ticket
-from tests.handoff.agents import LAYERS, TOKENS, Decode, Prefill, make_ticket, sign
+from tests.handoff.agents import LAYERS, TOKENS, WHERE, Decode, Prefill, make_ticket, sign
 from tests.handoff.raw import RawPeer, contents, frame_of, landed, refused, whole_prompt
 
 COMMIT = Commit(LAYERS, 7, 2 * TOKENS)
@@ -257,7 +257,8 @@ async def test_damage_of_one_bit_is_noticed(
         await refused(decode, peer, ticket, wire, Open(wire, 0), frame)
         == "frame 0: checksum differs"
     )
-    assert torch.equal(contents(decode, (5, 6)), before) is (times == 1)
+    in_place = times > 1 and WHERE.device == "cpu"
+    assert torch.equal(contents(decode, (5, 6)), before) is not in_place
 
 
 async def test_every_bit_around_a_payload_counts(prefill: Prefill, decode: Decode) -> None:
