@@ -3,7 +3,7 @@ PY := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto demo test check lint format bench lock clean
+.PHONY: help setup proto demo test check gpu lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ test: lint ## lint, types, import contracts, then the whole test suite without G
 
 check: lint ## the same, with the unit and property tests only (under two minutes)
 	@$(PY) -m pytest -q -m "not gpu and not slow" $(wildcard tests/unit tests/property) $(ARGS)
+
+gpu: ## what needs a GPU: tests/gpu, and tests/handoff over caches there (PYTHON: where vLLM for GPUs is)
+	@scripts/test_gpu.sh $(ARGS)
 
 lint: setup ## ruff, mypy, import contracts, schema lint
 	@.venv/bin/ruff check --quiet

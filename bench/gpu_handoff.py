@@ -59,6 +59,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--no-tp", action="store_true", help="no prefill over two cards, even where there are four")
     add("--share-cards", action="store_true",
         help="on two cards, also a prefill over both, beside the others, over gRPC")  # fmt: skip
+    add("--max-ctas", type=int, metavar="BLOCKS",
+        help="thread blocks that a transfer over NCCL may take (NCCL decides)")  # fmt: skip
     add("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-handoff")), metavar="FOLDER",
         help="gets results.json, table.md and the logs ($OUT, or gpu-handoff)")  # fmt: skip
     add("--json", action="store_true", help="print the results as JSON, not as tables")
@@ -124,6 +126,7 @@ def settings(chosen: argparse.Namespace, folder: Path, gpus: list[float]) -> tup
         prefill_kv_gib=0.125 if cpu else 6.0,
         decode_kv_gib=0.125 if cpu else 14.0,
         start_seconds=450.0 if cpu else 240.0,
+        max_ctas=chosen.max_ctas,
     )
     return setting, load
 

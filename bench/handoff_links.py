@@ -23,6 +23,9 @@ def main() -> None:
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--staging", type=int, help="MiB of device memory for payloads under way")
+    parser.add_argument(
+        "--max-ctas", type=int, help="thread blocks of a transfer over NCCL (it decides)"
+    )
     parser.add_argument("--frame", type=int, default=8, help="MiB of a payload over gRPC (8)")
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
@@ -34,6 +37,7 @@ def main() -> None:
             transport,
             args.staging,
             args.frame,
+            args.max_ctas,
         )
         for mib in sizes:
             blocks = max(1, mib * MIB // BLOCK_BYTES)

@@ -122,6 +122,15 @@ class HandoffConfig(Section):
         float,
         Field(gt=0, le=600, description="A link over nccl that stands still for so long is dead."),
     ] = 10.0
+    link_max_ctas: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=64,
+            description="Thread blocks that a transfer over nccl may take from the GPU's own work;"
+            " unset: NCCL decides.",
+        ),
+    ] = None
     staging_bytes: Annotated[
         int, Field(ge=256 * MIB, description="GPU memory for payloads under way over nccl.")
     ] = 512 * MIB

@@ -21,7 +21,9 @@ class OurEngine:
     def __init__(self, spec: EngineSpec) -> None:
         from cluster.engine.vllm import VllmEngine
 
-        config = HandoffConfig.model_validate({"transport": spec.transport})
+        config = HandoffConfig.model_validate(
+            {"transport": spec.transport, "link_max_ctas": spec.max_ctas}
+        )
         self._engine = VllmEngine(
             spec.model, config, spec.name, f"{spec.name}-1", spec.secret, "127.0.0.1", spec.threads
         )

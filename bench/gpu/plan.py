@@ -27,6 +27,7 @@ class Setting:
         gpus: memory of each card in GiB; empty: the CPU.
         start_seconds: for all engines of a wave together.
         share_cards: on two cards, a prefill over both is tried beside the others, over gRPC.
+        max_ctas: thread blocks of a transfer over NCCL; None: it decides.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Setting:
     prefill_kv_gib: float = 6.0
     decode_kv_gib: float = 14.0
     start_seconds: float = 240.0
+    max_ctas: int | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def _spec(
         gpus=cards if on_gpu else (),
         gib=(WEIGHTS_GIB + kv_gib) / ranks + BESIDES_GIB,
         transport=transport,
+        max_ctas=setting.max_ctas,
         secret=setting.secret,
         port=port,
     )

@@ -24,6 +24,7 @@ class EngineSpec:
         gpus: cards by index; one per rank. Empty: the CPU.
         gib: GPU memory it takes on each of its cards.
         transport: of pdserve's handoffs.
+        max_ctas: thread blocks of a transfer over NCCL; None: it decides.
         port: of NIXL's side channel.
     """
 
@@ -33,6 +34,7 @@ class EngineSpec:
     gpus: tuple[int, ...] = ()
     gib: float = 0.0
     transport: str = "grpc"
+    max_ctas: int | None = None
     secret: bytes = b""
     threads: int = 1
     port: int = 0

@@ -28,11 +28,13 @@ def make_agent(
     frame_bytes: int = 2 << 20,
     checksums: int = 16,
     staging: int | None = None,
+    max_ctas: int | None = None,
 ) -> tuple[HandoffAgent, PagedCache]:
     """A cache of random bits and its agent, started.
 
     Args:
         staging: MiB; None: as configured by default.
+        max_ctas: thread blocks of a transfer over NCCL; None: it decides.
     """
     more = {} if staging is None else {"staging_bytes": staging << 20}
     generator = torch.Generator(device).manual_seed(len(name))
@@ -51,7 +53,13 @@ def make_agent(
         Terms(name, f"{name}-life", "layout", GEOMETRY, 0),
         vocab_size=100,
         options=TransportOptions(
-            transport, "127.0.0.1", frame_bytes, max_streams=64, link_checksums=checksums, **more
+            transport,
+            "127.0.0.1",
+            frame_bytes,
+            max_streams=64,
+            link_checksums=checksums,
+            link_max_ctas=max_ctas,
+            **more,
         ),
     )
     agent.start()

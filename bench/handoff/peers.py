@@ -23,9 +23,18 @@ from cluster.kv.reservation import Reserve
 from cluster.kv.transport.checksums import DeviceSum, value
 
 
-def serve_decode(blocks: int, device: str, transport: str, staging: int | None, frame: int) -> None:
+def serve_decode(
+    blocks: int,
+    device: str,
+    transport: str,
+    frame: int,
+    staging: int | None,
+    max_ctas: int | None,
+) -> None:
     """Reserves blocks for each ticket it is told, and answers when their KV has landed."""
-    agent, cache = make_agent("decode", blocks, device, transport, frame << 20, staging=staging)  # type: ignore[arg-type]
+    agent, cache = make_agent(
+        "decode", blocks, device, transport, frame << 20, staging=staging, max_ctas=max_ctas  # type: ignore[arg-type]
+    )  # fmt: skip
     say(address=agent.address, cpu=cpu_seconds())
     for line in sys.stdin:
         told = json.loads(line)
@@ -81,5 +90,6 @@ def wait_for_result(mailbox: Mailbox, handoff_id: str) -> Any:
 
 
 if __name__ == "__main__":
-    blocks, device, transport, staging, frame = sys.argv[1:]
-    serve_decode(int(blocks), device, transport, int(staging) if staging else None, int(frame))
+    blocks, device, transport, frame, *limits = sys.argv[1:]
+    staging, max_ctas = (int(limit) if limit else None for limit in limits)
+    serve_decode(int(blocks), device, transport, int(frame), staging, max_ctas)

@@ -42,14 +42,16 @@ def grpc_options(frame: int) -> list[tuple[str, int]]:
     return [*options, ("grpc.http2.max_frame_size", frame)] if frame else options
 
 
-def serve_tcp() -> None:
+def serve_tcp(memory: int) -> None:
+    """Takes bytes into so much memory, from its beginning again when it is full."""
+    buffer = memoryview(bytearray(b"\1") * memory)
     listener = socket.create_server(("127.0.0.1", 0))
     say(port=listener.getsockname()[1])
 
     def take(connection: socket.socket) -> None:
-        buffer = bytearray(READ_BYTES)
-        while connection.recv_into(buffer):
-            pass
+        at = 0
+        while size := connection.recv_into(buffer[at : at + READ_BYTES]):
+            at = (at + size) % memory
         connection.close()
 
     def accept() -> None:
@@ -110,7 +112,7 @@ async def serve_grpc(frame: int) -> None:
 if __name__ == "__main__":
     kind, *rest = sys.argv[1:]
     if kind == "tcp":
-        serve_tcp()
+        serve_tcp(int(rest[0]))
     elif kind == "grpc-sink":
         asyncio.run(serve_grpc(int(rest[0])))
     else:

@@ -16,8 +16,10 @@ from bench.handoff.peers import digest, wait_for_result
 from bench.handoff.plain_peers import cpu_seconds
 from cluster.kv.handoff import HandoffParams
 from cluster.kv.sender import Arrival, Offer, Release
+from cluster.kv.transport.streams.client import unpace
 
 MIB = 1 << 20
+WRITE_BYTES = 4 * MIB
 
 
 class PeerProcess:
@@ -53,18 +55,25 @@ class PeerProcess:
 
 
 class TcpRate:
-    """One connection, writes of 4 MiB."""
+    """One connection, writes of 4 MiB, from and into so much memory: with 4 MiB it is the same hot
+    buffer again and again, with a cache's size every byte comes from memory and goes there, as in a
+    handoff. Congestion control is a handoff's."""
 
-    def __init__(self) -> None:
-        self._peer = PeerProcess("plain_peers", "tcp")
-        self._data = random.randbytes(4 * MIB)
+    def __init__(self, memory: int = WRITE_BYTES) -> None:
+        self._peer = PeerProcess("plain_peers", "tcp", memory)
+        self._data = memoryview(random.randbytes(WRITE_BYTES) * (memory // WRITE_BYTES))
+        self._at = 0
 
     def run(self, size: int) -> float:
         with socket.create_connection(("127.0.0.1", self._peer.ready["port"])) as connection:
+            unpace(connection)
             began = time.monotonic()
             left = size
             while left:
-                left -= connection.send(memoryview(self._data)[: min(left, len(self._data))])
+                part = self._data[self._at : self._at + min(left, WRITE_BYTES)]
+                sent = connection.send(part)
+                self._at = (self._at + sent) % len(self._data)
+                left -= sent
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1)
             return size / (time.monotonic() - began)
@@ -137,6 +146,7 @@ class HandoffRate:
     Args:
         staging: MiB of device memory; None: as configured by default.
         frame: MiB of a payload over gRPC.
+        max_ctas: thread blocks of a transfer over NCCL; None: it decides.
     """
 
     def __init__(
@@ -146,12 +156,21 @@ class HandoffRate:
         transport: str,
         staging: int | None = None,
         frame: int = 8,
+        max_ctas: int | None = None,
     ) -> None:
         self._blocks = blocks
         self._agent, self._cache = make_agent(  # type: ignore[arg-type]
-            "prefill", blocks, devices[0], transport, frame << 20, staging=staging
+            "prefill",
+            blocks,
+            devices[0],
+            transport,
+            frame << 20,
+            staging=staging,
+            max_ctas=max_ctas,
         )
-        self._peer = PeerProcess("peers", blocks, devices[1], transport, staging or "", frame)
+        self._peer = PeerProcess(
+            "peers", blocks, devices[1], transport, frame, staging or "", max_ctas or ""
+        )
 
     def run(self, size: int, compare: bool = False) -> Transfer:
         """With `compare`, the blocks of both sides are compared afterwards."""

@@ -159,6 +159,7 @@ class VllmEngine:
                         "max_streams": self._handoff.max_streams,
                         "link_checksums": self._handoff.link_checksums,
                         "link_seconds": self._handoff.link_seconds,
+                        "link_max_ctas": self._handoff.link_max_ctas,
                         "staging_bytes": self._handoff.staging_bytes,
                     },
                 },

@@ -21,7 +21,6 @@ class BlockRun:
     num_layers: int
     first_block: int
     num_blocks: int
-    checksum: int = 0
 
 
 class Assembly:

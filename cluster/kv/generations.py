@@ -16,15 +16,21 @@ Stamp = npt.NDArray[np.uint32]
 
 
 class Generations:
-    """Generation by block id. Written by the engine's thread, read by the agent's."""
+    """Generation by block id. Written by the engine's thread, read by the agent's.
+
+    Attributes:
+        renewals: how often any block has been; while it is the same, so is what `still` says.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self._of = np.zeros(num_blocks, dtype=np.uint32)
+        self.renewals = 0
 
     def renew(self, block_ids: Sequence[int]) -> None:
         """These blocks have been handed out anew."""
         if block_ids:
             np.add.at(self._of, np.asarray(block_ids), 1)
+            self.renewals += 1  # behind it: who finds the old number may have looked before
 
     def stamp(self, block_ids: Sequence[int]) -> Stamp:
         """What they are now; raises IndexError for a block that is not there."""

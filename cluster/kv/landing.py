@@ -53,19 +53,22 @@ class Landing:
             self.reservation.check(self.generations)
             if pieces := self._pieces(frame.run):
                 return await self._read(frame, pieces)
-            frame = await self.inbound.fetch(frame)
-        run, size = frame.run, frame.payload.numel()
+            blocks = await self.inbound.fetch(frame, self._seed)
+        else:
+            blocks = frame
+        run, size = blocks.run, blocks.payload.numel()
         try:
             self.part.check(run, size)
-            self.inbound.verify(frame, self._seed)
+            if blocks is frame:
+                self.inbound.verify(blocks, self._seed)
             self.reservation.check(self.generations)
         except BaseException:
-            self.inbound.done(frame)
+            self.inbound.done(blocks)
             raise
         try:
-            self._write(frame)
+            self._write(blocks)
         finally:
-            self._settle(frame)  # a write that failed half-way may have queued something, too
+            self._settle(blocks)  # a write that failed half-way may have queued something, too
         self.part.accept(run, size)
         if len(self._writes) >= MAX_WRITES:
             await asyncio.wait(self._writes, return_when=asyncio.FIRST_COMPLETED)

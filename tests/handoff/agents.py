@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -17,7 +18,7 @@ from cluster.kv.mailbox import Finished
 from cluster.kv.paged import PagedCache
 from cluster.kv.reservation import Reserve
 from cluster.kv.sender import Arrival, Offer, Release
-from cluster.kv.transport.choose import TransportOptions
+from cluster.kv.transport.choose import Choice, TransportOptions
 from cluster.ticket import Ticket, TicketSigner, new_handoff_id, prompt_digest
 
 SECRET = b"the cluster's secret"
@@ -26,10 +27,29 @@ LARGE = 40
 """Times as much content makes blocks that are sent from where they lie and read to their places."""
 
 
-def random_cache(seed: int, times: int = 1) -> PagedCache:
+@dataclass
+class Where:
+    """Where the caches are and how KV crosses, as pytest was told (`tests/conftest.py`)."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    transport: Choice = "grpc"
+
+    def of(self, worker: str) -> torch.device:
+        """One worker's device."""
+        if self.device == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", int(worker == "decode" and torch.cuda.device_count() > 1))
+
+
+WHERE = Where()
+
+
+def random_cache(seed: int, times: int = 1, worker: str = "prefill") -> PagedCache:
     generator = torch.Generator().manual_seed(seed)
     shape = (BLOCKS, HEADS, TOKENS, CONTENT * times)
-    return PagedCache({f"layer.{i}": torch.rand(shape, generator=generator) for i in range(LAYERS)})
+    layers = (torch.rand(shape, generator=generator) for _ in range(LAYERS))
+    device = WHERE.of(worker)
+    return PagedCache({f"layer.{i}": layer.to(device) for i, layer in enumerate(layers)})
 
 
 GEOMETRY = KvGeometry(1, HEADS, TOKENS)
@@ -48,7 +68,7 @@ def start_agent(
         TicketSigner(SECRET),
         Terms(name, incarnation or f"{name}-life", "layout", geometry, rank),
         vocab_size=100,
-        options=TransportOptions("grpc", "127.0.0.1", max_message_bytes, max_streams=64),
+        options=TransportOptions(WHERE.transport, "127.0.0.1", max_message_bytes, max_streams=64),
     )
     agent.start()
     return agent

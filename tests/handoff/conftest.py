@@ -4,8 +4,19 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.handoff.agents import LARGE, Decode, Prefill, random_cache, start_agent
+from tests.handoff.agents import LARGE, WHERE, Decode, Prefill, random_cache, start_agent
 from tests.handoff.raw import RawPeer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    WHERE.device = config.getoption("--device")
+    WHERE.transport = config.getoption("--transport")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if WHERE.device != "cpu" else ():
+        if item.get_closest_marker("on_host"):
+            item.add_marker(pytest.mark.skip(reason="about blocks that leave from host memory"))
 
 
 @pytest.fixture(params=[1, LARGE], ids=["copied", "in place"])
@@ -24,7 +35,7 @@ def prefill(times: int) -> Iterator[Prefill]:
 
 @pytest.fixture
 def decode(times: int) -> Iterator[Decode]:
-    cache = random_cache(2, times)
+    cache = random_cache(2, times, "decode")
     side = Decode(start_agent("decode", cache, 4096 * times), cache)
     yield side
     side.agent.stop()

@@ -14,7 +14,16 @@ from cluster.kv.packing import Packing
 from cluster.kv.paged import PagedCache
 from cluster.kv.transport.choose import TransportOptions
 from cluster.ticket import Ticket
-from tests.handoff.agents import CONTENT, LAYERS, SIGNER, Decode, Prefill, Side, make_ticket
+from tests.handoff.agents import (
+    CONTENT,
+    LAYERS,
+    SIGNER,
+    WHERE,
+    Decode,
+    Prefill,
+    Side,
+    make_ticket,
+)
 
 
 def packed(tokens: int, seed: int) -> Packing:
@@ -54,7 +63,8 @@ class Engine:
         for rank in range(ranks):
             run = self.geometry.heads_of(rank)
             layers = {
-                f"layer.{i}": model[i, :, run.start : run.stop].clone() for i in range(LAYERS)
+                f"layer.{i}": model[i, :, run.start : run.stop].clone().to(WHERE.of(name))
+                for i in range(LAYERS)
             }
             cache = PagedCache(layers, packing)
             agent = HandoffAgent(
@@ -62,7 +72,7 @@ class Engine:
                 SIGNER,
                 Terms(name, f"{name}-life", "layout", self.geometry, rank),
                 vocab_size=100,
-                options=TransportOptions("grpc", "127.0.0.1", 4096, max_streams=64),
+                options=TransportOptions(WHERE.transport, "127.0.0.1", 4096, max_streams=64),
             )
             agent.start()
             self.sides.append((Prefill if name == "prefill" else Decode)(agent, cache))
@@ -89,7 +99,8 @@ class Engine:
     def kv(self, block_ids: Iterable[int], rank: int) -> torch.Tensor:
         """`[layers, heads of the rank, tokens of those blocks, content]`, plain."""
         cache = self.sides[rank].cache
-        layers = torch.stack([layer.view(torch.float32)[list(block_ids)] for layer in cache._items])
+        items = [layer.view(torch.float32)[list(block_ids)] for layer in cache._items]
+        layers = torch.stack(items).cpu()
         if cache.packing.order is not None:
             shape = layers.shape
             layers = layers.flatten(3)[..., cache.packing.order].view(shape)

@@ -69,7 +69,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.staging = Staging(torch.device("cpu"), SLOTS * SIZE, SIZE)
-        self.links = InboundLinks(SIGNER, TERMS, torch.device("cpu"), 1.0, self.staging)
+        self.links = InboundLinks(SIGNER, TERMS, torch.device("cpu"), 1.0, None, self.staging)
         self.link = FakeLink()
         self.links._links[LINK] = self.link  # type: ignore[assignment]
         self.push = FakePush()

@@ -99,10 +99,12 @@ def frame_of(
     payload = torch.empty(num_layers, len(block_ids) * prefill.cache.block_bytes, dtype=torch.uint8)
     for i in range(num_layers):
         layers = range(layer + i, layer + i + 1)
-        prefill.cache.gather(layers, block_ids, HeadRun(0, HEADS), payload[i])
+        prefill.cache.gather(layers, prefill.cache.index(block_ids), HeadRun(0, HEADS), payload[i])
+    if (copied := prefill.cache.mark()) is not None:
+        copied.synchronize()
     digest = host_checksum(payload.flatten(), seed_of(ticket.handoff_id))
-    run = BlockRun(sequence, layer, num_layers, first_block, len(block_ids), digest)
-    return Blocks(run, payload.flatten())
+    run = BlockRun(sequence, layer, num_layers, first_block, len(block_ids))
+    return Blocks(run, payload.flatten(), digest)
 
 
 def whole_prompt(prefill: Prefill, ticket: Ticket, block_ids: tuple[int, ...]) -> list[Blocks]:
@@ -111,8 +113,8 @@ def whole_prompt(prefill: Prefill, ticket: Ticket, block_ids: tuple[int, ...]) -
 
 
 def contents(decode: Decode | Prefill, block_ids: Iterable[int]) -> torch.Tensor:
-    """What lies in some blocks: `[layers, blocks, heads, tokens, content]`, a copy."""
-    return torch.stack([layer[list(block_ids)] for layer in decode.cache._items])
+    """What lies in some blocks: `[layers, blocks, heads, tokens, content]`, a copy on the host."""
+    return torch.stack([layer[list(block_ids)] for layer in decode.cache._items]).cpu()
 
 
 def landed(

@@ -160,7 +160,7 @@ async def test_decode_restarts_mid_transfer(prefill: Prefill, decode: Decode, ti
     prefill.offer(ticket, wire, decode.agent.address, (1,))
     await decode.until(lambda: decode.frames(ticket) > 0)
     decode.agent.stop()
-    cache = random_cache(3, times)
+    cache = random_cache(3, times, "decode")
     reborn = Decode(start_agent("decode", cache, 4096 * times, incarnation="the next life"), cache)
     try:
         peer = RawPeer(reborn)

@@ -138,6 +138,7 @@ async def test_a_block_dealt_anew_after_it_was_read_is_no_fault(
     assert torch.equal(contents(decode, (6,)), contents(prefill, (2,)))
 
 
+@pytest.mark.on_host
 async def test_blocks_that_the_engine_does_not_keep_are_copied_before_they_leave(
     prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

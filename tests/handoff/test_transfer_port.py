@@ -172,7 +172,7 @@ async def test_a_crowd_of_idle_connections(prefill: Prefill, decode: Decode) -> 
 
 async def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.kv.transport.grpc.HANDSHAKE_SECONDS", 0.3)
-    agent = start_agent("decode", random_cache(2))
+    agent = start_agent("decode", random_cache(2, worker="decode"))
     try:
         with dial(agent.address) as port:
             async with asyncio.timeout(5):

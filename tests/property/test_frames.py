@@ -4,7 +4,6 @@ is refused, and in no other way."""
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.transport.frames import (
+    CHECKSUM_BYTES,
     CONTROL_BYTES,
     HEADER_BYTES,
     Abort,
@@ -33,7 +33,7 @@ from cluster.kv.transport.hello import Payload, decode_link_reply, decode_payloa
 from pdserve.v1 import kv_transfer_pb2 as pb
 
 U32, U64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
-RUNS = st.builds(BlockRun, U32, U32, U32, U32, U32, U64)
+RUNS = st.builds(BlockRun, U32, U32, U32, U32, U32)
 PAYLOADS = st.binary(max_size=300)
 FRAMES = st.one_of(
     st.builds(Open, st.binary(max_size=500), U32, U64),
@@ -45,10 +45,9 @@ REPLIES = st.one_of(
 )
 
 
-def blocks(run: BlockRun, payload: bytes) -> Blocks:
-    return Blocks(
-        run, torch.frombuffer(bytearray(payload) or bytearray(1), dtype=torch.uint8)[: len(payload)]
-    )
+def blocks(run: BlockRun, payload: bytes, checksum: int) -> Blocks:
+    memory = torch.frombuffer(bytearray(payload) or bytearray(1), dtype=torch.uint8)
+    return Blocks(run, memory[: len(payload)], checksum)
 
 
 @given(FRAMES)
@@ -61,22 +60,22 @@ def test_replies_come_back(reply: Reply) -> None:
     assert decode_reply(encode_reply(reply)) == reply
 
 
-@given(RUNS, PAYLOADS)
-def test_blocks_come_back_and_are_protobuf(run: BlockRun, payload: bytes) -> None:
-    wire = encode_frame(blocks(run, payload))
-    assert len(wire) == HEADER_BYTES + len(payload)
+@given(RUNS, PAYLOADS, U64)
+def test_blocks_come_back_and_are_protobuf(run: BlockRun, payload: bytes, checksum: int) -> None:
+    wire = encode_frame(blocks(run, payload, checksum))
+    assert len(wire) == HEADER_BYTES + len(payload) + CHECKSUM_BYTES
     decoded = decode_frame(wire)
     assert isinstance(decoded, Blocks)
-    assert (decoded.run, bytes(decoded.payload.numpy())) == (run, payload)
+    found = decoded.run, bytes(decoded.payload.numpy()), decoded.checksum
+    assert found == (run, payload, checksum)
     message = pb.PushFrame.FromString(wire)
-    assert message.payload == payload
-    assert message.blocks.sequence == run.sequence and message.blocks.checksum == run.checksum
+    assert (message.payload, message.checksum) == (payload, checksum)
+    assert message.blocks.sequence == run.sequence
     assert message.blocks.num_layers == run.num_layers
 
 
 @given(RUNS, st.text(min_size=1, max_size=40), U64)
 def test_announcements_on_a_link_come_back(run: BlockRun, handoff_id: str, size: int) -> None:
-    run = replace(run, checksum=0)
     payloads = [Payload(handoff_id, run, size, summed) for summed in (True, False)]
     assert decode_payloads(encode_payloads(payloads)) == payloads
 
@@ -88,12 +87,12 @@ def test_noise_is_refused_and_nothing_worse(noise: bytes) -> None:
             decode(noise)
 
 
-@given(RUNS, PAYLOADS, st.data())
+@given(RUNS, PAYLOADS, U64, st.data())
 def test_a_damaged_frame_is_refused_or_reads_otherwise(
-    run: BlockRun, payload: bytes, data: st.DataObject
+    run: BlockRun, payload: bytes, checksum: int, data: st.DataObject
 ) -> None:
-    """Cut, lengthened or with a byte changed: never the same header over other bytes."""
-    wire = encode_frame(blocks(run, payload))
+    """Cut, lengthened or with a byte changed: never the same header and sum over other bytes."""
+    wire = encode_frame(blocks(run, payload, checksum))
     at = data.draw(st.integers(0, len(wire) - 1))
     byte = data.draw(st.integers(1, 255))
     for damaged in (wire[:at], wire + wire[:byte], _changed(wire, at, byte)):
@@ -101,10 +100,10 @@ def test_a_damaged_frame_is_refused_or_reads_otherwise(
             found = decode_frame(damaged)
         except HandoffRefused:
             continue
-        assert isinstance(found, Blocks)  # a changed field or payload, the frame's own length
+        assert isinstance(found, Blocks)  # a changed field, payload or sum of the same length
         assert len(damaged) == len(wire)
-        same = found.run == run and bytes(found.payload.numpy()) == payload
-        assert not same
+        read = found.run, bytes(found.payload.numpy()), found.checksum
+        assert read != (run, payload, checksum)
 
 
 @given(st.sampled_from([b"\x0a", b"\x1a", b"\x22", b"\x0a\xff\xff\x03"]), st.integers(0, 100))

@@ -18,6 +18,7 @@ from cluster.kv.transport.link import Link
 from cluster.kv.transport.outbound_links import OutboundLink
 from cluster.kv.transport.staging import Staging
 from cluster.kv.transport.streams.reading import Broken
+from cluster.kv.transport.streams.stream import Seal
 from tests.unit.test_milestones import Point, until
 
 SIZE, SLOTS = 64, 4
@@ -47,6 +48,10 @@ class Call:
         if self.fails:
             raise Broken("it broke")
         self.written.append(b"".join(pieces))
+
+    async def send_sealed(self, head: bytes, pieces: list[memoryview], seal: Seal) -> None:
+        seal.add(pieces)
+        await self.send(head, *pieces, seal.end())
 
     async def receive(self) -> None:
         await asyncio.Event().wait()

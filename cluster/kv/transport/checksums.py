@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import xxhash
+
+from cluster.kv.transport.streams.views import Views
 
 _MASK = (1 << 64) - 1
 _FACTOR = 0x1E3779B97F4A7C15
@@ -19,12 +21,29 @@ def host_checksum(payload: torch.Tensor, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(payload.numpy(), seed=seed)
 
 
-def pieces_checksum(pieces: Iterable[memoryview], seed: int) -> int:
-    """XXH3-64 of a payload that lies in pieces."""
-    digest = xxhash.xxh3_64(seed=seed)
-    for piece in pieces:
-        digest.update(piece)
-    return digest.intdigest()
+class PassingSum:
+    """XXH3-64 of a payload that passes in pieces.
+
+    Args:
+        size: of the payload; what passes behind it does not count.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._left = size
+        self._digest = xxhash.xxh3_64(seed=seed)
+
+    def add(self, pieces: Sequence[memoryview]) -> None:
+        """In order."""
+        size = sum(map(len, pieces))
+        if size > self._left:
+            pieces = Views(pieces).take(self._left)
+            size = self._left
+        self._left -= size
+        for piece in pieces:
+            self._digest.update(piece)
+
+    def value(self) -> int:
+        return int(self._digest.intdigest())
 
 
 class DeviceSum:

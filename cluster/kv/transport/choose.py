@@ -28,6 +28,8 @@ class TransportOptions:
         ports: the transfer port is one of them.
         link_checksums: every how many payloads over NCCL are checked; 0: none.
         link_seconds: how long a link may stand still before it is taken for dead.
+        link_max_ctas: thread blocks of the GPU that a transfer over a link may take; None: NCCL
+            decides.
         staging_bytes: device memory for payloads under way over links, half of it each way.
     """
 
@@ -38,6 +40,7 @@ class TransportOptions:
     ports: str = ANY
     link_checksums: int = 16
     link_seconds: float = 10.0
+    link_max_ctas: int | None = None
     staging_bytes: int = 512 << 20
 
 
@@ -68,5 +71,6 @@ def make_transport(
         required=options.transport == "nccl",
         checksums=options.link_checksums,
         stuck_seconds=options.link_seconds,
+        max_ctas=options.link_max_ctas,
         staging_bytes=options.staging_bytes,
     )

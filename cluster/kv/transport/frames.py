@@ -1,8 +1,8 @@
 """PushFrame and PushReply on the wire.
 
-A frame of blocks is ordinary protobuf in one fixed encoding: the payload lies behind 48 bytes of
-header, so it is sent from where it lies and read into where it belongs, and never passes through
-protobuf's own copies.
+A frame of blocks is ordinary protobuf in one fixed encoding: a header of 48 bytes, the payload, and
+its checksum in 10 bytes. So it is sent from where it lies and read into where it belongs, and never
+passes through protobuf's own copies; and the checksum is taken while the payload passes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from cluster.kv.transport.streams.reading import Incoming
 from cluster.kv.transport.views import bytes_view
 from pdserve.v1 import kv_transfer_pb2 as pb
 
-_HEADER = struct.Struct("<BB BI BI BI BI BI BQ 6s B5s")
+_HEADER = struct.Struct("<BB BI BI BI BI BI 15s B5s")
 _BLOCKS_TAG, _PAYLOAD_TAG = 0x12, 0x7A  # fields 2 and 15, length-delimited
-_FIELDS = (0x0D, 0x15, 0x1D, 0x25, 0x2D, 0x31)  # fixed32 1 to 5, fixed64 6
-_BLOCKS_BYTES = 34
-_PAD = bytes((0x72, 4)) + bytes(4)  # field 14
+_FIELDS = (0x0D, 0x15, 0x1D, 0x25, 0x2D)  # fixed32 1 to 5
+_BLOCKS_BYTES = 25
+_PAD = bytes((0x72, 13)) + bytes(13)  # field 14
+_CHECKSUM = struct.Struct("<2sQ")
+_CHECKSUM_TAG = bytes((0x81, 0x01))  # field 16, fixed64
 CONTROL_BYTES = 8192
 """No frame without blocks is longer; nothing longer is parsed."""
-HEADER_BYTES = _HEADER.size
+HEADER_BYTES, CHECKSUM_BYTES = _HEADER.size, _CHECKSUM.size
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,15 @@ class Open:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A run of blocks of some layers, and their bytes: uint8, flat."""
+    """A run of blocks of some layers, and their bytes: uint8, flat.
+
+    Attributes:
+        checksum: as it came with the frame; 0 if it came over a link.
+    """
 
     run: BlockRun
     payload: torch.Tensor
+    checksum: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,9 @@ Reply = Grant | Ack | Refused
 def encode_frame(frame: Open | Blocks | Commit | Abort) -> bytes:
     """A PushFrame."""
     match frame:
-        case Blocks(run, payload):
-            return blocks_header(run, payload.numel()) + bytes(payload.numpy())
+        case Blocks(run, payload, checksum):
+            header = blocks_header(run, payload.numel())
+            return header + bytes(payload.numpy()) + blocks_checksum(checksum)
         case Open(ticket, rank, link):
             message = pb.PushFrame(open=pb.Open(ticket=ticket, rank=rank, link=link))
         case Commit(frames, token, tokens, checksum):
@@ -134,7 +142,7 @@ def decode_frame(wire: bytes) -> Frame:
         message = pb.PushFrame.FromString(wire)
     except DecodeError as error:
         raise HandoffRefused("a frame is not a PushFrame") from error
-    if message.pad or message.payload:
+    if message.pad or message.payload or message.checksum:
         raise HandoffRefused("a frame without blocks has a payload")
     match message.WhichOneof("kind"):
         case "open":
@@ -148,35 +156,48 @@ def decode_frame(wire: bytes) -> Frame:
 
 
 def blocks_header(run: BlockRun, size: int) -> bytes:
-    """Of a frame of blocks; its payload, of `size` bytes, follows."""
+    """Of a frame of blocks; its payload, of `size` bytes, and its checksum follow."""
     tags = _FIELDS
     return _HEADER.pack(
         _BLOCKS_TAG, _BLOCKS_BYTES,
         tags[0], run.sequence, tags[1], run.layer, tags[2], run.num_layers, tags[3],
-        run.first_block, tags[4], run.num_blocks, tags[5], run.checksum, _PAD, _PAYLOAD_TAG,
-        _long_varint(size),
+        run.first_block, tags[4], run.num_blocks, _PAD, _PAYLOAD_TAG, _long_varint(size),
     )  # fmt: skip
+
+
+def blocks_checksum(checksum: int) -> bytes:
+    """The end of a frame of blocks."""
+    return _CHECKSUM.pack(_CHECKSUM_TAG, checksum)
+
+
+def decode_checksum(end: bytes | bytearray) -> int:
+    """Raises HandoffRefused for anything but the end of a frame of blocks."""
+    tag, checksum = _CHECKSUM.unpack(end)
+    if tag != _CHECKSUM_TAG:
+        raise HandoffRefused("a frame of blocks ends without its checksum")
+    return int(checksum)
 
 
 def decode_head(message: Incoming) -> Coming:
     """A frame of which only the head has come. Raises HandoffRefused if it is none of blocks."""
     if message.head[:1] != bytes((_BLOCKS_TAG,)):
         raise HandoffRefused("a frame is too long")
-    size = message.size - HEADER_BYTES
+    size = message.size - HEADER_BYTES - CHECKSUM_BYTES
     return Coming(_decode_header(message.head, size), size, message)
 
 
 def _decode_blocks(wire: bytes) -> Blocks:
-    if len(wire) < HEADER_BYTES:
+    end = len(wire) - CHECKSUM_BYTES
+    if end < HEADER_BYTES:
         raise HandoffRefused("a frame of blocks is truncated")
-    run = _decode_header(wire[:HEADER_BYTES], len(wire) - HEADER_BYTES)
-    return Blocks(run, bytes_view(wire)[HEADER_BYTES:])
+    run = _decode_header(wire[:HEADER_BYTES], end - HEADER_BYTES)
+    return Blocks(run, bytes_view(wire)[HEADER_BYTES:end], decode_checksum(wire[end:]))
 
 
 def _decode_header(head: bytes, size: int) -> BlockRun:
     values = _HEADER.unpack(head)
-    run = BlockRun(*values[3:14:2])
-    if blocks_header(run, size) != head:
+    run = BlockRun(*values[3:12:2])
+    if size < 0 or blocks_header(run, size) != head:
         raise HandoffRefused("a frame of blocks is malformed, truncated or has a tail")
     return run
 

@@ -12,7 +12,7 @@ import torch
 from cluster.errors import HandoffRefused
 from cluster.kv.milestones import Milestones
 from cluster.kv.paged import PagedCache
-from cluster.kv.transport.frames import CONTROL_BYTES, HEADER_BYTES
+from cluster.kv.transport.frames import CHECKSUM_BYTES, CONTROL_BYTES, HEADER_BYTES
 from cluster.kv.transport.grpc_streams import (
     GrpcInbound,
     GrpcOutbound,
@@ -106,7 +106,7 @@ class GrpcTransport:
         return address
 
     def _reader(self, go_on: Callable[[], None]) -> Reader:
-        limit = self.frame_bytes + HEADER_BYTES + CONTROL_BYTES
+        limit = self.frame_bytes + HEADER_BYTES + CHECKSUM_BYTES + CONTROL_BYTES
         return Reader(limit, WHOLE_BYTES, HEADER_BYTES, go_on)
 
     async def open(self, peer: Peer, handoff_id: str) -> GrpcOutbound:

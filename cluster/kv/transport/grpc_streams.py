@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.transport.checksums import host_checksum, pieces_checksum
+from cluster.kv.transport.checksums import PassingSum, host_checksum
 from cluster.kv.transport.frames import (
+    CHECKSUM_BYTES,
     Abort,
     Blocks,
     Coming,
@@ -22,7 +23,9 @@ from cluster.kv.transport.frames import (
     Frame,
     Open,
     Reply,
+    blocks_checksum,
     blocks_header,
+    decode_checksum,
     decode_frame,
     decode_head,
     decode_reply,
@@ -48,6 +51,19 @@ class HostBuffer:
     payload: torch.Tensor
 
 
+class ChecksumSeal:
+    """The end of a frame of blocks, for a payload that is being sent."""
+
+    size = CHECKSUM_BYTES
+
+    def __init__(self, passing: PassingSum) -> None:
+        self._passing = passing
+        self.add = passing.add
+
+    def end(self) -> bytes:
+        return blocks_checksum(self._passing.value())
+
+
 class GrpcOutbound:
     """A push whose payloads come with the frames."""
 
@@ -64,8 +80,10 @@ class GrpcOutbound:
 
     async def send_pieces(self, run: BlockRun, pieces: Sequence[memoryview], seed: int) -> None:
         """Sends a payload from where it lies, which must be host memory."""
-        sealed = replace(run, checksum=pieces_checksum(pieces, seed))
-        await self._write(blocks_header(sealed, sum(map(len, pieces))), *pieces)
+        size = sum(map(len, pieces))
+        seal = ChecksumSeal(PassingSum(size, seed))
+        with _refused():
+            await self._stream.send_sealed(blocks_header(run, size), pieces, seal)
 
     async def send_blocks(
         self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
@@ -82,19 +100,12 @@ class GrpcOutbound:
         """Nothing: the buffer is its own memory."""
 
     async def send(self, frame: Open | Commit | Abort) -> None:
-        await self._write(encode_frame(frame))
-
-    async def _write(self, *pieces: bytes | memoryview) -> None:
-        try:
-            await self._stream.send(*pieces)
-        except Broken as broken:
-            raise _refusal(broken) from None
+        with _refused():
+            await self._stream.send(encode_frame(frame))
 
     async def receive(self) -> Reply:
-        try:
+        with _refused():
             wire = await self._stream.receive()
-        except Broken as broken:
-            raise _refusal(broken) from None
         if wire is None:
             raise HandoffRefused("the decode worker closed the transfer")
         if isinstance(wire, Incoming):
@@ -105,9 +116,13 @@ class GrpcOutbound:
         self._stream.cancel()
 
 
-def _refusal(broken: Broken) -> HandoffRefused:
-    log.warning("push failed: %s", broken)
-    return HandoffRefused(f"the decode worker broke the transfer off: {broken}")
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except Broken as broken:
+        log.warning("push failed: %s", broken)
+        raise HandoffRefused(f"the decode worker broke the transfer off: {broken}") from None
 
 
 class StagedOutbound(GrpcOutbound):
@@ -157,11 +172,9 @@ class StagedOutbound(GrpcOutbound):
         before: asyncio.Task[None] | None,
     ) -> None:
         await self._milestones.reached(filled)
-        sealed = replace(run, checksum=host_checksum(slot.payload, seed))
         if before is not None:
             await before
-        header = blocks_header(sealed, slot.payload.numel())
-        await self._write(header, memoryview(slot.payload.numpy()))
+        await self.send_pieces(run, [memoryview(slot.payload.numpy())], seed)
 
     def _give_back(self, slot: Slot, filled: Fence | None) -> None:
         self._milestones.then(filled, lambda _: self._staging.give_back(slot))
@@ -258,14 +271,18 @@ class GrpcInbound:
         allowed: Callable[[], None],
         seed: int,
     ) -> None:
-        await _read(coming, pieces, allowed)
-        if pieces_checksum(pieces, seed) != coming.run.checksum:
-            raise HandoffRefused(f"frame {coming.run.sequence}: checksum differs")
+        passing, end = PassingSum(coming.size, seed), bytearray(CHECKSUM_BYTES)
+        try:
+            views = Views([*pieces, memoryview(end)])
+            await coming.rest.read_into(views, allowed, passing.add)
+        except Broken:
+            raise HandoffRefused("prefill stopped half-way") from None
+        _compare(coming.run, passing.value(), decode_checksum(end))
 
-    async def fetch(self, coming: Coming) -> Blocks:
+    async def fetch(self, coming: Coming, seed: int) -> Blocks:
         slot = await self._memory.take(coming.size)
         try:
-            await _read(coming, [memoryview(slot.payload.numpy())], lambda: None)
+            await self.read(coming, [memoryview(slot.payload.numpy())], lambda: None, seed)
         except BaseException:
             self._memory.give_back(slot)
             raise
@@ -273,8 +290,7 @@ class GrpcInbound:
         return Blocks(coming.run, slot.payload)
 
     def verify(self, blocks: Blocks, seed: int) -> None:
-        if host_checksum(blocks.payload, seed) != blocks.run.checksum:
-            raise HandoffRefused(f"frame {blocks.run.sequence}: checksum differs")
+        _compare(blocks.run, host_checksum(blocks.payload, seed), blocks.checksum)
 
     async def reached(self, fence: Fence | None) -> None:
         await self._milestones.reached(fence)
@@ -296,8 +312,6 @@ class GrpcInbound:
         """Nothing: the stream ends with its method."""
 
 
-async def _read(coming: Coming, pieces: Sequence[memoryview], allowed: Callable[[], None]) -> None:
-    try:
-        await coming.rest.read_into(Views(pieces), allowed)
-    except Broken:
-        raise HandoffRefused("prefill stopped half-way") from None
+def _compare(run: BlockRun, found: int, sent: int) -> None:
+    if found != sent:
+        raise HandoffRefused(f"frame {run.sequence}: checksum differs")

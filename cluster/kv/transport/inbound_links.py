@@ -73,12 +73,14 @@ class InboundLinks:
         terms: Terms,
         device: torch.device,
         stuck_seconds: float,
+        max_ctas: int | None,
         staging: Staging,
     ) -> None:
         self._signer = signer
         self._terms = terms
         self._device = device
         self._stuck_seconds = stuck_seconds
+        self._max_ctas = max_ctas
         self._staging = staging
         self._strangers = Seldom(log)
         self._links: dict[int, Link] = {}
@@ -129,7 +131,7 @@ class InboundLinks:
             raise HandoffRefused("the link's hello has been used")
         now = time.monotonic()
         self._hellos.add(hello.link, now, now + HELLO_SECONDS + 2 * CLOCK_TOLERANCE_SECONDS)
-        link = Link(hello.unique_id, 1, self._device, self._stuck_seconds, None)
+        link = Link(hello.unique_id, 1, self._device, self._stuck_seconds, self._max_ctas)
         try:
             await link.up()
         except BaseException:  # the peer has gone, perhaps

@@ -99,8 +99,8 @@ class LinkedInbound(Inbound):
     ) -> None:
         await self._inner.read(coming, pieces, allowed, seed)
 
-    async def fetch(self, coming: Coming) -> Blocks:
-        return await self._inner.fetch(coming)
+    async def fetch(self, coming: Coming, seed: int) -> Blocks:
+        return await self._inner.fetch(coming, seed)
 
     def verify(self, blocks: Blocks, seed: int) -> None:
         arriving = self._taken.get(id(blocks.payload))

@@ -56,6 +56,7 @@ class NcclTransport:
         required: refuse rather than go over gRPC.
         checksums: every how many payloads of a push are checked; 0: none.
         stuck_seconds: a link that stands still for so long is taken for dead.
+        max_ctas: thread blocks that a transfer may take; None: NCCL decides.
         staging_bytes: device memory for payloads under way, half of it each way.
     """
 
@@ -70,6 +71,7 @@ class NcclTransport:
         required: bool,
         checksums: int,
         stuck_seconds: float,
+        max_ctas: int | None,
         staging_bytes: int,
     ) -> None:
         self._grpc = grpc
@@ -79,6 +81,7 @@ class NcclTransport:
         self._required = required
         self._checksums = checksums
         self._stuck_seconds = stuck_seconds
+        self._max_ctas = max_ctas
         self._staging_bytes = staging_bytes
         self.frame_bytes = max(SLOT_BYTES, cache.block_bytes)
         self._links: dict[Peer, asyncio.Task[OutboundLink]] = {}
@@ -87,7 +90,12 @@ class NcclTransport:
     async def start(self, serve: Serve) -> str:
         self._staging = self._new_staging()
         self._inbound = InboundLinks(
-            self._signer, self._terms, self._device, self._stuck_seconds, self._new_staging()
+            self._signer,
+            self._terms,
+            self._device,
+            self._stuck_seconds,
+            self._max_ctas,
+            self._new_staging(),
         )
 
         async def push(stream: Stream) -> None:
@@ -142,7 +150,7 @@ class NcclTransport:
         try:
             async with asyncio.timeout(self._stuck_seconds):
                 await stream.send(encode_hello(hello, self._signer))
-                link = Link(hello.unique_id, 0, self._device, self._stuck_seconds, None)
+                link = Link(hello.unique_id, 0, self._device, self._stuck_seconds, self._max_ctas)
                 up = asyncio.create_task(link.up())  # the peer answers once it is
                 try:
                     wire = await stream.receive_whole()

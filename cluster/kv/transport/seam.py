@@ -133,13 +133,17 @@ class Inbound(Protocol):
         """
         ...
 
-    async def fetch(self, coming: Coming) -> Blocks:
-        """Reads a payload into memory of its own. Raises HandoffRefused if it never came."""
+    async def fetch(self, coming: Coming, seed: int) -> Blocks:
+        """Reads a payload into memory of its own, and verifies it.
+
+        Raises:
+            HandoffRefused: the payload is not what was sent, or never came.
+        """
         ...
 
     def verify(self, blocks: Blocks, seed: int) -> None:
-        """Raises HandoffRefused if the payload is seen not to be what was sent. What a device is
-        yet to find out is judged with the commit."""
+        """Of a payload that `receive` gave whole: raises HandoffRefused if it is seen not to be
+        what was sent. What a device is yet to find out is judged with the commit."""
         ...
 
     async def reached(self, fence: Fence | None) -> None:

@@ -31,7 +31,7 @@ from cluster.kv.transport.streams.protocol import (
 from cluster.kv.transport.streams.reading import BadMessage, Broken, Incoming, Reader
 from cluster.kv.transport.streams.receiving import Receiving
 from cluster.kv.transport.streams.sending import Sending
-from cluster.kv.transport.streams.stream import Outgoing, Stream
+from cluster.kv.transport.streams.stream import Outgoing, Seal, Stream
 from cluster.kv.transport.streams.views import Views
 
 RESETS_A_SECOND = 1000
@@ -115,9 +115,11 @@ class Connection:
             self._h2.send_headers(stream.id, BEGIN)
             self._sending.pump()
 
-    async def send(self, stream: Stream, message: Views) -> None:
-        """Behind what the stream has sent before. Raises Broken."""
-        outgoing = Outgoing(stream, message)
+    async def send(
+        self, stream: Stream, message: Views, seal: Seal | None = None, plain: int = 0
+    ) -> None:
+        """Behind what the stream has sent before; see `Outgoing`. Raises Broken."""
+        outgoing = Outgoing(stream, message, None, seal, plain)
         self._sending.put(outgoing)
         try:
             await outgoing.done

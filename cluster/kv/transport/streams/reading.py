@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.kv.transport.streams.protocol import PREFIX
 from cluster.kv.transport.streams.views import Views
 
 MAX_WAITING = 64
 """Messages of a stream that wait to be taken; more stay in the socket."""
+
+
+Landed = Callable[[Sequence[memoryview]], None]
 
 
 class BadMessage(Exception):
@@ -46,6 +49,7 @@ class Incoming:
         self._go_on = go_on
         self._views: Views | None = None
         self._allowed: Callable[[], None] | None = None
+        self._landed: Landed | None = None
         self._skipped = False
         self._done: asyncio.Future[None] | None = None
 
@@ -54,12 +58,15 @@ class Incoming:
         """Nobody has said yet where the rest goes."""
         return self._views is None and not self._skipped
 
-    async def read_into(self, pieces: Views, allowed: Callable[[], None]) -> None:
+    async def read_into(
+        self, pieces: Views, allowed: Callable[[], None], landed: Landed | None = None
+    ) -> None:
         """Reads the rest into memory of its size.
 
         Args:
             allowed: called in the very turn of the loop in which memory is written to, each time;
                 what it raises ends the reading, and no byte is written any more.
+            landed: called with the memory that has just been written to, in order.
 
         Raises:
             ValueError: the memory is of another size.
@@ -67,7 +74,7 @@ class Incoming:
         """
         if pieces.left != self.left:
             raise ValueError(f"{self.left} bytes into memory of {pieces.left}")
-        self._views, self._allowed = pieces, allowed
+        self._views, self._allowed, self._landed = pieces, allowed, landed
         self._done = asyncio.get_running_loop().create_future()
         self._go_on()
         try:
@@ -102,21 +109,23 @@ class Incoming:
     def filled(self, size: int) -> None:
         """So many bytes have been read into `room`."""
         assert self._views is not None
-        self._views.advance(size)
-        self._came(size)
+        self._came(self._views.take(size), size)
 
     def feed(self, data: memoryview) -> int:
         """Takes bytes that have been read; returns how many: none while it waits."""
         if self.waits:
             return 0
         size = min(len(data), self.left)
+        filled: list[memoryview] = []
         if self.room(size):
             assert self._views is not None
-            self._views.fill(data[:size])
-        self._came(size)
+            filled = self._views.fill(data[:size])
+        self._came(filled, size)
         return size
 
-    def _came(self, size: int) -> None:
+    def _came(self, filled: list[memoryview], size: int) -> None:
+        if self._landed is not None:
+            self._landed(filled)
         self.left -= size
         if not self.left and self._done is not None and not self._done.done():
             self._done.set_result(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from h2.connection import H2Connection
 
@@ -16,8 +16,55 @@ from cluster.kv.transport.streams.views import Views
 
 TURN_BYTES = 8 << 20
 """Sent before others on the loop have their turn."""
+CHUNK_BYTES = 512 << 10
+"""Sent at once, so that it is still in the processor's cache when its seal looks at it."""
 MAX_UNSENT_BYTES = 1 << 20
 """Of what the protocol has to say; a peer that makes it say more and reads nothing is dropped."""
+_ZEROS = memoryview(bytes(64 << 10))
+
+
+class Frame:
+    """One HTTP/2 frame on its way.
+
+    Args:
+        head: its first bytes.
+        part: of `outgoing`'s message, behind them.
+
+    Attributes:
+        left: bytes that have not been sent.
+    """
+
+    def __init__(
+        self, head: bytes, part: Sequence[memoryview] = (), outgoing: Outgoing | None = None
+    ) -> None:
+        self._head = memoryview(head)
+        self._part = Views(part)
+        self.outgoing = outgoing
+
+    @property
+    def left(self) -> int:
+        return len(self._head) + self._part.left
+
+    def front(self) -> list[memoryview]:
+        """What goes to the socket next."""
+        part = self._part.front(CHUNK_BYTES)
+        return [self._head, *part] if self._head else part
+
+    def sent(self, size: int) -> None:
+        """So much of it has been taken."""
+        if self._head:
+            head = min(size, len(self._head))
+            self._head = self._head[head:]
+            size -= head
+        part = self._part.take(size)
+        if self.outgoing is not None:
+            self.outgoing.passed(part)
+
+    def blank(self) -> None:
+        """What has not been sent of the message leaves as zeros: the peer has to skip something."""
+        left, self.outgoing = self._part.left, None
+        whole, rest = divmod(left, len(_ZEROS))
+        self._part = Views([_ZEROS] * whole + [_ZEROS[:rest]])
 
 
 class Sending:
@@ -36,7 +83,7 @@ class Sending:
         self._loop = asyncio.get_running_loop()
         self._unsent = bytearray()
         self._queue: deque[Outgoing] = deque()
-        self._frame: Views | None = None
+        self._frame: Frame | None = None
         self._waiting = False
         self._busy = False
         self._over = False
@@ -55,12 +102,20 @@ class Sending:
         if outgoing not in self._queue:
             return False
         self._queue.remove(outgoing)
+        self._let_go(outgoing)
         return True
 
+    def _let_go(self, outgoing: Outgoing) -> None:
+        """The pieces of a sealed message are read no more. What is left of another goes: it is its
+        own, and with zeros in it might mean something."""
+        if outgoing.sealing and self._frame is not None and self._frame.outgoing is outgoing:
+            self._frame.blank()
+
     def forget(self, stream: Stream) -> None:
-        """Nothing of a stream leaves any more, but for a frame that has begun."""
+        """Nothing of a stream leaves any more, but for the rest of a frame that has begun."""
         for outgoing in [queued for queued in self._queue if queued.stream is stream]:
             self._queue.remove(outgoing)
+            self._let_go(outgoing)
             outgoing.lost(Broken("the stream was closed"))
 
     def pump(self) -> None:
@@ -91,10 +146,10 @@ class Sending:
             if frame is None:
                 return False
             try:
-                size = self._sock.sendmsg(frame.front(TURN_BYTES))
+                size = self._sock.sendmsg(frame.front())
             except (BlockingIOError, InterruptedError):
                 return True
-            frame.advance(size)
+            frame.sent(size)
             turn -= size
             if not frame.left:
                 self._frame = None
@@ -108,7 +163,7 @@ class Sending:
             self._loop.remove_writer(self._sock)
         self._waiting = more
 
-    def _next(self) -> Views | None:
+    def _next(self) -> Frame | None:
         """The next frame that may leave."""
         blocked: set[Stream] = set()
         for outgoing in tuple(self._queue):
@@ -131,17 +186,17 @@ class Sending:
                 size = sum(map(len, part))
                 self._h2.outbound_flow_control_window -= size
                 flow.outbound_flow_control_window -= size
-                return Views([memoryview(data_header(outgoing.stream.id, size)), *part])
+                return Frame(data_header(outgoing.stream.id, size), part, outgoing)
             blocked.add(outgoing.stream)
         return self._said()
 
-    def _said(self) -> Views | None:
+    def _said(self) -> Frame | None:
         """What the protocol has to say."""
         self._collect()
         if not self._unsent or self._over:
             return None
         said, self._unsent = bytes(self._unsent), bytearray()
-        return Views([memoryview(said)])
+        return Frame(said)
 
     def _collect(self) -> None:
         """Also while the socket takes nothing: a peer may ask on and on, and read no answer."""

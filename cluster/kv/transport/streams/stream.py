@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.kv.transport.streams.protocol import PREFIX
 from cluster.kv.transport.streams.reading import Broken, Incoming, Message, Reader
@@ -49,6 +49,18 @@ class Stream:
         views = [piece if isinstance(piece, memoryview) else memoryview(piece) for piece in pieces]
         prefix = PREFIX.pack(0, sum(map(len, views)))
         await self._connection.send(self, Views([memoryview(prefix), *views]))
+
+    async def send_sealed(self, head: bytes, pieces: Sequence[memoryview], seal: Seal) -> None:
+        """The same with an end that is made of the pieces while they leave. However it ends, the
+        pieces are read no more.
+
+        Args:
+            head: before the pieces; none of the seal's.
+        """
+        if self.over:
+            raise Broken("the stream has ended")
+        start = PREFIX.pack(0, len(head) + sum(map(len, pieces)) + seal.size) + head
+        await self._connection.send(self, Views([memoryview(start), *pieces]), seal, len(start))
 
     async def receive(self) -> Message | None:
         """The next message; None after the last one.
@@ -99,30 +111,77 @@ class Stream:
             call()
 
 
+class Seal(Protocol):
+    """Sees a message's pieces leave, and makes its end of what it has seen.
+
+    Attributes:
+        size: of the end, in bytes.
+    """
+
+    size: int
+
+    def add(self, pieces: Sequence[memoryview]) -> None:
+        """These bytes have just been given to the socket."""
+        ...
+
+    def end(self) -> bytes:
+        """All of them have."""
+        ...
+
+
 class Outgoing:
     """One message on its way out, or the end of a stream behind its messages.
+
+    Args:
+        seal: makes the message's end.
+        plain: so many bytes at the front are none of the seal's.
 
     Attributes:
         act: instead of a message.
     """
 
     def __init__(
-        self, stream: Stream, views: Views | None, act: Callable[[], None] | None = None
+        self,
+        stream: Stream,
+        views: Views | None,
+        act: Callable[[], None] | None = None,
+        seal: Seal | None = None,
+        plain: int = 0,
     ) -> None:
         self.stream = stream
         self.views = views
         self.act = act
+        self._seal = seal
+        self._plain = plain
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(lambda _: self.done.cancelled() or self.done.exception())
 
+    @property
+    def sealing(self) -> bool:
+        """Its end is still to be made."""
+        return self._seal is not None
+
     def part(self, room: int) -> Sequence[memoryview]:
-        """The next bytes of the message, `room` at most."""
+        """The next bytes of the message, `room` at most, once those before have left."""
         assert self.views is not None
+        if not self.views.left and self._seal is not None:
+            self.views = Views([memoryview(self._seal.end())])
+            self._seal = None
         return self.views.take(room)
+
+    def passed(self, pieces: Sequence[memoryview]) -> None:
+        """These bytes of it have just been given to the socket."""
+        if self._seal is None:
+            return
+        if self._plain:
+            rest = Views(pieces)
+            self._plain -= sum(map(len, rest.take(self._plain)))
+            pieces = rest.take(rest.left)
+        self._seal.add(pieces)
 
     def left(self) -> bool:
         """Some of it has not been sent."""
-        return self.views is not None and self.views.left > 0
+        return self.views is not None and (self.views.left > 0 or self.sealing)
 
     def sent(self) -> None:
         """The socket has it all."""

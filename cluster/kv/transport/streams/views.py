@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 MAX_PIECES = 256
 """That one system call takes; Linux allows 1,024."""
 
 
 class Views:
-    """A sequence of pieces and how far it has been used.
+    """A sequence of pieces and how far it has been used. Nothing here looks at every piece: a
+    payload has hundreds.
 
     Attributes:
         left: bytes that have not been used.
@@ -17,19 +20,22 @@ class Views:
 
     def __init__(self, pieces: Sequence[memoryview]) -> None:
         self._pieces = list(pieces)
+        self._ends = list(accumulate(map(len, self._pieces)))
         self._at = 0
-        self.left = sum(map(len, self._pieces))
+        self.left = self._ends[-1] if self._ends else 0
 
     def front(self, limit: int) -> list[memoryview]:
-        """The next pieces, of `limit` bytes together and of `MAX_PIECES` at most."""
-        taken = self._pieces[self._at : self._at + MAX_PIECES]
-        size = 0
-        for i, piece in enumerate(taken):
-            size += len(piece)
-            if size >= limit:
-                taken[i] = piece[: len(piece) - (size - limit)]
-                return taken[: i + 1]
-        return taken
+        """The next whole pieces that make `limit` bytes at most, `MAX_PIECES` at most; if not even
+        one does, its first `limit` bytes."""
+        at, most = self._at, min(self._at + MAX_PIECES, len(self._pieces))
+        stop = bisect_right(self._ends, self._used + limit, at, most)
+        if stop > at or not self.left:
+            return self._pieces[at:stop]
+        return [self._pieces[at][:limit]]
+
+    @property
+    def _used(self) -> int:
+        return self._ends[-1] - self.left if self._ends else 0
 
     def take(self, limit: int) -> list[memoryview]:
         """The next `limit` bytes, or what is left; they count as used."""
@@ -45,18 +51,16 @@ class Views:
     def advance(self, size: int) -> None:
         """So many bytes have been used."""
         self.left -= size
-        while size:
-            piece = self._pieces[self._at]
-            if size < len(piece):
-                self._pieces[self._at] = piece[size:]
-                return
-            size -= len(piece)
-            self._at += 1
+        used = self._used
+        at = self._at = bisect_right(self._ends, used, self._at)
+        if self.left:
+            piece = self._pieces[at]
+            self._pieces[at] = piece[used - (self._ends[at] - len(piece)) :]
 
-    def fill(self, data: memoryview) -> int:
-        """Copies from `data`; returns how many bytes there was room for."""
-        done = 0
-        for piece in self.take(min(len(data), self.left)):
+    def fill(self, data: memoryview) -> list[memoryview]:
+        """Copies as much of `data` as there is room for; returns where it lies now."""
+        filled, done = self.take(min(len(data), self.left)), 0
+        for piece in filled:
             piece[:] = data[done : done + len(piece)]
             done += len(piece)
-        return done
+        return filled
