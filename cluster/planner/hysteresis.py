@@ -31,13 +31,13 @@ class _Needs:
 
     Attributes:
         feared: for the forecast at its highest, and the backlog.
-        come: for the rate that had been reached.
+        excess: workers by which that was more than what had come.
         measured: it is a need, and not what merely was there at first.
     """
 
     at: float
     feared: Counts
-    come: Counts
+    excess: int
     measured: bool = True
 
 
@@ -50,6 +50,12 @@ class Hysteresis:
         self._conversion: Counts | None = None
         self._shrunk_at = -math.inf
         self._damping = 1.0
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which what was needed is kept; not less than workers take to start."""
+        policy = self.policy
+        return self._damping * max(policy.down_after, 1.5 * policy.cold_start)
 
     def forget(self) -> None:
         """What was needed says nothing any more: of other targets, another mode, another clock."""
@@ -66,9 +72,9 @@ class Hysteresis:
         may_add: bool,
         reasons: list[str],
     ) -> Wish:
-        """Growth at once, loans after moments, shrinking after `down_after`.
+        """Growth at once, loans after moments, shrinking after `patience`.
 
-        Workers are raised for what is feared and kept for what has come. A fear that did not come
+        Workers are raised for what is feared and kept for what has `come` within the patience. A fear that did not come
         true is provided for the longer the less that costs: one worker too many for `down_after`,
         k for its k-th part, so that no fear costs more worker-seconds than another; but what was
         started is waited for before it is judged.
@@ -79,19 +85,15 @@ class Hysteresis:
         """
         policy = self.policy
         if not self._needs:
-            first = _converted(have, needed)
-            self._needs.append(_Needs(now, first, first, measured=False))
-        self._needs.append(_Needs(now, needed, come))
-        soon = self._damping * 1.5 * policy.cold_start
-        late = max(self._damping * policy.down_after, soon)
+            self._needs.append(_Needs(now, _converted(have, needed), 1, measured=False))
+        self._needs.append(_Needs(now, needed, max(1, needed.total - come.total)))
+        soon, late = self._damping * 1.5 * policy.cold_start, self.patience
         while self._needs[0].at < now - late:
             self._needs.popleft()
-        keep, lend, total = needed, needed, needed.total
+        keep, lend, total = _largest(needed, come), needed, max(needed.total, come.total)
         for each in self._needs:
-            excess = max(1, each.feared.total - each.come.total)
-            patience = max(soon, late / excess)
-            held = each.feared if each.at >= now - patience else each.come
-            keep, total = _largest(keep, held), max(total, held.total)
+            if each.at >= now - max(soon, late / each.excess):
+                keep, total = _largest(keep, each.feared), max(total, each.feared.total)
             if each.measured and each.at > now - LEND_STEPS * policy.interval:
                 lend = _largest(lend, each.feared)
         if keep.total > policy.max_workers:
