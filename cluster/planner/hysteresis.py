@@ -48,6 +48,7 @@ class Hysteresis:
         self.policy = policy
         self._needs: deque[_Needs] = deque()
         self._conversion: Counts | None = None
+        self._strange = True
         self._shrunk_at = -math.inf
         self._damping = 1.0
 
@@ -58,7 +59,13 @@ class Hysteresis:
         return self._damping * max(policy.down_after, 1.5 * policy.cold_start)
 
     def forget(self) -> None:
-        """What was needed says nothing any more: of other targets, another mode, another clock."""
+        """What was needed says nothing any more: of other targets, another clock."""
+        self._needs.clear()
+        self._conversion = None
+        self._strange = True
+
+    def turn(self) -> None:
+        """The mode changes: what is needed in it is told by what has come, as before."""
         self._needs.clear()
         self._conversion = None
 
@@ -85,7 +92,10 @@ class Hysteresis:
         """
         policy = self.policy
         if not self._needs:
-            self._needs.append(_Needs(now, _converted(have, needed), 1, measured=False))
+            first = _converted(have, needed)
+            excess = 1 if self._strange else max(1, first.total - come.total)
+            self._needs.append(_Needs(now, first, excess, measured=False))
+            self._strange = False
         self._needs.append(_Needs(now, needed, max(1, needed.total - come.total)))
         soon, late = self._damping * 1.5 * policy.cold_start, self.patience
         while self._needs[0].at < now - late:

@@ -120,7 +120,7 @@ def rate_serving(rates: Iterable[float], share: float) -> float:
         if wanted <= rate * left:
             return wanted / left
         wanted -= rate
-    return 0.0
+    return ordered[-1] if ordered else 0.0  # only rounding was still wanted
 
 
 def _backlog_rate(

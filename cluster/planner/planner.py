@@ -236,7 +236,7 @@ class Planner:
         if steady and max(o.counts.total for _, o in self._modes) <= ready:
             self._whole = not self._whole
             self._modes.clear()
-            self._steady.forget()
+            self._steady.turn()
             now, other = other, now
             reasons.append(f"from now on {'aggregated' if self._whole else 'split'}")
         name = "split" if self._whole else "aggregated"
