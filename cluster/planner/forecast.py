@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 MEMORY = 60
-"""Intervals over which it is learned how much of a rate's movement lasts."""
+"""Intervals over which it is learned how much of a rate's moves is taken back."""
 
 
 class Forecast(Protocol):
@@ -47,18 +47,16 @@ class Forecast(Protocol):
 
 @dataclass
 class Holt:
-    """Level and damped trend (Gardner and McKenzie, 1985), as quick as the rate's moves last.
+    """Level and damped trend (Gardner and McKenzie, 1985), and the noise about them.
 
-    A rate that walks and is seen with noise has steps of variance walk + 2·noise², and each step is
-    turned back by the next with −noise² (Harvey, 1989, §2.4). The weight of the newest value that
-    suits these two (Muth, 1960) is taken, up to `level_gain`: a step is followed at once, while
-    clumps that come and go, once known, move the level little.
+    Noise moves a value and the next one back: a step's covariance with the one before is −noise²,
+    however the rate itself walks (Harvey, 1989, §2.4).
 
     Attributes:
-        level_gain, trend_gain: largest weights of the newest value; `damping` is the share of the
-            trend that survives an interval, so that a burst is not drawn on into the sky.
+        level_gain, trend_gain: weight of the newest value; `damping` is the share of the trend that
+            survives an interval, so that a burst is not drawn on into the sky.
         last, step: the newest value, and how far it was from the one before.
-        moved, turned: means of the steps' squares, and of what the next one took back of each.
+        turned: of steps, the mean product with the one before, negated.
     """
 
     level_gain: float = 0.4
@@ -69,7 +67,6 @@ class Holt:
     variance: float = 0.0
     last: float = 0.0
     step: float = 0.0
-    moved: float = 0.0
     turned: float = 0.0
     count: int = 0
     ignored: int = 0
@@ -81,41 +78,24 @@ class Holt:
         if self.count == 0:
             self.level = rate
         else:
-            self._learn(rate - self.last)
             expected = self.level + self.damping * self.trend
             error = rate - expected
-            self.level = expected + self.gain * error
-            self.trend = self.damping * self.trend + self._trend_gain * error
+            before = self.level
+            self.level = expected + self.level_gain * error
+            step = self.level - before - self.damping * self.trend
+            self.trend = self.damping * self.trend + self.trend_gain * step / self.level_gain
             gain = max(0.1, 1 / self.count)
             self.variance += gain * (error**2 - self.variance)
+            before, self.step = self.step, rate - self.last
+            self.turned -= (before * self.step + self.turned) / min(self.count, MEMORY)
         self.last = rate
         self.count += 1
-
-    def _learn(self, step: float) -> None:
-        weight = 1 / min(self.count, MEMORY)
-        self.moved += weight * (step**2 - self.moved)
-        self.turned += weight * (-step * self.step - self.turned)
-        self.step = step
-
-    @property
-    def gain(self) -> float:
-        """Weight of the newest value in the level."""
-        noise = self.noise**2
-        if noise == 0:
-            return self.level_gain
-        ratio = max(0.0, self.moved - 2 * noise) / noise
-        best = (math.sqrt(ratio * (ratio + 4)) - ratio) / 2
-        return min(self.level_gain, max(best, 1 / MEMORY))
-
-    @property
-    def _trend_gain(self) -> float:
-        return self.trend_gain * (self.gain / self.level_gain) ** 2
 
     def ahead(self, intervals: float, scatter: float = 0.0) -> float:
         survives: float = self.damping**intervals
         reach = self.damping * (1 - survives) / (1 - self.damping)
-        # The trend is a sum of errors, each weighted by its gain and damped since.
-        noise = scatter * self._trend_gain / math.sqrt(1 - self.damping**2)
+        # The trend is a sum of errors, each weighted trend_gain and damped since.
+        noise = scatter * self.trend_gain / math.sqrt(1 - self.damping**2)
         trend = self.trend if abs(self.trend) > noise else 0.0
         return max(0.0, self.level + reach * trend)
 
@@ -128,7 +108,7 @@ class Holt:
 
     @property
     def noise(self) -> float:
-        return math.sqrt(min(max(0.0, self.turned), self.moved / 2))
+        return math.sqrt(max(0.0, self.turned))
 
 
 class Seasonal:

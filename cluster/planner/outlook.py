@@ -2,9 +2,9 @@
 
 Two outlooks. What has *come* is the rate at which the targets' share of the requests of late would
 have been served: workers are kept for it. A target is a share of all requests, so a clump of
-arrivals may be missed where those around it make up for it. What is *feared* is that, or the highest
-rate until a worker started now would serve with the forecast's error, and the backlog: workers are
-raised for it. A trend, drawn on, is a fear that the next intervals confirm or not.
+arrivals may be missed where those around it make up for it. What is *feared* is that, or the
+highest rate until a worker started now would serve with the forecast's error, and the backlog:
+workers are raised for it. A trend, drawn on, is a fear that the next intervals confirm or not.
 """
 
 from __future__ import annotations
