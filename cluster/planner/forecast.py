@@ -10,6 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+MEMORY = 60
+"""Intervals over which it is learned how much of a rate's moves is taken back."""
+
 
 class Forecast(Protocol):
     """What the planner asks about one class's rate, in requests/s."""
@@ -36,14 +39,24 @@ class Forecast(Protocol):
         """Standard deviation of the one-interval forecast's error."""
         ...
 
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the values about their rate, as they have shown it."""
+        ...
+
 
 @dataclass
 class Holt:
-    """Level and damped trend (Gardner and McKenzie, 1985).
+    """Level and damped trend (Gardner and McKenzie, 1985), and the noise about them.
+
+    Noise moves a value and the next one back: a step's covariance with the one before is −noise²,
+    however the rate itself walks (Harvey, 1989, §2.4).
 
     Attributes:
         level_gain, trend_gain: weight of the newest value; `damping` is the share of the trend that
             survives an interval, so that a burst is not drawn on into the sky.
+        last, step: the newest value, and how far it was from the one before.
+        turned: of steps, the mean product with the one before, negated.
     """
 
     level_gain: float = 0.4
@@ -52,6 +65,9 @@ class Holt:
     level: float = 0.0
     trend: float = 0.0
     variance: float = 0.0
+    last: float = 0.0
+    step: float = 0.0
+    turned: float = 0.0
     count: int = 0
     ignored: int = 0
 
@@ -70,6 +86,9 @@ class Holt:
             self.trend = self.damping * self.trend + self.trend_gain * step / self.level_gain
             gain = max(0.1, 1 / self.count)
             self.variance += gain * (error**2 - self.variance)
+            before, self.step = self.step, rate - self.last
+            self.turned -= (before * self.step + self.turned) / min(self.count, MEMORY)
+        self.last = rate
         self.count += 1
 
     def ahead(self, intervals: float, scatter: float = 0.0) -> float:
@@ -86,6 +105,10 @@ class Holt:
     @property
     def spread(self) -> float:
         return math.sqrt(self.variance)
+
+    @property
+    def noise(self) -> float:
+        return math.sqrt(max(0.0, self.turned))
 
 
 class Seasonal:
@@ -145,3 +168,7 @@ class Seasonal:
     @property
     def spread(self) -> float:
         return self._holt.spread
+
+    @property
+    def noise(self) -> float:
+        return self._holt.noise

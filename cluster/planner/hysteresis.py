@@ -31,13 +31,13 @@ class _Needs:
 
     Attributes:
         feared: for the forecast at its highest, and the backlog.
-        come: for the rate that had been reached.
+        excess: workers by which that was more than what had come.
         measured: it is a need, and not what merely was there at first.
     """
 
     at: float
     feared: Counts
-    come: Counts
+    excess: int
     measured: bool = True
 
 
@@ -48,11 +48,24 @@ class Hysteresis:
         self.policy = policy
         self._needs: deque[_Needs] = deque()
         self._conversion: Counts | None = None
+        self._strange = True
         self._shrunk_at = -math.inf
         self._damping = 1.0
 
+    @property
+    def patience(self) -> float:
+        """Seconds for which what was needed is kept; not less than workers take to start."""
+        policy = self.policy
+        return self._damping * max(policy.down_after, 1.5 * policy.cold_start)
+
     def forget(self) -> None:
-        """What was needed says nothing any more: of other targets, another mode, another clock."""
+        """What was needed says nothing any more: of other targets, another clock."""
+        self._needs.clear()
+        self._conversion = None
+        self._strange = True
+
+    def turn(self) -> None:
+        """The mode changes: what is needed in it is told by what has come, as before."""
         self._needs.clear()
         self._conversion = None
 
@@ -66,12 +79,12 @@ class Hysteresis:
         may_add: bool,
         reasons: list[str],
     ) -> Wish:
-        """Growth at once, loans after moments, shrinking after `down_after`.
+        """Growth at once, loans after moments, shrinking after `patience`.
 
-        Workers are raised for what is feared and kept for what has come. A fear that did not come
-        true is provided for the longer the less that costs: one worker too many for `down_after`,
-        k for its k-th part, so that no fear costs more worker-seconds than another; but what was
-        started is waited for before it is judged.
+        Workers are raised for what is feared and kept for what has `come` within the patience. A
+        fear that did not come true is provided for the longer the less that costs: one worker too
+        many for `down_after`, k for its k-th part, so that no fear costs more worker-seconds than
+        another; but what was started is waited for before it is judged.
 
         Two pools that were large one after the other are not both kept at their largest if the
         budget has no room for that: then what was needed of late decides about each, and all
@@ -80,18 +93,17 @@ class Hysteresis:
         policy = self.policy
         if not self._needs:
             first = _converted(have, needed)
-            self._needs.append(_Needs(now, first, first, measured=False))
-        self._needs.append(_Needs(now, needed, come))
-        soon = self._damping * 1.5 * policy.cold_start
-        late = max(self._damping * policy.down_after, soon)
+            excess = 1 if self._strange else max(1, first.total - come.total)
+            self._needs.append(_Needs(now, first, excess, measured=False))
+            self._strange = False
+        self._needs.append(_Needs(now, needed, max(1, needed.total - come.total)))
+        soon, late = self._damping * 1.5 * policy.cold_start, self.patience
         while self._needs[0].at < now - late:
             self._needs.popleft()
-        keep, lend, total = needed, needed, needed.total
+        keep, lend, total = _largest(needed, come), needed, max(needed.total, come.total)
         for each in self._needs:
-            excess = max(1, each.feared.total - each.come.total)
-            patience = max(soon, late / excess)
-            held = each.feared if each.at >= now - patience else each.come
-            keep, total = _largest(keep, held), max(total, held.total)
+            if each.at >= now - max(soon, late / each.excess):
+                keep, total = _largest(keep, each.feared), max(total, each.feared.total)
             if each.measured and each.at > now - LEND_STEPS * policy.interval:
                 lend = _largest(lend, each.feared)
         if keep.total > policy.max_workers:

@@ -1,16 +1,18 @@
 """What is expected of the traffic: learnt from every observation, told as demands by class.
 
-Two outlooks. What is *feared* is the highest rate until a worker started now would serve, with the
-forecast's error and the backlog: workers are raised for it. What has *come* is the level that the
-rate has reached, with the same error: workers are kept for it. A burst moves the level by what it
-was; its trend, drawn on, is a fear that the next intervals confirm or not.
+Two outlooks. What has *come* is the rate at which the targets' share of the requests of late would
+have been served: workers are kept for it. A target is a share of all requests, so a clump of
+arrivals may be missed where those around it make up for it. What is *feared* is that, or the
+highest rate until a worker started now would serve with the forecast's error, and the backlog:
+workers are raised for it. A trend, drawn on, is a fear that the next intervals confirm or not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from cluster.planner.demand import Demand, Lengths, RecentLengths
 from cluster.planner.forecast import Forecast
@@ -19,6 +21,8 @@ from cluster.planner.state import ClassTargets, Observed, Policy
 
 SAMPLE = 96
 """Requests of a class that its lengths are planned with."""
+REMEMBERED = 720
+"""Intervals whose rates are kept: an hour of 5 s each."""
 
 
 @dataclass
@@ -26,10 +30,13 @@ class _Class:
     forecast: Forecast
     lengths: RecentLengths
     burstiness: float = 1.0
+    rates: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def scatter(self, interval: float) -> float:
-        """Standard deviation of an interval's count about its rate, both in requests/s."""
-        return math.sqrt(self.forecast.ahead(0) * self.burstiness / interval)
+        """Standard deviation of an interval's count about its rate, both in requests/s: what
+        arrivals at random have, or more where they have shown it."""
+        random = math.sqrt(self.forecast.ahead(0) * self.burstiness / interval)
+        return max(random, self.forecast.noise)
 
     def unforeseen(self, interval: float) -> float:
         """Standard deviation of the rate itself about its forecast, requests/s.
@@ -38,6 +45,13 @@ class _Class:
         forecast's.
         """
         return math.sqrt(max(0.0, self.forecast.spread**2 - self.scatter(interval) ** 2))
+
+    def come(self, span: float, share: float) -> float:
+        """The rate that would have served a share of the requests of the last `span` seconds, or of
+        all that is remembered, if that is less: what is missed now may be made up for by then."""
+        since = self.rates[-1][0] - span
+        late = rate_serving((rate for at, rate in self.rates if at > since), share)
+        return min(late, rate_serving((rate for _, rate in self.rates), share))
 
 
 class Outlook:
@@ -54,6 +68,7 @@ class Outlook:
             if each is None:
                 each = self._classes[kind] = _Class(self._new_forecast(), RecentLengths())
             each.forecast.observe(traffic.rate)
+            each.rates.append((observed.measured_at, traffic.rate))
             for lengths in traffic.lengths:
                 each.lengths.observe(lengths)
             if math.isfinite(traffic.burstiness) and traffic.burstiness > 0:
@@ -65,13 +80,16 @@ class Outlook:
         observed: Observed,
         performance: Performance,
         targets: Mapping[str, ClassTargets],
+        span: float,
     ) -> dict[str, Demand]:
-        """By class: the highest until a worker that is started now would serve, the forecast's
-        error, and the rate that works the backlog off."""
-        intervals = policy.cold_start / policy.interval
-        rates = self._rates(
-            policy, lambda each: each.forecast.highest(intervals, each.scatter(policy.interval))
-        )
+        """By class: the highest until a worker that is started now would serve, with the forecast's
+        error, or what has come within `span` seconds; and the rate that works the backlog off."""
+        intervals, rates = policy.cold_start / policy.interval, self.come(targets, span)
+        for kind, come in rates.items():
+            each = self._classes[kind]
+            highest = each.forecast.highest(intervals, each.scatter(policy.interval))
+            error = policy.headroom * each.unforeseen(policy.interval)
+            rates[kind] = max(come, highest + error)
         samples = {kind: self._classes[kind].lengths.sample(SAMPLE) for kind in rates}
         backlog = _backlog_rate(policy, observed, performance, targets, samples)
         total = sum(rates.values())
@@ -83,16 +101,26 @@ class Outlook:
             )
         return demands
 
-    def come(self, policy: Policy) -> dict[str, float]:
-        """By class, requests/s: the level that the rate has reached, and the forecast's error."""
-        return self._rates(policy, lambda each: each.forecast.ahead(0))
-
-    def _rates(self, policy: Policy, of: Callable[[_Class], float]) -> dict[str, float]:
+    def come(self, targets: Mapping[str, ClassTargets], span: float) -> dict[str, float]:
+        """By class, requests/s: what would have served the targets' share, but for what the queues
+        may miss of it, of the requests of the last `span` seconds."""
         return {
-            kind: of(each) + policy.headroom * each.unforeseen(policy.interval)
+            kind: each.come(span, math.sqrt((targets.get(kind) or targets[""]).share))
             for kind, each in self._classes.items()
             if len(each.lengths)
         }
+
+
+def rate_serving(rates: Iterable[float], share: float) -> float:
+    """The least rate R with Σ min(rate, R) ≥ share · Σ rate, over equal intervals."""
+    ordered = sorted(rates)
+    wanted = share * sum(ordered)
+    for done, rate in enumerate(ordered):
+        left = len(ordered) - done
+        if wanted <= rate * left:
+            return wanted / left
+        wanted -= rate
+    return ordered[-1] if ordered else 0.0  # only rounding was still wanted
 
 
 def _backlog_rate(

@@ -2,9 +2,9 @@
 
     forecast ─► demand at the horizon ─► sizing (split, aggregated) ─► hysteresis ─► actions
 
-It plans for the highest rate until a worker started now would serve, plus the forecast's own error,
-plus the backlog, for as long as either mode needs; it prefers the fewer workers, and not to
-disaggregate where that serves the targets as well.
+It plans for what its share of the latest requests would have needed, for the highest rate until a
+worker started now would serve, plus the forecast's own error, and for the backlog; it prefers the
+fewer workers, and not to disaggregate where that serves the targets as well.
 """
 
 from __future__ import annotations
@@ -187,13 +187,16 @@ class Planner:
 
     def _load(self, observed: Observed) -> Load:
         """What is expected when a worker that is started now would serve."""
-        demands = self._outlook.feared(self.policy, observed, self._performance, self._targets)
+        demands = self._outlook.feared(
+            self.policy, observed, self._performance, self._targets, self._steady.patience
+        )
         targets = {k: self._targets.get(k) or self._targets[""] for k in demands}
         return Load(self._performance, demands, targets, self._chunk)
 
     def _kept(self, load: Load, most: int) -> Counts:
         """What would be enough for the rates that have come, in the mode that is on."""
-        rates, least = self._outlook.come(self.policy), self.policy.minimum
+        rates = self._outlook.come(self._targets, self._steady.patience)
+        least = self.policy.minimum
         demands = {kind: replace(each, rate=rates[kind]) for kind, each in load.demands.items()}
         came = replace(load, demands=demands)
         split = None if self._whole else size_split(came, most, least)
@@ -235,7 +238,7 @@ class Planner:
         if steady and max(o.counts.total for _, o in self._modes) <= ready:
             self._whole = not self._whole
             self._modes.clear()
-            self._steady.forget()
+            self._steady.turn()
             now, other = other, now
             reasons.append(f"from now on {'aggregated' if self._whole else 'split'}")
         name = "split" if self._whole else "aggregated"

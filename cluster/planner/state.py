@@ -115,7 +115,7 @@ class Policy:
     interval: float = 5.0
     down_after: float = 180.0
     recover_within: float = 15.0
-    headroom: float = 1.5
+    headroom: float = 1.0
     mode_gain: float = 0.15
     stale_after: float = 30.0
     disaggregate: Literal["auto", "always", "never"] = "auto"

@@ -34,6 +34,16 @@ def test_a_burst_is_not_drawn_on_for_ever() -> None:
     assert holt.ahead(1000) < 80
 
 
+def test_what_the_next_value_takes_back_is_noise_and_a_step_is_none() -> None:
+    rng = random.Random(2)
+    clumps, steps = Holt(), Holt()
+    for i in range(240):
+        clumps.observe(rng.choice([0.0, 20.0]))
+        steps.observe(5.0 if i < 200 else 20.0)
+    assert clumps.noise == pytest.approx(10.0, rel=0.2)
+    assert steps.noise == 0.0
+
+
 def test_it_never_goes_below_zero() -> None:
     holt = Holt()
     for rate in (30.0, 20.0, 10.0, 0.0, 0.0):

@@ -7,16 +7,19 @@ import random
 from dataclasses import replace
 from statistics import mean
 
+import pytest
+
 from cluster.planner.demand import Lengths
 from cluster.planner.forecast import Holt
 from cluster.planner.hardware import hardware
 from cluster.planner.hysteresis import Hysteresis
-from cluster.planner.outlook import Outlook
+from cluster.planner.outlook import Outlook, rate_serving
 from cluster.planner.roofline import roofline
 from cluster.planner.shape import load_shape
 from cluster.planner.state import ClassTargets, Counts, Observed, Policy, Traffic
 
 POLICY = Policy({"default": 16}, cold_start=30.0, interval=5.0, down_after=180.0)
+TARGETS = {"": ClassTargets(1.0, 0.05)}
 CALM = Counts(both=2)
 
 
@@ -53,8 +56,8 @@ def test_a_burst_is_feared_to_go_on_and_kept_at_what_it_was() -> None:
         observed = Observed((), {"": Traffic(rate, lengths)}, float(at))
         outlook.learn(observed)
     worker = roofline(load_shape("llama-3.1-8b"), hardware("L40S"))
-    feared = outlook.feared(POLICY, observed, worker, {"": ClassTargets(1.0, 0.05)})
-    come = outlook.come(POLICY)
+    feared = outlook.feared(POLICY, observed, worker, TARGETS, POLICY.down_after)
+    come = outlook.come(TARGETS, POLICY.down_after)
     assert 26.0 < come[""] < 60.0
     assert feared[""].rate > 1.3 * come[""]
 
@@ -69,9 +72,57 @@ def test_arrivals_that_merely_scatter_are_no_error_of_the_forecast() -> None:
             count, left = count + 1, left + rng.expovariate(6.0)
         traffic = Traffic(count / seconds, (Lengths(1000, 20),))
         outlook.learn(Observed((), {"": traffic}, float(at)))
-        told.append(outlook.come(POLICY)[""])
+        told.append(outlook.come(TARGETS, POLICY.down_after)[""])
     scatter = math.sqrt(6.0 / seconds)
     assert 6.0 < mean(told) < 6.0 + 0.75 * POLICY.headroom * scatter  # else 1.05 and more
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.95, 1.0])
+def test_the_rate_that_serves_a_share_is_the_least_that_does(share: float) -> None:
+    rng = random.Random(5)
+    for rates in ([4.0], [0.0, 0.0], [3.0] * 20, [rng.expovariate(0.1) for _ in range(50)]):
+        serving = rate_serving(rates, share)
+        served = [sum(min(rate, at) for rate in rates) for at in (serving, 0.99 * serving)]
+        assert math.isclose(served[0], share * sum(rates))
+        assert served[1] < served[0] or not sum(rates)
+
+
+def come_after(rates: list[float]) -> float:
+    """What is said to have come after these, one every interval."""
+    outlook = Outlook(Holt)
+    for step, rate in enumerate(rates):
+        traffic = {"": Traffic(rate, (Lengths(1000, 20),))}
+        outlook.learn(Observed((), traffic, step * POLICY.interval))
+    return outlook.come(TARGETS, POLICY.down_after)[""]
+
+
+def test_a_clump_is_missed_where_the_requests_around_it_make_up_for_it() -> None:
+    """It is a tenth of three minutes' requests, and a fortieth of what is remembered."""
+    calm = [10.0] * 160
+    assert come_after([*calm, 45.0, *calm[:20]]) < 12.0
+    assert come_after([*calm[:15], 45.0, *calm[:20]]) > 20.0
+
+
+def test_what_came_is_what_comes_once_the_load_has_been_less_for_long() -> None:
+    steps = round(POLICY.down_after / POLICY.interval)
+    assert come_after([10.0] * 100 + [1.0] * (steps - 5)) > 5.0
+    assert come_after([10.0] * 100 + [1.0] * steps) <= 1.0
+
+
+def test_workers_of_another_mode_are_kept_no_longer_than_a_fear() -> None:
+    """The change of mode does not make sixteen workers of a burst needed for once more so long."""
+    steady = Hysteresis(POLICY)
+    split, whole = Counts(prefill=2, decode=1), Counts(both=16)
+    steady.wish(0.0, CALM, CALM, CALM, {}, True, [])
+    steady.wish(300.0, whole, CALM, whole, {}, True, [])
+    steady.turn()
+    kept = []
+    for step in range(40):
+        now = 320.0 + step * POLICY.interval
+        have = whole if step == 0 else Counts(prefill=13, decode=3)
+        kept.append(steady.wish(now, split, split, have, {}, True, []).keep)
+    assert kept[1].total == 16
+    assert kept[round(1.5 * POLICY.cold_start / POLICY.interval) + 1] == split
 
 
 def test_pools_that_were_large_in_turn_lend_but_do_not_shrink() -> None:
