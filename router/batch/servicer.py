@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from cluster.errors import InvalidRequest
+from cluster.rpc.call import Call
 from cluster.store.batch_records import BatchJob
 from pdserve.v1 import batch_pb2, batch_pb2_grpc
 from router.batch import lines
@@ -12,7 +13,6 @@ from router.batch.desk import BatchDesk
 from router.caller import shown_by
 from router.client_wire import refuse_unknown_fields
 from router.refusal import refusing
-from router.rpc.call import Call
 from router.tenants import Tenant, Tenants
 
 

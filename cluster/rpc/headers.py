@@ -48,6 +48,19 @@ def metadata(headers: Iterable[tuple[str, str]]) -> Metadata:
     return tuple(found)
 
 
+def request(authority: str, path: str, more: Sequence[tuple[str, str]]) -> Headers:
+    """A call's, with the caller's metadata behind them."""
+    return [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", path),
+        (":authority", authority),
+        ("te", "trailers"),
+        ("content-type", CONTENT_TYPE),
+        *more,
+    ]
+
+
 def trailers(code: int, message: str, extra: Sequence[tuple[str, str | bytes]] = ()) -> Headers:
     """A status, its message percent-encoded, and the metadata that goes with it."""
     ends: Headers = [("grpc-status", str(code))]
