@@ -6,10 +6,11 @@ import asyncio
 import time
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from cluster.engine.protocol import Engine, EngineOutput, EngineRequest, Sampling
 from cluster.errors import EngineFailed, HandoffRefused
-from cluster.kv.handoff import HandoffParams
+from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.ticket import TicketSigner
 from cluster.worker.sequence import Emit, Identity, SequenceReport, SequenceStart, SequenceStep
 from cluster.worker.tickets import check_ticket
@@ -35,13 +36,25 @@ class PrefillFace:
             start.cache_salt,
             handoff,
         )
+        push = None
         if handoff is not None:
             self._engine.expect_handoff(handoff.handoff_id)
+            push = asyncio.create_task(self._engine.handoff_result(handoff.handoff_id))
+        token = asyncio.create_task(self._generate(request))
         try:
-            output = await self._first_token(request)
+            output = await _first_token(token, push)
+            self._emit(start, accepted, output, emit)
         finally:
+            tasks = [token] if push is None else [token, push]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             if handoff is not None:
                 self._engine.forget_handoff(handoff.handoff_id)
+
+    def _emit(
+        self, start: SequenceStart, accepted: float, output: EngineOutput, emit: Emit
+    ) -> None:
         ended = output.finish_reason == "stop" or start.sampling.max_tokens == 1
         emit(
             SequenceStep(
@@ -77,24 +90,6 @@ class PrefillFace:
             peer_geometry=ticket.decode_geometry,
         )
 
-    async def _first_token(self, request: EngineRequest) -> EngineOutput:
-        """The engine's only output, unless the handoff fails before it is there."""
-        token = asyncio.create_task(self._generate(request))
-        racing: set[asyncio.Task[object]] = {token}
-        push = None
-        if request.handoff is not None:
-            push = asyncio.create_task(self._engine.handoff_result(request.handoff.handoff_id))
-            racing.add(push)
-        try:
-            await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
-            if not token.done() and push is not None and (result := push.result()).error:
-                raise HandoffRefused(result.error)
-            return await token
-        finally:
-            for task in racing:
-                task.cancel()
-            await asyncio.gather(*racing, return_exceptions=True)
-
     async def _generate(self, request: EngineRequest) -> EngineOutput:
         async with aclosing(self._engine.generate(request)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
@@ -102,6 +97,17 @@ class PrefillFace:
                     raise EngineFailed("the prefill engine could not run the request")
                 return output
         raise EngineFailed("the prefill engine gave no token")
+
+
+async def _first_token(
+    token: asyncio.Task[EngineOutput], push: asyncio.Task[HandoffResult] | None
+) -> EngineOutput:
+    """The engine's only output, unless the handoff fails before it is there."""
+    racing: list[asyncio.Task[Any]] = [token] if push is None else [token, push]
+    await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
+    if not token.done() and push is not None and (result := push.result()).error:
+        raise HandoffRefused(result.error)
+    return await token
 
 
 def one_token(sampling: Sampling) -> Sampling:

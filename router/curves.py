@@ -112,8 +112,9 @@ class Curves:
         return sizes
 
     def one(self, size: float, row: int) -> float:
+        """Seconds at one size, for one row."""
         knot, part = self._locate(size)
-        left, right = self._logs[row, knot], self._logs[row, knot + 1]
+        left, right = self._logs.item(row, knot), self._logs.item(row, knot + 1)
         return math.exp(left + part * (right - left))
 
     def observe(self, row: int, size: float, seconds: float) -> None:

@@ -95,6 +95,7 @@ class Dispatch:
         self._clock = clock
         self._settled = settled
         self.gate = Gate(policy, capacities, clock, self._admit, self._refuse, self._give_way)
+        observer.watch(lambda: self.gate.running, self.gate.queued)
         self._requests: dict[str, Running] = {}
         self._unplaced: dict[tuple[str, int], _Unplaced] = {}
         self._asked: dict[tuple[str, int], Generation] = {}
@@ -147,7 +148,8 @@ class Dispatch:
         self._idle.clear()
         self._observer.received(running)
         self.gate.pump()
-        self._gauge()
+        # Not before the start has left: uvloop writes when the turn's callbacks are through.
+        asyncio.get_running_loop().call_soon(self._observer.started, running)
         return running
 
     def cancel(self, tenant: str, request_id: str) -> bool:
@@ -289,9 +291,5 @@ class Dispatch:
         self.gate.release(running.key, running.generation, running.request.tokens)
         self._placer.ended(running.key, running.generation, end)
         self._observer.ended(running, end)
-        self._gauge()
         if not self._requests:
             self._idle.set()
-
-    def _gauge(self) -> None:
-        self._observer.load(self.gate.running, {c: self.gate.queued(c) for c in SloClass})

@@ -6,13 +6,14 @@ worker's slot for one life; a new life gets a fresh one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.prefix import block_hashes
+from cluster.prefix import FEW_TOKENS, block_hashes, few_hashes
 from router.breaker import Breaker
 from router.output import Stage
 from router.placement import Target, WorkerView
@@ -165,7 +166,7 @@ class Fleet:
             self.backlog[slot] += share.seconds
             self.queue[slot] += 1
             age = now - self.work_at[slot]
-            self.work[slot] *= np.exp(-age / RATE_SECONDS)
+            self.work[slot] *= math.exp(-age / RATE_SECONDS)
             self.work[slot] += share.seconds / RATE_SECONDS
             self.work_at[slot] = now
         if share.stage is Stage.PREFILL:
@@ -271,7 +272,9 @@ class Fleet:
         size = self._block_sizes.get(model, 0)
         if not size or len(token_ids) < size:
             return {}
-        depths = self.index.held(block_hashes(token_ids, size, salt))
+        few = len(token_ids) <= FEW_TOKENS
+        names = few_hashes(token_ids, size, salt) if few else block_hashes(token_ids, size, salt)
+        depths = self.index.held(names)
         return {slot: depth * size for slot, depth in depths.items()}
 
     def expected_output(self, model: str, max_tokens: int) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 
 from cluster.rpc.endpoint import LINGER_SECONDS
-from cluster.rpc.headers import BEGIN, Headers, Metadata, trailers
+from cluster.rpc.headers import BEGIN, OK, Headers, Metadata, trailers
 from cluster.rpc.inbox import BadMessage, Inbox
 from cluster.rpc.opening import Opening
 from cluster.rpc.sending import Flow, Sending
@@ -22,6 +22,7 @@ LATE_SECONDS = 0.25
 """A method ends its call at the deadline itself; one that does not is cancelled so much later."""
 
 Status = tuple[grpc.StatusCode, str, Sequence[tuple[str, str | bytes]]]
+_OK: Status = (grpc.StatusCode.OK, "", ())
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Call:
         """Something of its answer has been sent."""
 
         self._end: Headers | None = None
-        self._status: Status = (grpc.StatusCode.OK, "", ())
+        self._status = _OK
         self._task: asyncio.Task[None] | None = None
         self._entered = self._cancelled = False
         self.ended = False
@@ -248,8 +249,10 @@ class Call:
             self._connection.closed(self)
             return
         self.ended = True
-        code, message, extra = self._status
-        end = trailers(code.value[0], message, extra)
+        end = OK
+        if self._status != _OK:
+            code, message, extra = self._status
+            end = trailers(code.value[0], message, extra)
         if not self.begun:
             end = BEGIN + end
         if self._sending.waiting:

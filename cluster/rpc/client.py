@@ -68,10 +68,13 @@ class ClientCall:
             end.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def send(self, message: bytes) -> None:
-        """Behind what was sent before; what the server does not take yet waits here."""
-        if not self.finished.done() and not self._sending.now(message):
+        """At once, behind what was sent before; what the server does not take yet waits here."""
+        if self.finished.done():
+            return
+        if not self._sending.now(message):
             self._sending.put(message)
             self.pump()
+        self._connection.flush()
 
     def send_no_more(self) -> None:
         """The server hears of it behind what was sent."""

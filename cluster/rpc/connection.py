@@ -15,7 +15,7 @@ from h2.exceptions import ProtocolError
 from cluster.rpc.abuse import Abuse
 from cluster.rpc.call import Call
 from cluster.rpc.endpoint import Endpoint
-from cluster.rpc.headers import Headers
+from cluster.rpc.headers import BEGIN, BEGIN_PACKED, OK, OK_PACKED, Headers
 from cluster.rpc.inbox import Inbox
 from cluster.rpc.limits import Limits
 from cluster.rpc.opening import Methods, Refused, opening
@@ -70,7 +70,11 @@ class Connection(Endpoint):
 
     def headers(self, call: Call, headers: Headers, end: bool = False) -> None:
         """Opens the answer to a call, or ends it."""
-        if self._send_headers(call.stream_id, headers, end):
+        packed = BEGIN_PACKED if headers is BEGIN else OK_PACKED if headers is OK else b""
+        # Where h2 owes the client word of a table's new size, that goes before any header.
+        if packed and not self._h2.encoder.table_size_changes:
+            self._send_packed(call.stream_id, packed, end)
+        elif self._send_headers(call.stream_id, headers, end):
             self._out.answered = True
 
     def finish(self, call: Call, end: Headers) -> None:
