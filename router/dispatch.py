@@ -148,8 +148,6 @@ class Dispatch:
         self._idle.clear()
         self._observer.received(running)
         self.gate.pump()
-        # Not before the start has left: uvloop writes when the turn's callbacks are through.
-        asyncio.get_running_loop().call_soon(self._observer.started, running)
         return running
 
     def cancel(self, tenant: str, request_id: str) -> bool:

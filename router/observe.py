@@ -63,16 +63,11 @@ class Observer:
             gauge.set_function(partial(queued, slo_class))
 
     def received(self, running: Running) -> None:
-        """A request was taken in; `started` follows, in a later turn, if it has not ended."""
         generation = running.generation
         prompt, allowed = len(generation.prompt_token_ids), generation.max_tokens
         now, kind = self._clock.now(), _kind(generation)
         self.demand.arrived(now, running.key, kind, prompt, allowed * generation.sampling.n)
-
-    def started(self, running: Running) -> None:
-        """It waits, or is under way."""
-        if not running.request.ended:
-            self._journal(self._entry(running))
+        self._journal(self._entry(running))
 
     def retried(self, running: Running) -> None:
         self.metrics.retries.labels(running.generation.model).inc()
