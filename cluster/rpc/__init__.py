@@ -5,6 +5,7 @@
     connection   one client's connection, at the server
     call         one call: what a servicer method sees as its context
     client       a connection to a server, and the calls on it
+    plain_data   DATA frames that come, taken past h2
     sending      a call's messages on their way out
     inbox        a call's incoming messages, bounded by flow control
     headers      metadata, deadlines, statuses in their wire form

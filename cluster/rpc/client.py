@@ -1,5 +1,9 @@
 """A connection to a server, and the calls on it: messages are handed over in the turn of the event
-loop that brings them."""
+loop that brings them.
+
+It is read from whatever it may be written to: so it never happens that both ends wait for the
+other to read.
+"""
 
 from __future__ import annotations
 
@@ -213,21 +217,27 @@ class ClientConnection(Endpoint):
     def _all_calls(self) -> Iterable[ClientCall]:
         return self._calls.values()
 
+    def _data(self, stream_id: int, data: bytes, flow: int) -> None:
+        if call := self._calls.get(stream_id):
+            call.data(data, flow)
+        else:
+            self._received(stream_id, flow)
+
+    def _half_closed(self, stream_id: int) -> None:
+        if call := self._calls.get(stream_id):
+            broke = "the stream ended without a status"
+            call.end(CallFailed(grpc.StatusCode.UNAVAILABLE, broke))
+
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.DataReceived():
-                if call := self._calls.get(event.stream_id):
-                    call.data(event.data, event.flow_controlled_length)
-                else:
-                    self._received(event.stream_id, event.flow_controlled_length)
+                self._data(event.stream_id, event.data, event.flow_controlled_length)
             case events.ResponseReceived() | events.TrailersReceived():
                 if call := self._calls.get(event.stream_id):
                     last = event.stream_ended is not None
                     call.headers({str(k): str(v) for k, v in event.headers}, last)
             case events.StreamEnded() | events.StreamReset():
-                if call := self._calls.get(event.stream_id):
-                    broke = "the stream ended without a status"
-                    call.end(CallFailed(grpc.StatusCode.UNAVAILABLE, broke))
+                self._half_closed(event.stream_id)
             case events.WindowUpdated(stream_id=0):
                 self._grown = True
             case events.RemoteSettingsChanged():

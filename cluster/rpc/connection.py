@@ -66,6 +66,17 @@ class Connection(Endpoint):
             call.lost()
         self._closed(self)
 
+    def pause_writing(self) -> None:
+        """A client that does not read is not read from either: its calls would only add to it."""
+        super().pause_writing()
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None and not self._closing:
+            self._transport.resume_reading()
+        super().resume_writing()
+
     # --- the calls' side ------------------------------------------------------------------------
 
     def headers(self, call: Call, headers: Headers, end: bool = False) -> None:
@@ -111,19 +122,25 @@ class Connection(Endpoint):
     def _all_calls(self) -> Iterable[Call]:
         return self.calls.values()
 
+    def _data(self, stream_id: int, data: bytes, flow: int) -> None:
+        call = self.calls.get(stream_id)
+        if call is None or call.ended:
+            self._received(stream_id, flow)
+        else:
+            call.received(data, flow)
+
+    def _half_closed(self, stream_id: int) -> None:
+        if (call := self.calls.get(stream_id)) and not call.ended:
+            call.half_closed()
+
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.DataReceived():
-                call = self.calls.get(event.stream_id)
-                if call is None or call.ended:
-                    self._received(event.stream_id, event.flow_controlled_length)
-                else:
-                    call.received(event.data, event.flow_controlled_length)
+                self._data(event.stream_id, event.data, event.flow_controlled_length)
             case events.RequestReceived():
                 self._open(event)
             case events.StreamEnded():
-                if (call := self.calls.get(event.stream_id)) and not call.ended:
-                    call.half_closed()
+                self._half_closed(event.stream_id)
             case events.StreamReset():
                 call = self.calls.get(event.stream_id)
                 # A gateway that goes away cancels thousands at once, which were being answered.

@@ -18,10 +18,8 @@ from cluster.rpc.alive import Alive
 from cluster.rpc.headers import Headers
 from cluster.rpc.limits import Limits
 from cluster.rpc.outgoing import END_HEADERS, END_STREAM, HEADERS, Outgoing
+from cluster.rpc.plain_data import Data, parts
 from cluster.rpc.sending import Flow
-
-HIGH_WATER_BYTES = 256 << 10
-"""That wait in the socket's buffer before calls keep what they have for themselves."""
 
 LINGER_SECONDS = 5.0
 """How long the end of a call waits for a peer that does not read."""
@@ -62,6 +60,14 @@ class Endpoint(asyncio.Protocol):
         """What h2 has understood."""
         raise NotImplementedError
 
+    def _data(self, stream_id: int, data: bytes, flow: int) -> None:
+        """Bytes of a call, which count as `flow` bytes; the stream may be gone."""
+        raise NotImplementedError
+
+    def _half_closed(self, stream_id: int) -> None:
+        """The peer sends nothing more on the stream; it may be gone."""
+        raise NotImplementedError
+
     def _all_calls(self) -> Iterable[Pumped]:
         raise NotImplementedError
 
@@ -69,7 +75,9 @@ class Endpoint(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(HIGH_WATER_BYTES)
+        # What the socket does not take at once waits in the calls. So uvloop writes at once, and not
+        # when all else of its turn is done.
+        self._transport.set_write_buffer_limits(0)
 
     def _begin(self) -> None:
         """Says hello."""
@@ -86,25 +94,27 @@ class Endpoint(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused = True
-        if self._transport is not None:
-            self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         self._paused = False
-        if self._transport is not None and not self._closing:
-            self._transport.resume_reading()
         self._pump()
 
     def data_received(self, data: bytes) -> None:
         if self._alive is not None:
             self._alive.heard = True
         try:
-            received = self._h2.receive_data(data)
-            # The peer counts by its new settings once it has our word for them: that goes first,
-            # before calls use a window that has grown.
-            self._collect()
-            for event in received:
-                self._handle(event)
+            for part in parts(self._h2, data):
+                if isinstance(part, Data):
+                    self._data(part.stream_id, part.data, len(part.data))
+                    if part.last:
+                        self._half_closed(part.stream_id)
+                    continue
+                received = self._h2.receive_data(part)
+                # The peer counts by its new settings once it has our word for them: that goes
+                # first, before calls use a window that has grown.
+                self._collect()
+                for event in received:
+                    self._handle(event)
             if self._grown:
                 self._grown = False
                 self._pump()

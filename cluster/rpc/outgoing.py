@@ -6,7 +6,7 @@ import asyncio
 import struct
 from collections.abc import Callable
 
-_FRAME = struct.Struct(">BHBBI")
+FRAME = struct.Struct(">BHBBI")
 """A frame's header: 24 bits of length, type, flags, stream."""
 DATA, HEADERS = 0, 1
 END_STREAM, END_HEADERS = 1, 4
@@ -38,7 +38,7 @@ class Outgoing:
     def frame(self, stream_id: int, data: bytes, kind: int = DATA, flags: int = 0) -> None:
         """One of a call."""
         size = len(data)
-        self._parts.append(_FRAME.pack(size >> 16, size & 0xFFFF, kind, flags, stream_id))
+        self._parts.append(FRAME.pack(size >> 16, size & 0xFFFF, kind, flags, stream_id))
         self.answered = True
         self.put(data)
 
