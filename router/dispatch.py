@@ -94,7 +94,9 @@ class Dispatch:
         self._observer = observer
         self._clock = clock
         self._settled = settled
-        self.gate = Gate(policy, capacities, clock, self._admit, self._refuse, self._give_way)
+        self.gate = Gate(
+            policy, capacities, clock, self._admit, self._refuse, self._give_way, placer.cached
+        )
         observer.watch(lambda: self.gate.running, self.gate.queued)
         self._requests: dict[str, Running] = {}
         self._unplaced: dict[tuple[str, int], _Unplaced] = {}
@@ -195,7 +197,7 @@ class Dispatch:
                     link.cancel(sequence)
             case PromptComputed():
                 self._observer.prompt_computed(running)
-                self.gate.first_token(running.key)
+                self.gate.first_token(running.key, self._placer.uncached(running.key))
 
     def _place(self, running: Running, place: Place) -> None:
         if running.request.ended:

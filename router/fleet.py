@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.prefix import FEW_TOKENS, block_hashes, few_hashes
 from router.breaker import Breaker
+from router.held import HeldTokens
 from router.output import Stage
 from router.placement import Target, WorkerView
 from router.prefix_index import PrefixIndex
@@ -91,6 +91,7 @@ class Fleet:
 
     def __init__(self, prefix_blocks: int = 10_000) -> None:
         self.index = PrefixIndex(prefix_blocks)
+        self._held = HeldTokens(self.index)
         self.size = 0
         self.views: list[WorkerView | None] = []
         self._free: list[int] = []
@@ -101,8 +102,6 @@ class Fleet:
         self.breakers: dict[str, Breaker] = {}
         self.penalised = False
         """Some worker's cost is raised."""
-        self._block_sizes: dict[str, int] = {}
-        self._block_size_version = -1
         self.version = 0
         """Changes when a worker comes, goes or changes what it is."""
 
@@ -266,16 +265,8 @@ class Fleet:
 
     def held_tokens(self, token_ids: Sequence[int], model: str, salt: str) -> dict[int, int]:
         """How many of a prompt's tokens the workers' prefix caches hold, by slot."""
-        if self._block_size_version != self.version:
-            self._block_sizes = {v.model: v.block_size for v in self.views if v is not None}
-            self._block_size_version = self.version
-        size = self._block_sizes.get(model, 0)
-        if not size or len(token_ids) < size:
-            return {}
-        few = len(token_ids) <= FEW_TOKENS
-        names = few_hashes(token_ids, size, salt) if few else block_hashes(token_ids, size, salt)
-        depths = self.index.held(names)
-        return {slot: depth * size for slot, depth in depths.items()}
+        self._held.see(self.version, self.views)
+        return self._held.of(token_ids, model, salt)
 
     def expected_output(self, model: str, max_tokens: int) -> float:
         """Tokens that a completion will take, as those before it did."""

@@ -43,6 +43,8 @@ class PrefixIndex:
         self._cells = np.zeros(64, dtype=np.int64)  # that refer to a set, by its number
         self._empty = np.ones(64, dtype=bool)  # sets that nobody is in any more
         self._unused: list[int] = []
+        self.version = 0
+        """Changes when somebody holds something else."""
         self.dropped = 0
         """Blocks that found no cell."""
 
@@ -82,6 +84,7 @@ class PrefixIndex:
 
     def add(self, holder: int, names: Hashes) -> None:
         """`holder` has these blocks now."""
+        self.version += 1
         names = np.unique(names)
         cells = self._find(names)
         known = cells >= 0
@@ -91,11 +94,13 @@ class PrefixIndex:
 
     def remove(self, holder: int, names: Hashes) -> None:
         """`holder` has them no more."""
+        self.version += 1
         cells = self._find(np.unique(names))
         self._move(cells[cells >= 0], 0, 1 << holder)
 
     def forget(self, holder: int) -> None:
         """Nothing it had counts any more; its number may be given to another."""
+        self.version += 1
         bit = 1 << holder
         for number, bits in enumerate(self._bits):
             if bits & bit:
