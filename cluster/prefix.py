@@ -15,6 +15,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import mul
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +42,10 @@ def few_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> list[int
     """As `block_hashes`, without numpy, whose passes cost more than a short prompt's numbers."""
     names, state, weight, salted = [], 0, 1, int(_salt(salt))
     powers = _plain_powers(_TOKEN_WEIGHT, block_size)
+    each_one = sum(powers)
     for first in range(0, len(token_ids) - block_size + 1, block_size):
         block = token_ids[first : first + block_size]
-        total = sum((token + 1) * power for token, power in zip(block, powers, strict=True))
+        total = sum(map(mul, block, powers)) + each_one
         state = state + mixed_int(total & _MASK) * weight & _MASK
         weight = weight * _BLOCK_WEIGHT & _MASK
         names.append(mixed_int(state + salted & _MASK))

@@ -46,12 +46,16 @@ class RowCosts:
         lacking = [used[i] + (prompt + output - fits[i]) for i in range(n)]
         some_lack = max(lacking) > 0
         penalties = self._penalties(demand, by_id) if fleet.penalised or demand.avoid else None
+        all_work = fleet.speeds.prefill.for_all(prompt, n)
+        all_moved = fleet.speeds.exposed.for_all(prompt, n)
         ttfts, uncacheds, works = [], [], []
         prefills, split_tpots, decodings, whole_tpots, wholes = [], [], [], [], []
         for i in range(n):
-            uncached = max(prompt - demand.held[i], 1.0) if i in demand.held else float(prompt)
-            work = fleet.speeds.prefill.one(uncached, i)
-            moved = fleet.speeds.exposed.one(uncached, i)
+            uncached, work, moved = float(prompt), all_work[i], all_moved[i]
+            if i in demand.held:
+                uncached = max(prompt - demand.held[i], 1.0)
+                work = fleet.speeds.prefill.one(uncached, i)
+                moved = fleet.speeds.exposed.one(uncached, i)
             begun = min(now - progress[i], backlogs[i] / (queues[i] + 1e-9))
             # A prompt's steps carry the decodes of the same worker along.
             carried = drags[i] * (uncached * (1.0 / CHUNK_TOKENS) + 1.0)

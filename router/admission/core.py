@@ -120,9 +120,11 @@ class Admission:
         return effects
 
     def _note_who_waits(self) -> None:
-        self._pace.waiting = self.queued > 0
-        for slo_class, class_pace in self._class_pace.items():
-            class_pace.waiting = self.queued_in(slo_class) > 0
+        self._pace.waiting = False
+        for slo_class, queue in self._queues.items():
+            waits = len(queue) > 0
+            self._class_pace[slo_class].waiting = waits
+            self._pace.waiting |= waits
 
     def first_token(self, now: float, request_id: str, uncached: int | None = None) -> None:
         """The first tokens of all its completions came: prefill has room again.
