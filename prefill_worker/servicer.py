@@ -6,7 +6,6 @@ import asyncio
 import time
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 from cluster.engine.protocol import Engine, EngineOutput, EngineRequest, Sampling
 from cluster.errors import EngineFailed, HandoffRefused
@@ -36,21 +35,37 @@ class PrefillFace:
             start.cache_salt,
             handoff,
         )
-        push = None
-        if handoff is not None:
-            self._engine.expect_handoff(handoff.handoff_id)
-            push = asyncio.create_task(self._engine.handoff_result(handoff.handoff_id))
-        token = asyncio.create_task(self._generate(request))
+        if handoff is None:
+            self._emit(start, accepted, await self._generate(request), emit)
+            return
+        self._engine.expect_handoff(handoff.handoff_id)
+        push = asyncio.create_task(self._engine.handoff_result(handoff.handoff_id))
         try:
-            output = await _first_token(token, push)
-            self._emit(start, accepted, output, emit)
+            self._emit(start, accepted, await self._unless_failed(push, request), emit)
         finally:
-            tasks = [token] if push is None else [token, push]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if handoff is not None:
-                self._engine.forget_handoff(handoff.handoff_id)
+            push.cancel()
+            await asyncio.gather(push, return_exceptions=True)
+            self._engine.forget_handoff(handoff.handoff_id)
+
+    async def _unless_failed(
+        self, push: asyncio.Task[HandoffResult], request: EngineRequest
+    ) -> EngineOutput:
+        """The engine's only output, unless the handoff fails before it is there."""
+        loop = asyncio.get_running_loop()
+
+        def ended(push: asyncio.Task[HandoffResult]) -> None:
+            if not push.cancelled() and (push.exception() or push.result().error):
+                limit.reschedule(loop.time())
+
+        try:
+            async with asyncio.timeout(None) as limit:
+                push.add_done_callback(ended)
+                try:
+                    return await self._generate(request)
+                finally:
+                    push.remove_done_callback(ended)
+        except TimeoutError:
+            raise HandoffRefused(push.result().error) from None
 
     def _emit(
         self, start: SequenceStart, accepted: float, output: EngineOutput, emit: Emit
@@ -97,17 +112,6 @@ class PrefillFace:
                     raise EngineFailed("the prefill engine could not run the request")
                 return output
         raise EngineFailed("the prefill engine gave no token")
-
-
-async def _first_token(
-    token: asyncio.Task[EngineOutput], push: asyncio.Task[HandoffResult] | None
-) -> EngineOutput:
-    """The engine's only output, unless the handoff fails before it is there."""
-    racing: list[asyncio.Task[Any]] = [token] if push is None else [token, push]
-    await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
-    if not token.done() and push is not None and (result := push.result()).error:
-        raise HandoffRefused(result.error)
-    return await token
 
 
 def one_token(sampling: Sampling) -> Sampling:
