@@ -1,4 +1,4 @@
-"""gRPC over HTTP/2: messages leave in the loop's own thread, a connection's together.
+"""gRPC over HTTP/2, both ends: messages leave in the loop's own thread, a connection's together.
 
     endpoint     one HTTP/2 connection, either end of it: h2 for the protocol, DATA frames by hand
     server       ports, methods, the end
