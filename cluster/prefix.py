@@ -15,11 +15,15 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import mul
 
 import numpy as np
 from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
+
+FEW_TOKENS = 256
+"""Up to here `few_hashes` is the quicker way."""
 
 _TOKEN_WEIGHT = 0xD6E8FEB86659FD93
 _BLOCK_WEIGHT = 0x9E3779B97F4A7C15
@@ -32,6 +36,20 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> Hashes
     """The names of a prompt's full blocks, first to last."""
     states = chain(token_ids, block_size)
     return named(states, salt)
+
+
+def few_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> list[int]:
+    """As `block_hashes`, without numpy, whose passes cost more than a short prompt's numbers."""
+    names, state, weight, salted = [], 0, 1, int(_salt(salt))
+    powers = _plain_powers(_TOKEN_WEIGHT, block_size)
+    each_one = sum(powers)
+    for first in range(0, len(token_ids) - block_size + 1, block_size):
+        block = token_ids[first : first + block_size]
+        total = sum(map(mul, block, powers)) + each_one
+        state = state + mixed_int(total & _MASK) * weight & _MASK
+        weight = weight * _BLOCK_WEIGHT & _MASK
+        names.append(mixed_int(state + salted & _MASK))
+    return names
 
 
 def chain(token_ids: Sequence[int], block_size: int, parent: int = 0, position: int = 0) -> Hashes:
@@ -62,13 +80,25 @@ def mixed(values: Hashes) -> Hashes:
     return values ^ (values >> _S31)
 
 
+def mixed_int(value: int) -> int:
+    """As `mixed`, of one value."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
+    return value ^ value >> 31
+
+
 @lru_cache(maxsize=256)
 def _powers(base: int, count: int) -> Hashes:
+    return np.array(_plain_powers(base, count), dtype=np.uint64)
+
+
+@lru_cache(maxsize=256)
+def _plain_powers(base: int, count: int) -> tuple[int, ...]:
     powers, value = [], 1
     for _ in range(count):
         powers.append(value)
         value = value * base & _MASK
-    return np.array(powers, dtype=np.uint64)
+    return tuple(powers)
 
 
 def _room(count: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cluster.engine.protocol import Engine, EngineOutput, EngineRequest, Sampling
 from cluster.errors import EngineFailed, HandoffRefused
-from cluster.kv.handoff import HandoffParams
+from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.ticket import TicketSigner
 from cluster.worker.sequence import Emit, Identity, SequenceReport, SequenceStart, SequenceStep
 from cluster.worker.tickets import check_ticket
@@ -35,13 +35,41 @@ class PrefillFace:
             start.cache_salt,
             handoff,
         )
-        if handoff is not None:
-            self._engine.expect_handoff(handoff.handoff_id)
+        if handoff is None:
+            self._emit(start, accepted, await self._generate(request), emit)
+            return
+        self._engine.expect_handoff(handoff.handoff_id)
+        push = asyncio.create_task(self._engine.handoff_result(handoff.handoff_id))
         try:
-            output = await self._first_token(request)
+            self._emit(start, accepted, await self._unless_failed(push, request), emit)
         finally:
-            if handoff is not None:
-                self._engine.forget_handoff(handoff.handoff_id)
+            push.cancel()
+            await asyncio.gather(push, return_exceptions=True)
+            self._engine.forget_handoff(handoff.handoff_id)
+
+    async def _unless_failed(
+        self, push: asyncio.Task[HandoffResult], request: EngineRequest
+    ) -> EngineOutput:
+        """The engine's only output, unless the handoff fails before it is there."""
+        loop = asyncio.get_running_loop()
+
+        def ended(push: asyncio.Task[HandoffResult]) -> None:
+            if not push.cancelled() and (push.exception() or push.result().error):
+                limit.reschedule(loop.time())
+
+        try:
+            async with asyncio.timeout(None) as limit:
+                push.add_done_callback(ended)
+                try:
+                    return await self._generate(request)
+                finally:
+                    push.remove_done_callback(ended)
+        except TimeoutError:
+            raise HandoffRefused(push.result().error) from None
+
+    def _emit(
+        self, start: SequenceStart, accepted: float, output: EngineOutput, emit: Emit
+    ) -> None:
         ended = output.finish_reason == "stop" or start.sampling.max_tokens == 1
         emit(
             SequenceStep(
@@ -76,24 +104,6 @@ class PrefillFace:
             peer_incarnation=ticket.decode_incarnation,
             peer_geometry=ticket.decode_geometry,
         )
-
-    async def _first_token(self, request: EngineRequest) -> EngineOutput:
-        """The engine's only output, unless the handoff fails before it is there."""
-        token = asyncio.create_task(self._generate(request))
-        racing: set[asyncio.Task[object]] = {token}
-        push = None
-        if request.handoff is not None:
-            push = asyncio.create_task(self._engine.handoff_result(request.handoff.handoff_id))
-            racing.add(push)
-        try:
-            await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
-            if not token.done() and push is not None and (result := push.result()).error:
-                raise HandoffRefused(result.error)
-            return await token
-        finally:
-            for task in racing:
-                task.cancel()
-            await asyncio.gather(*racing, return_exceptions=True)
 
     async def _generate(self, request: EngineRequest) -> EngineOutput:
         async with aclosing(self._engine.generate(request)) as outputs:  # type: ignore[type-var]

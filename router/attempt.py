@@ -49,10 +49,11 @@ class Attempt:
 
 
 def legs(plan: Plan, base: Source) -> dict[Stage, Leg]:
-    """Decode comes first: it reserves its blocks while prefill is still on its way."""
+    """Prefill comes first: the first token waits for it, and decode has its blocks long before
+    there is KV to take."""
     workers = {
-        Stage.DECODE: plan.decode,
         Stage.PREFILL: plan.prefill,
+        Stage.DECODE: plan.decode,
         Stage.WHOLE: plan.whole,
     }
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from router.rpc.call import Call
+from cluster.rpc.call import Call
 from router.tenants import Shown
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from google.protobuf.message import Message
@@ -118,7 +117,7 @@ def completed_message(request_id: str, completed: Completed) -> inference_pb2.Ge
 
 
 def _completion_report(report: CompletionReport) -> inference_pb2.CompletionReport:
-    phases = {f"{name}_seconds": value for name, value in asdict(report.phases).items()}
+    phases = {f"{name}_seconds": value for name, value in vars(report.phases).items()}
     message = inference_pb2.CompletionReport(
         index=report.index,
         prefill_worker=report.prefill_worker,
@@ -129,7 +128,7 @@ def _completion_report(report: CompletionReport) -> inference_pb2.CompletionRepo
         publish_seconds=report.publish_seconds,
     )
     if report.handoff is not None:
-        message.handoff.CopyFrom(common_pb2.HandoffReport(**asdict(report.handoff)))
+        message.handoff.CopyFrom(common_pb2.HandoffReport(**vars(report.handoff)))
     return message
 
 

@@ -88,6 +88,15 @@ class Curves:
         seconds: Floats = np.exp(left * (1 - part) + right * part)
         return seconds
 
+    def for_all(self, size: float, rows: int) -> list[float]:
+        """As `at`, of the first rows, for few of them."""
+        knot, part = self._locate(size)
+        lefts, rights = self._logs[:rows, knot].tolist(), self._logs[:rows, knot + 1].tolist()
+        return [
+            math.exp(left + part * (right - left))
+            for left, right in zip(lefts, rights, strict=True)
+        ]
+
     def each(self, sizes: Floats, rows: NDArray[np.intp]) -> Floats:
         """Seconds at a size per row."""
         place = np.clip(np.log2(np.maximum(sizes, 1.0)), self._first, self._last - 1e-9)
@@ -112,8 +121,9 @@ class Curves:
         return sizes
 
     def one(self, size: float, row: int) -> float:
+        """Seconds at one size, for one row."""
         knot, part = self._locate(size)
-        left, right = self._logs[row, knot], self._logs[row, knot + 1]
+        left, right = self._logs.item(row, knot), self._logs.item(row, knot + 1)
         return math.exp(left + part * (right - left))
 
     def observe(self, row: int, size: float, seconds: float) -> None:

@@ -94,7 +94,10 @@ class Dispatch:
         self._observer = observer
         self._clock = clock
         self._settled = settled
-        self.gate = Gate(policy, capacities, clock, self._admit, self._refuse, self._give_way)
+        self.gate = Gate(
+            policy, capacities, clock, self._admit, self._refuse, self._give_way, placer.cached
+        )
+        observer.watch(lambda: self.gate.running, self.gate.queued)
         self._requests: dict[str, Running] = {}
         self._unplaced: dict[tuple[str, int], _Unplaced] = {}
         self._asked: dict[tuple[str, int], Generation] = {}
@@ -147,7 +150,6 @@ class Dispatch:
         self._idle.clear()
         self._observer.received(running)
         self.gate.pump()
-        self._gauge()
         return running
 
     def cancel(self, tenant: str, request_id: str) -> bool:
@@ -195,7 +197,7 @@ class Dispatch:
                     link.cancel(sequence)
             case PromptComputed():
                 self._observer.prompt_computed(running)
-                self.gate.first_token(running.key)
+                self.gate.first_token(running.key, self._placer.uncached(running.key))
 
     def _place(self, running: Running, place: Place) -> None:
         if running.request.ended:
@@ -289,9 +291,5 @@ class Dispatch:
         self.gate.release(running.key, running.generation, running.request.tokens)
         self._placer.ended(running.key, running.generation, end)
         self._observer.ended(running, end)
-        self._gauge()
         if not self._requests:
             self._idle.set()
-
-    def _gauge(self) -> None:
-        self._observer.load(self.gate.running, {c: self.gate.queued(c) for c in SloClass})

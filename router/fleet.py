@@ -6,14 +6,15 @@ worker's slot for one life; a new life gets a fresh one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.prefix import block_hashes
 from router.breaker import Breaker
+from router.held import HeldTokens
 from router.output import Stage
 from router.placement import Target, WorkerView
 from router.prefix_index import PrefixIndex
@@ -90,6 +91,7 @@ class Fleet:
 
     def __init__(self, prefix_blocks: int = 10_000) -> None:
         self.index = PrefixIndex(prefix_blocks)
+        self._held = HeldTokens(self.index)
         self.size = 0
         self.views: list[WorkerView | None] = []
         self._free: list[int] = []
@@ -100,8 +102,6 @@ class Fleet:
         self.breakers: dict[str, Breaker] = {}
         self.penalised = False
         """Some worker's cost is raised."""
-        self._block_sizes: dict[str, int] = {}
-        self._block_size_version = -1
         self.version = 0
         """Changes when a worker comes, goes or changes what it is."""
 
@@ -165,7 +165,7 @@ class Fleet:
             self.backlog[slot] += share.seconds
             self.queue[slot] += 1
             age = now - self.work_at[slot]
-            self.work[slot] *= np.exp(-age / RATE_SECONDS)
+            self.work[slot] *= math.exp(-age / RATE_SECONDS)
             self.work[slot] += share.seconds / RATE_SECONDS
             self.work_at[slot] = now
         if share.stage is Stage.PREFILL:
@@ -265,14 +265,8 @@ class Fleet:
 
     def held_tokens(self, token_ids: Sequence[int], model: str, salt: str) -> dict[int, int]:
         """How many of a prompt's tokens the workers' prefix caches hold, by slot."""
-        if self._block_size_version != self.version:
-            self._block_sizes = {v.model: v.block_size for v in self.views if v is not None}
-            self._block_size_version = self.version
-        size = self._block_sizes.get(model, 0)
-        if not size or len(token_ids) < size:
-            return {}
-        depths = self.index.held(block_hashes(token_ids, size, salt))
-        return {slot: depth * size for slot, depth in depths.items()}
+        self._held.see(self.version, self.views)
+        return self._held.of(token_ids, model, salt)
 
     def expected_output(self, model: str, max_tokens: int) -> float:
         """Tokens that a completion will take, as those before it did."""

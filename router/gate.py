@@ -25,6 +25,7 @@ class Gate:
     Args:
         capacities: by model, as of now.
         admit, refuse, give_way: carry out what was decided for a request, by its key.
+        cached: prompt tokens of a request that a worker's prefix cache holds, as far as is known.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Gate:
         admit: Callable[[str], None],
         refuse: Callable[[str, Overloaded], None],
         give_way: Callable[[str], None],
+        cached: Callable[[Generation], int] = lambda _: 0,
     ) -> None:
         self._core = Admission(policy)
         self._capacities = capacities
@@ -42,6 +44,7 @@ class Gate:
         self._admit = admit
         self._refuse = refuse
         self._give_way = give_way
+        self._cached = cached
         self._output_tokens: dict[str, float] = {}
         self._pumping = False
         self._again = False
@@ -91,12 +94,13 @@ class Gate:
             n,
             generation.slo.priority,
             generation.slo.tpot_seconds,
+            self._cached(generation),
         )
         self._core.offer(self._clock.now(), offer)
 
-    def first_token(self, key: str) -> None:
-        """Its prompt is computed."""
-        self._core.first_token(self._clock.now(), key)
+    def first_token(self, key: str, uncached: int | None = None) -> None:
+        """Its prompt is computed; `uncached` as of `Admission.first_token`."""
+        self._core.first_token(self._clock.now(), key, uncached)
         self.pump()
 
     def release(self, key: str, generation: Generation, completion_tokens: int) -> None:

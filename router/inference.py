@@ -8,6 +8,7 @@ from collections.abc import Callable
 from cluster.clock import Clock
 from cluster.errors import PdserveError
 from cluster.obs.logs import REQUEST_ID
+from cluster.rpc.call import Call
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 from router import client_wire as wire
 from router import validate
@@ -19,7 +20,6 @@ from router.delta_wire import DeltaEncoder
 from router.intake import Intake
 from router.reception import Reception
 from router.refusal import refuse, refusing
-from router.rpc.call import Call
 from router.tenants import Tenants
 
 

@@ -18,38 +18,20 @@ a pair is the sum of its sides, so the best pair of a layout is found without lo
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
 import numpy as np
 
+from router.costs import Column, ColumnCosts, Costs
 from router.curves import Floats
 from router.fleet import Fleet
 from router.placement import Candidate, Decision, Demand, Mode, Plan, Unplaced, WorkerView, missing
-
-MISS = 2.0
-"""Of a missed target, in targets."""
+from router.row_costs import FEW, RowCosts
 
 NEAR = 0.001
 """Costs this close, plus as large a share of them, are taken for equal: random among those."""
-
-AVOIDED = 1e3
-"""Cost of a worker that failed this sequence."""
-
-BUSY_SECONDS = 0.05
-"""So old may the workers' shares of time be."""
-
-BURSTS = 1.6
-"""Prompts come in bursts: so much more than on average they may slow a decode beside them."""
-
-TPOT_HEADROOM = 0.75
-"""Of the target: a pace counts as missed from there on, because those who come later slow it."""
-
-CHUNK_TOKENS = 2048.0
-"""Of a prompt per engine step, about."""
-
-
-_LIMITS = np.array([[1.0], [TPOT_HEADROOM], [TPOT_HEADROOM]])
 
 
 @dataclass(frozen=True)
@@ -63,25 +45,11 @@ class _Pools:
     """
 
     version: int
-    pairs: list[tuple[Floats, Floats]]
-    prefill: Floats
-    whole: Floats
+    pairs: list[tuple[Column, Column]]
+    prefill: Column
+    whole: Column
     by_id: dict[str, int]
     missing: str
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """Of every slot, for one demand."""
-
-    ttft: Floats
-    uncached: Floats
-    work: Floats
-    prefill: Floats
-    split_tpot: Floats
-    decode: Floats
-    whole_tpot: Floats
-    whole: Floats
 
 
 class JointPlacement:
@@ -97,8 +65,8 @@ class JointPlacement:
         self._mode = mode
         self._rng = rng
         self._pools: dict[str, _Pools] = {}
-        self._busy = self._crowding = np.zeros(0)
-        self._busy_at = 0.0
+        self._by_column = ColumnCosts(fleet)
+        self._by_row = RowCosts(fleet)
 
     def place(self, now: float, demand: Demand) -> Decision | Unplaced:
         """Decides from the fleet as it is; changes nothing."""
@@ -107,7 +75,8 @@ class JointPlacement:
             pools = self._pools[demand.model] = self._pools_of(demand.model)
         if pools.missing:
             return Unplaced(pools.missing)
-        costs = self._costs(now, demand, pools.by_id)
+        by = self._by_row if self._fleet.size <= FEW else self._by_column
+        costs = by.of(now, demand, pools.by_id)
         candidates = self._candidates(demand, pools, costs)
         if not candidates:
             return Unplaced(missing(demand.model, self._views(), "always"))
@@ -119,97 +88,32 @@ class JointPlacement:
         losers = sorted((c for c in candidates if c is not chosen), key=lambda c: c.cost)
         return Decision(chosen, tuple(losers))
 
-    def _costs(self, now: float, demand: Demand, by_id: dict[str, int]) -> _Costs:
-        """A few dozen passes over short arrays: their number is what placement takes."""
-        fleet, n = self._fleet, self._fleet.size
-        rows = slice(0, n)
-        prompt = demand.prompt_tokens
-        per_ttft = 1.0 / max(1e-3, demand.ttft_seconds - demand.waited_seconds)
-        per_tpot = 1.0 / demand.tpot_seconds
-        output = max(2.0, fleet.expected_output(demand.model, demand.max_tokens))
-        if not 0 <= now - self._busy_at < BUSY_SECONDS or len(self._busy) != n:
-            self._busy, self._busy_at = fleet.busy(now), now
-            self._crowding = self._busy / (1.0 - self._busy)
-        uncached, work, moved = self._work(demand, n)
-
-        backlog = fleet.backlog[rows]
-        begun = np.minimum(now - fleet.progress_at[rows], backlog / (fleet.queue[rows] + 1e-9))
-        # A prompt's steps carry the decodes of the same worker along.
-        carried = fleet.drag[rows] * (uncached * (1.0 / CHUNK_TOKENS) + 1.0)
-        ttft = np.maximum(backlog - begun, 0.0) + work + carried
-        alone = fleet.pace[rows]
-        crowded = alone * self._crowding
-        pace = alone + crowded
-        gap = moved * (fleet.incoming[rows] + 1.0)
-        lacking = fleet.kv_used[rows] + (prompt + output - fleet.kv_tokens[rows])
-        kv_wait: Floats | float = 0.0
-        if lacking.max() > 0:
-            share = np.maximum(lacking, 0.0) / (fleet.kv_used[rows] + 1.0)
-            kv_wait = share * output * alone
-            gap += kv_wait
-
-        targets = np.empty((3, n))
-        targets[0] = (ttft + kv_wait) * per_ttft
-        targets[1] = (pace + crowded * BURSTS) * per_tpot
-        targets[2] = targets[1] + gap * (per_tpot / output)
-        split_tpot = pace + gap * (1.0 / output)
-        targets += MISS * (targets > _LIMITS)
-        harm = fleet.drag[rows] * per_tpot
-        prefill = targets[0] + work * self._crowding * per_ttft
-        decode = targets[2] + harm
-        if fleet.penalised or demand.avoid:
-            penalty = self._penalty(demand, by_id)
-            prefill += penalty
-            decode += penalty
-        stall = work * fleet.decodes[rows] * (per_tpot / output)
-        whole = prefill + targets[1] + harm + stall
-        return _Costs(ttft, uncached, work, prefill, split_tpot, decode, pace, whole)
-
-    def _work(self, demand: Demand, n: int) -> tuple[Floats, Floats, Floats]:
-        """Per slot: tokens to compute, seconds of that, and the exposed seconds of a handoff."""
-        fleet, rows, prompt = self._fleet, slice(0, n), demand.prompt_tokens
-        uncached = np.full(n, float(prompt))
-        work, moved = fleet.speeds.prefill.at(prompt, rows), fleet.speeds.exposed.at(prompt, rows)
-        if demand.held:
-            slots = np.fromiter(demand.held, np.intp, len(demand.held))
-            held = np.fromiter(demand.held.values(), np.float64, len(demand.held))
-            left = np.maximum(prompt - held, 1.0)
-            uncached[slots] = left
-            work[slots] = fleet.speeds.prefill.each(left, slots)
-            moved[slots] = fleet.speeds.exposed.each(left, slots)
-        return uncached, work, moved
-
-    def _penalty(self, demand: Demand, by_id: dict[str, int]) -> Floats:
-        penalty: Floats = self._fleet.penalty[: self._fleet.size].copy()
-        for worker_id in demand.avoid:
-            if (slot := by_id.get(worker_id)) is not None:
-                penalty[slot] += AVOIDED
-        return penalty
-
-    def _candidates(self, demand: Demand, pools: _Pools, costs: _Costs) -> list[Candidate]:
+    def _candidates(self, demand: Demand, pools: _Pools, costs: Costs) -> list[Candidate]:
         found: list[Candidate] = []
         if not demand.decodes:
-            for slot in self._best(costs.prefill + pools.prefill):
+            for slot in self._best(costs.prefill, pools.prefill):
                 found.append(self._alone(slot, costs))
             if found or self._mode == "always":
                 return found
         if demand.decodes and self._mode != "never":
             for prefill, decode in pools.pairs:
-                prefills = self._best(costs.prefill + prefill)
-                decodes = self._best(costs.decode + decode)
+                prefills = self._best(costs.prefill, prefill)
+                decodes = self._best(costs.decode, decode)
                 found += [self._pair(p, d, costs) for p in prefills for d in decodes if p != d]
         if self._mode != "always" or not found:
-            found += [self._whole(slot, costs) for slot in self._best(costs.whole + pools.whole)]
+            found += [self._whole(slot, costs) for slot in self._best(costs.whole, pools.whole)]
         return found
 
-    def _best(self, costs: Floats) -> list[int]:
+    def _best(self, costs: Column, allowed: Column) -> list[int]:
         """The cheapest slot, or any of its near-equals, and one more."""
+        if isinstance(costs, list):
+            return self._best_of_few([c + a for c, a in zip(costs, allowed, strict=True)])
+        costs = costs + allowed
         first = int(costs.argmin())
         lowest = costs[first]
         if lowest == np.inf:
             return []
-        close = costs <= lowest + NEAR * (1 + lowest) / 2
-        near: list[int] = np.flatnonzero(close).tolist()
+        near: list[int] = np.flatnonzero(costs <= _near(lowest)).tolist()
         if len(near) > 2:
             return self._rng.sample(near, 2)
         if len(near) == 1:
@@ -219,7 +123,22 @@ class JointPlacement:
                 near.append(second)
         return near
 
-    def _pair(self, p: int, d: int, costs: _Costs) -> Candidate:
+    def _best_of_few(self, costs: list[float]) -> list[int]:
+        lowest = min(costs)
+        if lowest == math.inf:
+            return []
+        limit = _near(lowest)
+        near = [slot for slot, cost in enumerate(costs) if cost <= limit]
+        if len(near) > 2:
+            return self._rng.sample(near, 2)
+        if len(near) == 1:
+            costs[near[0]] = math.inf
+            second = min(costs)
+            if second < math.inf:
+                near.append(costs.index(second))
+        return near
+
+    def _pair(self, p: int, d: int, costs: Costs) -> Candidate:
         views = self._fleet.views
         return Candidate(
             Plan(prefill=views[p].target, decode=views[d].target),  # type: ignore[union-attr]
@@ -231,14 +150,14 @@ class JointPlacement:
             float(costs.prefill[p] + costs.decode[d]),
         )
 
-    def _alone(self, p: int, costs: _Costs) -> Candidate:
+    def _alone(self, p: int, costs: Costs) -> Candidate:
         target = self._fleet.views[p].target  # type: ignore[union-attr]
         return Candidate(
             Plan(prefill=target), (p, -1), float(costs.ttft[p]), 0.0, int(costs.uncached[p]),
             float(costs.work[p]), float(costs.prefill[p]),
         )  # fmt: skip
 
-    def _whole(self, w: int, costs: _Costs) -> Candidate:
+    def _whole(self, w: int, costs: Costs) -> Candidate:
         target = self._fleet.views[w].target  # type: ignore[union-attr]
         return Candidate(
             Plan(whole=target), (w, w), float(costs.ttft[w]), float(costs.whole_tpot[w]),
@@ -266,4 +185,15 @@ class JointPlacement:
             if self._mode != "always" or view.role == "both":
                 whole[slot] = 0.0
         lacking = "" if by_id else missing(model, self._views(), self._mode)
-        return _Pools(self._fleet.version, list(pairs.values()), prefill, whole, by_id, lacking)
+        few = size <= FEW
+
+        def column(costs: Floats) -> Column:
+            return costs.tolist() if few else costs
+
+        both = [(column(p), column(d)) for p, d in pairs.values()]
+        return _Pools(self._fleet.version, both, column(prefill), column(whole), by_id, lacking)
+
+
+def _near(lowest: float) -> float:
+    """Up to here costs are near-equal to the lowest."""
+    return lowest + NEAR * (1 + lowest) / 2

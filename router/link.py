@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 import numpy as np
 
 from cluster.clock import Clock
 from cluster.errors import Overloaded, PdserveError, Unavailable
+from cluster.rpc.client import CallFailed, ClientCall, ClientConnection, connected
+from cluster.rpc.limits import Limits
 from cluster.store.records import WorkerRecord
 from cluster.ticket import TicketSigner
-from pdserve.v1 import worker_pb2, worker_pb2_grpc
+from pdserve.v1 import worker_pb2
 from router import worker_wire as wire
 from router.events import Output, WorkerFailed
 from router.fleet import Fleet, Share
@@ -26,18 +26,16 @@ from router.output import Stage
 from router.placement import Target, WorkerView
 from router.worker_wire import SequenceStart
 
-MAX_MESSAGE_BYTES = 64 << 20
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.1, 5.0
 CONNECT_TIMEOUT_SECONDS = 10.0
-CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Two links in one process, of two routers in a test, must not share a connection.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
+LIMITS = Limits(
+    message_bytes=64 << 20,
+    calls=0,
+    window_bytes=4 << 20,
+    keepalive_seconds=20.0,
+    keepalive_timeout_seconds=10.0,
 )
+SERVICE = f"/{worker_pb2.DESCRIPTOR.services_by_name['Worker'].full_name}"
 
 Listener = Callable[[Output | WorkerFailed], None]
 log = logging.getLogger(__name__)
@@ -78,8 +76,8 @@ class WorkerLink:
         self._metadata = (("authorization", f"Bearer {signer.call_token()}"),)
         self._changed = changed
         self._open: dict[str, _Open] = {}
-        self._outgoing: asyncio.Queue[worker_pb2.RouterMessage] = asyncio.Queue()
-        self._channel: grpc.aio.Channel | None = None
+        self._connection: ClientConnection | None = None
+        self._call: ClientCall | None = None
 
     @property
     def record(self) -> WorkerRecord:
@@ -128,26 +126,26 @@ class WorkerLink:
         """
         self._open[start.sequence_id] = _Open(start.stage, listener, share)
         self._fleet.take(self._clock.now(), share)
-        self._outgoing.put_nowait(wire.start_message(start))
+        self._send(wire.start_message(start))
 
     def cancel(self, sequence_id: str) -> None:
         """Tells the worker to drop a sequence; its listener hears no more."""
         if opened := self._open.pop(sequence_id, None):
             self._fleet.release(self._clock.now(), opened.share)
-            self._outgoing.put_nowait(wire.cancel_message(sequence_id))
+            self._send(wire.cancel_message(sequence_id))
 
     async def describe(self, timeout: float) -> worker_pb2.WorkerDescription:
         """What the worker holds. Raises Unavailable."""
-        if self._channel is None:
+        if self._connection is None:
             raise self._lost("is not connected")
-        stub = worker_pb2_grpc.WorkerStub(self._channel)
+        asked = worker_pb2.DescribeRequest().SerializeToString()
         try:
-            description: worker_pb2.WorkerDescription = await stub.Describe(
-                worker_pb2.DescribeRequest(), metadata=self._metadata, timeout=timeout
+            answer = await self._connection.ask(
+                f"{SERVICE}/Describe", self._metadata, asked, timeout
             )
-            return description
-        except grpc.aio.AioRpcError as error:
-            raise self._lost(f"did not describe itself: {error.code().name}") from error
+        except CallFailed as error:
+            raise self._lost(f"did not describe itself: {error.code.name}") from error
+        return worker_pb2.WorkerDescription.FromString(answer)
 
     async def run(self) -> None:
         """Keeps the stream up until the task is cancelled, which fails its sequences."""
@@ -156,13 +154,10 @@ class WorkerLink:
             while True:
                 reason = "closed its stream"
                 try:
-                    async with grpc.aio.insecure_channel(
-                        self.record.address, options=CHANNEL_OPTIONS
-                    ) as self._channel:
-                        await self._serve(self._channel)
-                except grpc.aio.AioRpcError as error:
-                    reason = f"was lost: {error.code().name}"
-                    log.info("worker %s: %s %s", self.record.worker_id, reason, error.details())
+                    await self._serve()
+                except CallFailed as error:
+                    reason = f"was lost: {error.code.name}"
+                    log.info("worker %s: %s %s", self.record.worker_id, reason, error.details)
                 except TimeoutError:
                     reason = "did not answer the hello"
                 except Exception:
@@ -176,33 +171,34 @@ class WorkerLink:
             self._down("is gone")
             self._fleet.leave(self._slot)
 
-    async def _serve(self, channel: grpc.aio.Channel) -> None:
-        self._outgoing = asyncio.Queue()
-        call = worker_pb2_grpc.WorkerStub(channel).Serve(
-            self._requests(self._outgoing), metadata=self._metadata
-        )
-        try:
+    async def _serve(self) -> None:
+        record = self.record
+        async with connected(record.address, LIMITS, CONNECT_TIMEOUT_SECONDS) as connection:
+            self._connection = connection
+            self._call = connection.open(f"{SERVICE}/Serve", self._metadata, self._hear)
+            self._send(wire.hello_message(self._router_id, record.worker_id, record.incarnation))
             async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
-                await call.initial_metadata()
-            if call.done():
-                raise await _error_of(call)
+                await self._call.begun
             self._set_connected(True)
-            log.info("worker %s: connected", self.record.worker_id)
+            log.info("worker %s: connected", record.worker_id)
             self._changed()
-            async for message in call:
-                for output in message.outputs:
-                    self._receive(output)
-                if message.HasField("blocks"):
-                    self._see_blocks(message.blocks)
-        finally:
-            call.cancel()
+            await self._call.finished
 
-    async def _requests(
-        self, outgoing: asyncio.Queue[worker_pb2.RouterMessage]
-    ) -> AsyncIterator[worker_pb2.RouterMessage]:
-        yield wire.hello_message(self._router_id, self.record.worker_id, self.record.incarnation)
-        while True:
-            yield await outgoing.get()
+    def _send(self, message: worker_pb2.RouterMessage) -> None:
+        if self._call is not None:
+            self._call.send(message.SerializeToString())
+
+    def _hear(self, data: bytes) -> None:
+        try:
+            message = worker_pb2.WorkerMessage.FromString(data)
+            for output in message.outputs:
+                self._receive(output)
+            if message.HasField("blocks"):
+                self._see_blocks(message.blocks)
+        except Exception:
+            log.exception("worker %s: a message could not be understood", self.record.worker_id)
+            if self._call is not None:
+                self._call.cancel()
 
     def _receive(self, message: worker_pb2.SequenceOutput) -> None:
         opened = self._open.get(message.sequence_id)
@@ -230,7 +226,8 @@ class WorkerLink:
 
     def _down(self, reason: str) -> bool:
         """Fails what is open; returns whether the link was up."""
-        was_connected, self._channel = self._connected, None
+        was_connected = self._connected
+        self._connection = self._call = None
         self._set_connected(False)
         lost, self._open = self._open, {}
         for sequence_id, opened in lost.items():
@@ -254,13 +251,3 @@ def _tell(opened: _Open, event: Output | WorkerFailed) -> None:
     except Exception:
         # One request's bug must not take down the stream that carries the others.
         log.exception("sequence %s: its output was not handled", event.sequence_id)
-
-
-async def _error_of(call: Any) -> grpc.aio.AioRpcError:
-    """What a finished call ended with."""
-    return grpc.aio.AioRpcError(
-        await call.code(),
-        await call.initial_metadata(),
-        await call.trailing_metadata(),
-        await call.details(),
-    )

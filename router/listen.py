@@ -13,10 +13,10 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster.config import RouterConfig
 from cluster.errors import ConfigError
+from cluster.rpc.limits import Limits
+from cluster.rpc.server import RpcServer
 from pdserve.v1 import batch_pb2, inference_pb2, operator_pb2
 from router.caller import certificate_names
-from router.rpc.limits import Limits
-from router.rpc.server import RpcServer
 from router.tls import grpc_context, http_context
 
 LOOPBACK = "127.0.0.1"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from cluster.clock import Clock
 from cluster.errors import Overloaded, PdserveError, Unavailable, status_of
 from cluster.obs.metrics import RouterMetrics
-from cluster.obs.tracing import NoTracer, Tracer
+from cluster.obs.tracing import Tracer
 from cluster.store.records import JournalEntry
 from router.admission.offers import SloClass
 from router.attainment import ATTAINED, missed
@@ -46,13 +47,20 @@ class Observer:
         tracer: Tracer | None = None,
     ) -> None:
         self.metrics = metrics
-        self._tracer = tracer or NoTracer()
+        self._tracer = tracer
         self._router_id = router_id
         self._clock = clock
         self._entries: asyncio.Queue[JournalEntry] = asyncio.Queue(JOURNAL_QUEUE)
         self.demand = DemandLog()
         self.readers: list[Callable[[Running], None]] = []
         """Hear of every request at its end."""
+
+    def watch(self, running: Callable[[], int], queued: Callable[[SloClass], int]) -> None:
+        """Where the numbers of requests are read, when somebody asks for the metrics."""
+        self.metrics.running_requests.set_function(running)
+        for slo_class in SloClass:
+            gauge = self.metrics.queued_requests.labels(slo_class)
+            gauge.set_function(partial(queued, slo_class))
 
     def received(self, running: Running) -> None:
         generation = running.generation
@@ -66,11 +74,6 @@ class Observer:
 
     def prompt_computed(self, running: Running) -> None:
         self.demand.computed(running.key)
-
-    def load(self, running: int, queued: Mapping[SloClass, int]) -> None:
-        self.metrics.running_requests.set(running)
-        for slo_class, count in queued.items():
-            self.metrics.queued_requests.labels(slo_class).set(count)
 
     def refused(self, model: str, tenant: str, slo: Slo | None, error: BaseException) -> None:
         """A request that was never taken in.
@@ -127,7 +130,7 @@ class Observer:
             self.demand.completed(_kind(generation), used, min(1.0, cached))
             first = end.completions[0]
             fields["ttft_seconds"] = round(first.ttft_seconds, 6)
-            entry = replace(entry, phases=asdict(first.phases))
+            entry = replace(entry, phases=dict(vars(first.phases)))
         else:
             fields["error"] = str(end)
         self._journal(entry)
@@ -141,6 +144,8 @@ class Observer:
         fields: dict[str, object],
         seconds: float,
     ) -> None:
+        if self._tracer is None:
+            return
         now = self._clock.wall()
         attributes = {
             f"pdserve.{k}": v for k, v in fields.items() if isinstance(v, str | int | float)
@@ -201,7 +206,7 @@ class Observer:
             self.metrics.tpot.labels(model).observe(report.tpot_seconds)
         if report.publish_seconds is not None:
             self.metrics.publish.labels(model).observe(report.publish_seconds)
-        for phase, seconds in asdict(report.phases).items():
+        for phase, seconds in vars(report.phases).items():
             self.metrics.phase.labels(phase).observe(seconds)
         if report.handoff is not None:
             self._handoff(report, report.handoff)

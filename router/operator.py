@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from cluster.errors import NotFound, PdserveError
+from cluster.rpc.call import Call
 from cluster.store.plans import Plans
 from cluster.store.records import RouterRecord, WorkerRecord
 from pdserve.v1 import operator_pb2, worker_pb2
@@ -16,7 +17,6 @@ from router.placement import Target
 from router.placer import Placer
 from router.recording import Recording
 from router.refusal import refusing
-from router.rpc.call import Call
 from router.steering import SteeringServicer
 from router.tenants import Tenants
 from router.validate import check_request_id

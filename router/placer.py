@@ -111,6 +111,18 @@ class Placer:
             self._metrics.placements.labels(generation.model, kind).inc()
         return decision
 
+    def cached(self, generation: Generation) -> int:
+        """Prompt tokens that the worker has in its prefix cache that has most of them."""
+        held = self._fleet.held_tokens(
+            generation.prompt_token_ids, generation.model, generation.cache_salt
+        )
+        return max(held.values(), default=0)
+
+    def uncached(self, key: str) -> int | None:
+        """Prompt tokens that were to compute where a request was placed first; None: nowhere."""
+        placed = self._requests.get(key)
+        return placed.explained[0].decision.chosen.uncached_tokens if placed else None
+
     def share(self, key: str, index: int, stage: Stage) -> Share:
         """What that part of the last decision puts on its worker."""
         return self._requests[key].shares[index][stage]

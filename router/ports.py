@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from cluster.config import RouterConfig
+from cluster.rpc.server import RpcServer
 from router.listen import BATCH, INFERENCE, OPERATOR, Health, bind_grpc, join, rpc_server
-from router.rpc.server import RpcServer
 
 GRACE_SECONDS = 1.0
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.prefix import Hashes, mixed
+from cluster.prefix import Hashes, mixed, mixed_int
 
 WAYS = 8
 FILL = 0.7
@@ -43,6 +43,8 @@ class PrefixIndex:
         self._cells = np.zeros(64, dtype=np.int64)  # that refer to a set, by its number
         self._empty = np.ones(64, dtype=bool)  # sets that nobody is in any more
         self._unused: list[int] = []
+        self.version = 0
+        """Changes when somebody holds something else."""
         self.dropped = 0
         """Blocks that found no cell."""
 
@@ -55,9 +57,15 @@ class PrefixIndex:
         """Of the table; sets come on top, a few hundred bytes each."""
         return self._names.nbytes + self._sets.nbytes
 
-    def held(self, names: Hashes) -> dict[int, int]:
-        """How many of a prompt's leading blocks each worker holds; those with none are left out."""
-        if not len(names) or not self._has(int(names[0])):
+    def held(self, names: Hashes | list[int]) -> dict[int, int]:
+        """How many of a prompt's leading blocks each worker holds; those with none are left out.
+
+        Args:
+            names: in a list where they are few: they are looked up one by one then.
+        """
+        if isinstance(names, list):
+            return self._held_few(names)
+        if not len(names) or self._cell(int(names[0])) < 0:  # Most prompts are new to all.
             return {}
         cells = self._find(names)
         missing = np.flatnonzero(cells < 0)
@@ -76,6 +84,7 @@ class PrefixIndex:
 
     def add(self, holder: int, names: Hashes) -> None:
         """`holder` has these blocks now."""
+        self.version += 1
         names = np.unique(names)
         cells = self._find(names)
         known = cells >= 0
@@ -85,11 +94,13 @@ class PrefixIndex:
 
     def remove(self, holder: int, names: Hashes) -> None:
         """`holder` has them no more."""
+        self.version += 1
         cells = self._find(np.unique(names))
         self._move(cells[cells >= 0], 0, 1 << holder)
 
     def forget(self, holder: int) -> None:
         """Nothing it had counts any more; its number may be given to another."""
+        self.version += 1
         bit = 1 << holder
         for number, bits in enumerate(self._bits):
             if bits & bit:
@@ -97,13 +108,30 @@ class PrefixIndex:
                 self._empty[number] = not self._bits[number]
         self._numbers = {bits: number for number, bits in enumerate(self._bits) if bits}
 
-    def _has(self, name: int) -> bool:
-        """Of one name: most prompts are new to all."""
+    def _held_few(self, names: list[int]) -> dict[int, int]:
+        depths: dict[int, int] = {}
+        alive = -1  # everybody
+        place = 0
+        for place, name in enumerate(names):
+            cell = self._cell(name)
+            still = alive & self._bits[self._sets.item(cell)] if cell >= 0 else 0
+            if place:
+                _each(alive & ~still, place, depths)
+            alive = still
+            if not alive:
+                return depths
+        if names:
+            _each(alive, place + 1, depths)
+        return depths
+
+    def _cell(self, name: int) -> int:
+        """One name's cell, or -1."""
         mask = int(self._mask)
-        for bucket in (name & mask, int(mixed(np.array([name], dtype=np.uint64))[0]) & mask):
-            if name in self._names[bucket * WAYS : (bucket + 1) * WAYS].tolist():
-                return True
-        return False
+        for bucket in (name & mask, mixed_int(name) & mask):
+            cells: list[int] = self._names[bucket * WAYS : (bucket + 1) * WAYS].tolist()
+            if name in cells:
+                return bucket * WAYS + cells.index(name)
+        return -1
 
     def _find(self, names: Hashes) -> Cells:
         """Each name's cell, or -1."""

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from cluster.errors import Overloaded, PdserveError, Unavailable
 from cluster.prefix import block_hashes
+from cluster.rpc.call import Call
 from cluster.store.records import JournalEntry
 from pdserve.v1 import operator_pb2
 from router.caller import shown_by
 from router.client_wire import refuse_unknown_fields
 from router.observe import Observer
 from router.refusal import refuse
-from router.rpc.call import Call
 from router.running import Running
 from router.states import TERMINAL
 from router.tenants import Tenants

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from cluster.errors import InvalidRequest, Overloaded, PdserveError, Status, status_of
-from router.rpc.call import Call
+from cluster.rpc.call import Call
 
 MAX_MESSAGE_CHARS = 1000
 _DETAILS_KEY = "grpc-status-details-bin"

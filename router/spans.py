@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from cluster.obs.tracing import Span
 from router.output import Completed, CompletionReport
 
@@ -23,7 +21,7 @@ def request_spans(
     if completed is not None:
         report = completed.completions[0]
         at = start
-        for phase, seconds in asdict(report.phases).items():
+        for phase, seconds in vars(report.phases).items():
             if seconds:
                 spans.append(Span(phase, at, at + seconds, {}))
             at += seconds

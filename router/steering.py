@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.errors import InvalidRequest, Unavailable
+from cluster.rpc.call import Call
 from cluster.store.plan_records import Order
 from cluster.store.plans import KEPT_DECISIONS, Plans
 from pdserve.v1 import operator_pb2, operator_pb2_grpc
@@ -14,7 +15,6 @@ from router.client_wire import refuse_unknown_fields
 from router.plan_wire import decision_message, plan_response
 from router.recording import Recording
 from router.refusal import refusing
-from router.rpc.call import Call
 from router.tenants import Tenants
 
 ORDER_SECONDS = 10.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -32,6 +33,27 @@ SIZE_BUCKETS = tuple(float(1 << bits) for bits in range(16, 36, 2))
 RATE_BUCKETS = tuple(float(10**power * step) for power in (7, 8, 9, 10, 11) for step in (1, 3))
 
 
+Family = TypeVar("Family", Counter, Histogram)
+
+
+class Labelled(Generic[Family]):
+    """A family of counters or histograms whose members are looked up once.
+
+    The library's own `labels` takes a lock and makes strings, two dozen times a request.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._family: Family = family
+        self._members: dict[tuple[str, ...], Family] = {}
+
+    def labels(self, *values: str) -> Family:
+        """The member with these values of its labels."""
+        member = self._members.get(values)
+        if member is None:
+            member = self._members[values] = self._family.labels(*values)
+        return member
+
+
 class RouterMetrics:
     """What one router measures.
 
@@ -41,52 +63,66 @@ class RouterMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.requests = Counter(
-            "pdserve_requests_total",
-            "Requests by terminal gRPC status, refused ones included.",
-            ("model", "status"),
-            registry=registry,
+        self.requests = Labelled(
+            Counter(
+                "pdserve_requests_total",
+                "Requests by terminal gRPC status, refused ones included.",
+                ("model", "status"),
+                registry=registry,
+            )
         )
-        self.request_tokens = Counter(
-            "pdserve_request_tokens_total",
-            "Tokens of requests: prompt, completion, and cached (part of prompt).",
-            ("model", "kind"),
-            registry=registry,
+        self.request_tokens = Labelled(
+            Counter(
+                "pdserve_request_tokens_total",
+                "Tokens of requests: prompt, completion, and cached (part of prompt).",
+                ("model", "kind"),
+                registry=registry,
+            )
         )
-        self.phase = Histogram(
-            "pdserve_phase_seconds",
-            "Where completions' time went; the phases add up to the end-to-end time.",
-            ("phase",),
-            buckets=PHASE_BUCKETS,
-            registry=registry,
+        self.phase = Labelled(
+            Histogram(
+                "pdserve_phase_seconds",
+                "Where completions' time went; the phases add up to the end-to-end time.",
+                ("phase",),
+                buckets=PHASE_BUCKETS,
+                registry=registry,
+            )
         )
-        self.ttft = Histogram(
-            "pdserve_ttft_seconds",
-            "Request received to first token.",
-            ("model",),
-            buckets=TTFT_BUCKETS,
-            registry=registry,
+        self.ttft = Labelled(
+            Histogram(
+                "pdserve_ttft_seconds",
+                "Request received to first token.",
+                ("model",),
+                buckets=TTFT_BUCKETS,
+                registry=registry,
+            )
         )
-        self.publish = Histogram(
-            "pdserve_publish_seconds",
-            "Request received to the first of what its user sees, where the request marks it.",
-            ("model",),
-            buckets=TTFT_BUCKETS,
-            registry=registry,
+        self.publish = Labelled(
+            Histogram(
+                "pdserve_publish_seconds",
+                "Request received to the first of what its user sees, where the request marks it.",
+                ("model",),
+                buckets=TTFT_BUCKETS,
+                registry=registry,
+            )
         )
-        self.tpot = Histogram(
-            "pdserve_tpot_seconds",
-            "Mean gap between the tokens after the first.",
-            ("model",),
-            buckets=TPOT_BUCKETS,
-            registry=registry,
+        self.tpot = Labelled(
+            Histogram(
+                "pdserve_tpot_seconds",
+                "Mean gap between the tokens after the first.",
+                ("model",),
+                buckets=TPOT_BUCKETS,
+                registry=registry,
+            )
         )
-        self.e2e = Histogram(
-            "pdserve_e2e_seconds",
-            "Request received to its end, of requests that succeeded.",
-            ("model",),
-            buckets=E2E_BUCKETS,
-            registry=registry,
+        self.e2e = Labelled(
+            Histogram(
+                "pdserve_e2e_seconds",
+                "Request received to its end, of requests that succeeded.",
+                ("model",),
+                buckets=E2E_BUCKETS,
+                registry=registry,
+            )
         )
         self._slo(registry)
         self._placement(registry)
@@ -96,58 +132,74 @@ class RouterMetrics:
 
     def _slo(self, registry: CollectorRegistry) -> None:
         """Attainment is attained / requests: what was refused or failed counts as missed."""
-        self.slo_requests = Counter(
-            "pdserve_slo_requests_total",
-            "Valid requests that have ended, refused ones included.",
-            ("model", "class"),
-            registry=registry,
+        self.slo_requests = Labelled(
+            Counter(
+                "pdserve_slo_requests_total",
+                "Valid requests that have ended, refused ones included.",
+                ("model", "class"),
+                registry=registry,
+            )
         )
-        self.slo_attained = Counter(
-            "pdserve_slo_attained_total",
-            "Requests that succeeded within all their targets.",
-            ("model", "class"),
-            registry=registry,
+        self.slo_attained = Labelled(
+            Counter(
+                "pdserve_slo_attained_total",
+                "Requests that succeeded within all their targets.",
+                ("model", "class"),
+                registry=registry,
+            )
         )
-        self.slo_missed = Counter(
-            "pdserve_slo_missed_total",
-            "The others: ttft, tpot, refused, failed, deadline or cancelled (by the client).",
-            ("model", "class", "reason"),
-            registry=registry,
+        self.slo_missed = Labelled(
+            Counter(
+                "pdserve_slo_missed_total",
+                "The others: ttft, tpot, refused, failed, deadline or cancelled (by the client).",
+                ("model", "class", "reason"),
+                registry=registry,
+            )
         )
-        self.tenant_requests = Counter(
-            "pdserve_tenant_requests_total",
-            "Requests of a tenant by terminal gRPC status.",
-            ("tenant", "status"),
-            registry=registry,
+        self.tenant_requests = Labelled(
+            Counter(
+                "pdserve_tenant_requests_total",
+                "Requests of a tenant by terminal gRPC status.",
+                ("tenant", "status"),
+                registry=registry,
+            )
         )
-        self.tenant_tokens = Counter(
-            "pdserve_tenant_tokens_total",
-            "Tokens of a tenant's requests: prompt, completion.",
-            ("tenant", "kind"),
-            registry=registry,
+        self.tenant_tokens = Labelled(
+            Counter(
+                "pdserve_tenant_tokens_total",
+                "Tokens of a tenant's requests: prompt, completion.",
+                ("tenant", "kind"),
+                registry=registry,
+            )
         )
 
     def _placement(self, registry: CollectorRegistry) -> None:
-        self.placements = Counter(
-            "pdserve_placements_total",
-            "Sequences placed: split over two workers, whole on one, or prefill alone.",
-            ("model", "kind"),
-            registry=registry,
+        self.placements = Labelled(
+            Counter(
+                "pdserve_placements_total",
+                "Sequences placed: split over two workers, whole on one, or prefill alone.",
+                ("model", "kind"),
+                registry=registry,
+            )
         )
-        self.prediction_error = Histogram(
-            "pdserve_prediction_error_seconds",
-            "How far what was predicted at placement is from what was observed.",
-            ("quantity",),
-            buckets=PHASE_BUCKETS,
-            registry=registry,
+        self.prediction_error = Labelled(
+            Histogram(
+                "pdserve_prediction_error_seconds",
+                "How far what was predicted at placement is from what was observed.",
+                ("quantity",),
+                buckets=PHASE_BUCKETS,
+                registry=registry,
+            )
         )
 
     def _handoffs(self, registry: CollectorRegistry) -> None:
-        self.handoff_bytes = Counter(
-            "pdserve_handoff_bytes_total",
-            "KV bytes that decode workers received.",
-            ("transport",),
-            registry=registry,
+        self.handoff_bytes = Labelled(
+            Counter(
+                "pdserve_handoff_bytes_total",
+                "KV bytes that decode workers received.",
+                ("transport",),
+                registry=registry,
+            )
         )
         self.handoff = Histogram(
             "pdserve_handoff_seconds",
@@ -167,12 +219,14 @@ class RouterMetrics:
             buckets=SIZE_BUCKETS,
             registry=registry,
         )
-        self.handoff_rate = Histogram(
-            "pdserve_handoff_rate_bytes_per_second",
-            "KV bytes of a handoff over its first byte to its last.",
-            ("transport",),
-            buckets=RATE_BUCKETS,
-            registry=registry,
+        self.handoff_rate = Labelled(
+            Histogram(
+                "pdserve_handoff_rate_bytes_per_second",
+                "KV bytes of a handoff over its first byte to its last.",
+                ("transport",),
+                buckets=RATE_BUCKETS,
+                registry=registry,
+            )
         )
         self.handoff_overlap = Histogram(
             "pdserve_handoff_overlap_ratio",

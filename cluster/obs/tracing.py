@@ -38,13 +38,6 @@ class Tracer(Protocol):
     def record(self, spans: Sequence[Span], failed: bool) -> None: ...
 
 
-class NoTracer:
-    """Where nobody collects traces."""
-
-    def record(self, spans: Sequence[Span], failed: bool) -> None:
-        """Nothing."""
-
-
 class OtlpTracer:
     """Hands spans to OpenTelemetry's batching exporter.
 
@@ -76,10 +69,10 @@ class OtlpTracer:
         root.end(int(request.end * _NANO))
 
 
-def tracer_from_environment(service: str) -> Tracer:
-    """Exports where the environment names an endpoint, else nothing."""
+def tracer_from_environment(service: str) -> Tracer | None:
+    """Exports where the environment names an endpoint; None where it names none."""
     if not os.environ.get(ENDPOINT):
-        return NoTracer()
+        return None
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -87,7 +80,7 @@ def tracer_from_environment(service: str) -> Tracer:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         log.warning("%s is set, but traces need opentelemetry: %s", ENDPOINT, error)
-        return NoTracer()
+        return None
     provider = TracerProvider(resource=Resource.create({"service.name": service}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return OtlpTracer(provider)

@@ -27,6 +27,8 @@ class Deployment:
         timeout: of every request, seconds.
         start_within: seconds until a request's first token is due: admission refuses it when that
             cannot be; infinite: it waits.
+        pace_within: seconds per token that admission keeps to, as the router does by a class's
+            target: no more decode at once than that; infinite: whatever the pace.
         placement_mode: unset: never split where every worker has both roles, else as is better.
         ttft, tpot: targets that placement weighs, seconds.
         late_admission: requests wait in the router until the workers have room, as pdserve's do;
@@ -45,6 +47,7 @@ class Deployment:
     max_queued: int = 1 << 20
     timeout: float = 600.0
     start_within: float = math.inf
+    pace_within: float = math.inf
     late_admission: bool = True
     placement_mode: Mode | None = None
     ttft: float = 2.0

@@ -22,6 +22,7 @@ class Gate:
     """Who starts when. A reservation counts a request's true output, which a router guesses.
 
     Args:
+        paced: sequences that decode at once within so many seconds per token.
         admit, refuse: are called with a request's key, as soon as admission decides.
     """
 
@@ -30,12 +31,14 @@ class Gate:
         deployment: Deployment,
         fleet: Fleet,
         agenda: Agenda,
+        paced: Callable[[float], float],
         admit: Callable[[str], None],
         refuse: Callable[[str, Overloaded], None],
     ) -> None:
         self._deployment = deployment
         self._fleet = fleet
         self._agenda = agenda
+        self._paced = paced
         self._admit = admit
         self._refuse = refuse
         self._core = Admission(Policy(deployment.max_running, deployment.max_queued))
@@ -61,14 +64,16 @@ class Gate:
                 credit,
                 sum(w.engine.performance.kv_capacity for w in decodes),
                 len(decodes) * limits.max_sequences,
+                self._paced,
             )
 
     def offer(self, key: str, prompt: int, output: int, deadline: float, start_by: float) -> None:
         """Lets a request wait; it may start at once. Raises Overloaded."""
-        self._core.offer(
-            self._agenda.now,
-            Offer(key, TENANT, SloClass.STANDARD, MODEL, prompt, output, start_by, deadline),
-        )
+        offer = Offer(
+            key, TENANT, SloClass.STANDARD, MODEL, prompt, output, start_by, deadline,
+            tpot_seconds=self._deployment.pace_within,
+        )  # fmt: skip
+        self._core.offer(self._agenda.now, offer)
 
     def first_token(self, key: str) -> None:
         """Its prompt is computed."""

@@ -10,6 +10,7 @@ from cluster.planner.performance import Performance
 from cluster.simulator.job import Attempt
 from cluster.simulator.worker import MODEL, VirtualWorker
 from cluster.simulator.workload import Arrival
+from router.capacity import Paces
 from router.events import Place
 from router.fleet import Fleet, Share
 from router.joint import JointPlacement
@@ -28,6 +29,7 @@ class Placing(Protocol):
     def place(
         self, now: float, arrival: Arrival, place: Place, workers: Iterable[VirtualWorker]
     ) -> Plan | Unplaced: ...
+    def within(self, tpot: float) -> float: ...
     def took(self, now: float, attempt: Attempt, stage: Stage) -> None: ...
     def answered(self, now: float, attempt: Attempt, stage: Stage) -> None: ...
     def released(self, now: float, attempt: Attempt, stage: Stage) -> None: ...
@@ -45,6 +47,7 @@ class RouterPlacing:
         self._ttft, self._tpot = ttft, tpot
         self._mode = mode
         self._fleet = Fleet(prefix_blocks=1)
+        self._paces = Paces(self._fleet, mode or "auto")
         rng = random.Random(seed)
         modes: tuple[Mode, ...] = ("auto", "always", "never")
         self._placements = {m: JointPlacement(self._fleet, m, rng) for m in modes}
@@ -71,6 +74,10 @@ class RouterPlacing:
             return decision
         self._chosen = shares_of(decision.chosen, arrival.prompt, float(arrival.output))
         return decision.plan
+
+    def within(self, tpot: float) -> float:
+        """Sequences that decode at once within so many seconds per token."""
+        return self._paces.within(MODEL, tpot)
 
     def took(self, now: float, attempt: Attempt, stage: Stage) -> None:
         """The sequence that was placed last starts on its worker."""

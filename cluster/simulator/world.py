@@ -80,7 +80,9 @@ class World:
         self._placing = placing or RouterPlacing(
             seed, deployment.ttft, deployment.tpot, deployment.placement_mode
         )
-        self._gate = Gate(deployment, self.fleet, self.agenda, self._admit, self._refuse)
+        self._gate = Gate(
+            deployment, self.fleet, self.agenda, self._placing.within, self._admit, self._refuse
+        )
         self._serving = Serving(
             self.agenda, self.fleet.workers, self._tell, self.fleet.unused, self._placing
         )

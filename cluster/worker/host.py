@@ -9,9 +9,8 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
-import grpc.aio
 import prometheus_client
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
@@ -20,6 +19,8 @@ from cluster.config import Config, ModelConfig
 from cluster.engine.protocol import Engine, EngineInfo
 from cluster.errors import ConfigError, EngineFailed, PdserveError, Unavailable
 from cluster.ports import take
+from cluster.rpc.limits import Limits
+from cluster.rpc.server import RpcServer
 from cluster.store.client import connect
 from cluster.store.records import WorkerRecord
 from cluster.store.registry import Registry
@@ -33,8 +34,12 @@ from pdserve.v1 import worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 64 << 20
-"""A StartSequence with the longest prompt, or a step's outputs."""
+LIMITS = Limits(
+    message_bytes=64 << 20,  # a StartSequence with the longest prompt
+    calls=1000,
+    window_bytes=4 << 20,
+    keepalive_seconds=20.0,
+)
 
 Faces = dict[Stage, Face]
 MakeEngine = Callable[[ModelConfig, str, str, bytes, str], Engine]
@@ -93,7 +98,7 @@ class WorkerHost:
         self._engine: Engine | None = None
         self._faces: Callable[[str], Faces] = lambda _: {}
         self._membership: Membership | None = None
-        self._server: grpc.aio.Server | None = None
+        self._server: RpcServer | None = None
         self._servicer: WorkerServicer | None = None
         self._holdings: HoldingsMetrics | None = None
         self._stopped = asyncio.Event()
@@ -169,21 +174,14 @@ class WorkerHost:
             )
 
     async def _listen(self, servicer: WorkerServicer) -> str:
-        server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.keepalive_time_ms", 20_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-            ]
-        )
-        worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server)
+        server = RpcServer(LIMITS, lambda _: ())
+        registered: Any = server  # what generated code asks of one of grpc.aio's
+        worker_pb2_grpc.add_WorkerServicer_to_server(servicer, registered)
         health = health_aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health, registered)
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         address = take(
-            lambda host, port: server.add_insecure_port(f"{host}:{port}"),
+            lambda host, port: server.bind(host.strip("[]"), port, None),
             self._host,
             self._config.worker.ports,
             "worker.host, worker.ports",
@@ -268,7 +266,7 @@ class WorkerHost:
         if self._holdings is not None:
             self._holdings.stop()
         if self._server is not None:
-            await self._server.stop(grace=0)
+            await self._server.stop(0)
         if self._engine is not None:
             await self._engine.stop()
         if self._membership is not None:

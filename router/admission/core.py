@@ -4,7 +4,7 @@ Feed it what happens and carry out what it returns:
 
     offer(now, offer)         a request came: it waits, or Overloaded is raised
     pump(now, capacities)     → Admit, Refuse, Yield; after every other call, and when room changes
-    first_token(now, id)      its prompt is computed: prefill has room again
+    first_token(now, id, …)   its prompt is computed: prefill has room again
     release(now, id, tokens)  it has ended, running or waiting
 
 Interactive requests go first, then standard ones, then batch. A class that had no start for its
@@ -82,7 +82,7 @@ class Admission:
             Overloaded: its queue is full, its tenant is over a limit, or it cannot be in time.
         """
         self._tenants.check(now, offer.tenant)
-        prefill = self._prefills.at_best(offer.model, offer.prompt_tokens)
+        prefill = self._prefills.at_best(offer.model, offer.uncached_tokens)
         if now + prefill > offer.deadline:
             raise Overloaded("the prompt cannot be computed before the deadline", prefill)
         offer = self._with_latest_start(now, offer)
@@ -124,15 +124,22 @@ class Admission:
         return effects
 
     def _note_who_waits(self) -> None:
-        self._pace.waiting = self.queued > 0
-        for slo_class, class_pace in self._class_pace.items():
-            class_pace.waiting = len(self._queues[slo_class]) > 0
+        self._pace.waiting = False
+        for slo_class, queue in self._queues.items():
+            waits = len(queue) > 0
+            self._class_pace[slo_class].waiting = waits
+            self._pace.waiting |= waits
 
-    def first_token(self, now: float, request_id: str) -> None:
-        """The first tokens of all its completions came: prefill has room again."""
+    def first_token(self, now: float, request_id: str, uncached: int | None = None) -> None:
+        """The first tokens of all its completions came: prefill has room again.
+
+        Args:
+            uncached: prompt tokens that were to compute where it was placed; None: as offered.
+        """
         if seen := self._usage.first_token(now, request_id):
             offer, seconds = seen
-            self._prefills.saw(now, offer.model, offer.prompt_tokens, seconds)
+            tokens = offer.uncached_tokens if uncached is None else uncached
+            self._prefills.saw(now, offer.model, tokens, seconds)
 
     def release(self, now: float, request_id: str, tokens: int) -> None:
         """It has ended, running or waiting, after prompt and output took `tokens`."""
@@ -237,7 +244,7 @@ class Admission:
 
     def _with_latest_start(self, now: float, offer: Offer) -> Offer:
         """Its prompt takes its time as well: of what is left until it is due, half at most."""
-        prefill = self._prefills.likely(now, offer.model, offer.prompt_tokens)
+        prefill = self._prefills.likely(now, offer.model, offer.uncached_tokens)
         left = max(0.0, offer.start_by - now)
         return replace(offer, start_by=offer.start_by - min(prefill, left / 2))
 

@@ -34,6 +34,7 @@ class Offer:
         deadline: when its caller is gone.
         priority: higher goes first among one tenant's requests for one model.
         tpot_seconds: per token after the first, that its caller waits for at most.
+        cached_tokens: of its prompt, that a worker's prefix cache is known to hold.
     """
 
     request_id: str
@@ -47,6 +48,12 @@ class Offer:
     completions: int = 1
     priority: int = 0
     tpot_seconds: float = math.inf
+    cached_tokens: int = 0
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Prompt tokens to compute: the last one always is."""
+        return max(1, self.prompt_tokens - self.cached_tokens)
 
     @property
     def cost(self) -> int:

@@ -59,7 +59,7 @@ class StartPace:
 
 @dataclass
 class _Seen:
-    """Prompts of about one length: the quickest, and sums that fade.
+    """Prompts of about one size: the quickest, and sums that fade.
 
     Attributes:
         best, best_each: seconds, and seconds per token, of the quickest of late.
@@ -83,7 +83,8 @@ class _Seen:
 
 
 class PrefillTimes:
-    """Seconds from start to first token, by model and length of the prompt.
+    """Seconds from start to first token, by model and prompt tokens to compute: those that no
+    prefix cache holds.
 
     Prompts between two powers of two are taken together. Nothing is said before `MIN_SAMPLES`.
     """
@@ -91,12 +92,12 @@ class PrefillTimes:
     def __init__(self) -> None:
         self._seen: dict[tuple[str, int], _Seen] = {}
 
-    def saw(self, now: float, model: str, prompt_tokens: int, seconds: float) -> None:
-        seen = self._seen.setdefault((model, prompt_tokens.bit_length()), _Seen(at=now))
+    def saw(self, now: float, model: str, uncached: int, seconds: float) -> None:
+        seen = self._seen.setdefault((model, uncached.bit_length()), _Seen(at=now))
         seen.count += 1
         # They rise with each, so that a lucky one is forgotten.
         seen.best = min(seen.best * _FORGET, seconds)
-        seen.best_each = min(seen.best_each * _FORGET, seconds / max(1, prompt_tokens))
+        seen.best_each = min(seen.best_each * _FORGET, seconds / max(1, uncached))
         seen.fade(now)
         # West's update of a weighted mean and its sum of squares (CACM 22(9), 1979).
         seen.weight += 1.0
@@ -104,20 +105,20 @@ class PrefillTimes:
         seen.mean += off / seen.weight
         seen.spread += off * (seconds - seen.mean)
 
-    def at_best(self, model: str, prompt_tokens: int) -> float:
+    def at_best(self, model: str, uncached: int) -> float:
         """A bound from below: a prompt that cannot make it at this pace cannot make it at all.
-        Those that a cache held are among them, so it errs towards admission."""
-        seen = self._seen.get((model, prompt_tokens.bit_length()))
+        Some found more in a cache than was known, so it errs towards admission."""
+        seen = self._seen.get((model, uncached.bit_length()))
         if seen is None or seen.count < MIN_SAMPLES:
             return 0.0
-        return min(seen.best, seen.best_each * prompt_tokens)
+        return min(seen.best, seen.best_each * uncached)
 
-    def likely(self, now: float, model: str, prompt_tokens: int) -> float:
+    def likely(self, now: float, model: str, uncached: int) -> float:
         """What most take: the mean and two deviations, as of late."""
-        seen = self._seen.get((model, prompt_tokens.bit_length()))
+        seen = self._seen.get((model, uncached.bit_length()))
         if seen is None or seen.count < MIN_SAMPLES:
             return 0.0
         seen.fade(now)
         if seen.weight < 1.0:  # Too long ago to say more than this.
-            return self.at_best(model, prompt_tokens)
+            return self.at_best(model, uncached)
         return seen.mean + DEVIATIONS * math.sqrt(seen.spread / seen.weight)

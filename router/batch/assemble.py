@@ -9,6 +9,7 @@ from aiohttp import web
 
 from cluster.clock import Clock
 from cluster.config_clients import BatchConfig
+from cluster.rpc.server import RpcServer
 from cluster.store.batches import Batches
 from cluster.store.files import Files
 from pdserve.v1 import batch_pb2_grpc
@@ -18,7 +19,6 @@ from router.batch.serve import LineServer
 from router.batch.servicer import BatchServicer
 from router.http.batches import BatchHandlers
 from router.reception import Reception
-from router.rpc.server import RpcServer
 from router.tenants import Tenants
 
 

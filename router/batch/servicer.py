@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from cluster.errors import InvalidRequest
+from cluster.rpc.call import Call
 from cluster.store.batch_records import BatchJob
 from pdserve.v1 import batch_pb2, batch_pb2_grpc
 from router.batch import lines
@@ -13,7 +14,6 @@ from router.batch.desk import BatchDesk
 from router.caller import shown_by
 from router.client_wire import refuse_unknown_fields
 from router.refusal import refusing
-from router.rpc.call import Call
 from router.tenants import Tenant, Tenants
 
 

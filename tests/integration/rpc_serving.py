@@ -15,9 +15,9 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import ResponseReceived
 
-from router.rpc.call import Call
-from router.rpc.limits import Limits
-from router.rpc.server import RpcServer
+from cluster.rpc.call import Call
+from cluster.rpc.limits import Limits
+from cluster.rpc.server import RpcServer
 
 LIMITS = Limits(1 << 20, 100, keepalive_seconds=60)
 WAIT = 10.0

@@ -13,12 +13,12 @@ from grpc_health.v1 import health_pb2
 from h2.events import DataReceived, SettingsAcknowledged, TrailersReceived
 from h2.settings import SettingCodes
 
+from cluster.rpc import endpoint
+from cluster.rpc.call import Call
+from cluster.rpc.connection import Connection
+from cluster.rpc.limits import Limits
+from cluster.rpc.server import RpcServer
 from router.listen import BATCH, INFERENCE, OPERATOR, Health
-from router.rpc import connection
-from router.rpc.call import Call
-from router.rpc.connection import Connection
-from router.rpc.limits import Limits
-from router.rpc.server import RpcServer
 from tests.integration.rpc_serving import LIMITS, WAIT, Raw, channel, framed, refused, serving
 
 EMPTY_SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
@@ -207,7 +207,7 @@ async def test_a_goaway_with_more_behind_it_ends_no_call() -> None:
 async def test_a_broken_connection_whose_client_does_not_read_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(connection, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(endpoint, "LINGER_SECONDS", 0.3)
     async with serving(Limits(1 << 20, 100)) as (methods, server, address):
         raw = await settled(address)
         slow = raw.open("/t.T/slow")

@@ -13,8 +13,8 @@ import pytest
 from h2.events import ConnectionTerminated, DataReceived, TrailersReceived
 from h2.settings import SettingCodes
 
-from router.rpc.abuse import PING_STRIKES, RESETS_A_SECOND
-from router.rpc.limits import Limits
+from cluster.rpc.abuse import PING_STRIKES, RESETS_A_SECOND
+from cluster.rpc.limits import Limits
 from tests.integration.rpc_serving import WAIT, Raw, channel, refused, serving
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.prefix import block_hashes, chain, named
+from cluster.prefix import block_hashes, chain, few_hashes, named
 from router.prefix_index import PrefixIndex
 
 HOLDERS, CHAINS, DEPTH = 70, 6, 12
@@ -51,6 +51,7 @@ def test_it_says_what_a_dictionary_says(operations: list[tuple[str, int, int, in
                 if depth:
                     expected[holder_id] = depth
             assert index.held(chain_names) == expected
+            assert index.held(chain_names.tolist()) == expected
     assert len(index) == sum(1 for holders in truth.values() if holders)
     assert index.dropped == 0
 
@@ -95,3 +96,11 @@ def test_a_chain_goes_on_from_its_parent() -> None:
     rest = chain(tokens[24:], 8, parent=int(whole[2]), position=3)
     assert (rest == whole[3:]).all()
     assert (named(rest, "s") == block_hashes(tokens, 8, "s")[3:]).all()
+
+
+@given(
+    st.lists(st.integers(0, (1 << 32) - 1), max_size=300), st.integers(1, 40), st.text(max_size=5)
+)
+def test_few_names_are_the_names(token_ids: list[int], block_size: int, salt: str) -> None:
+    names = block_hashes(token_ids, block_size, salt).tolist()
+    assert few_hashes(token_ids, block_size, salt) == names

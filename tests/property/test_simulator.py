@@ -191,3 +191,16 @@ def test_the_same_seed_gives_the_same_outcomes() -> None:
     arrivals = poisson(50, 10, lambda r: (r.randint(1, 4000), r.randint(1, 300)), 3)
     deployment = Deployment(WORKER, prefill=2, decode=3)
     assert World(deployment, seed=5).run(arrivals) == World(deployment, seed=5).run(arrivals)
+
+
+def test_admission_keeps_to_a_pace_as_the_routers_does() -> None:
+    arrivals = poisson(40.0, 6.0, lambda r: (r.randint(100, 300), r.randint(50, 150)), 1)
+    bound = WORKER.decode_seconds(32, 32 * 400)
+
+    def slowest(pace_within: float) -> float:
+        deployment = Deployment(WORKER, 1, 1, timeout=60.0, pace_within=pace_within)
+        outcomes = World(deployment, seed=1).run(arrivals)
+        assert not any(outcome.error for outcome in outcomes)
+        return max(outcome.tpot for outcome in outcomes)
+
+    assert slowest(bound) <= bound < slowest(math.inf)

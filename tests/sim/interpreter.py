@@ -146,6 +146,7 @@ def play(scenario: Scenario) -> Played:
             ttft=min(t.ttft for t in scenario.targets.values()),
             tpot=min(t.tpot for t in scenario.targets.values()),
             start_within=max(t.ttft for t in scenario.targets.values()),
+            pace_within=max(t.tpot for t in scenario.targets.values()),
         )
     )
     planner = Planner(policy, worker, scenario.targets, chunk=1024)

@@ -279,6 +279,24 @@ def test_batch_takes_a_share_of_the_pace_and_yields_it() -> None:
     assert desk.pump() == [Yield("b1"), Admit("s2")]
 
 
+def test_a_prompt_takes_as_long_as_what_no_cache_holds_of_it() -> None:
+    desk = Desk()
+    saw_prefills(desk, 1000, 1.0)
+    with pytest.raises(Overloaded):
+        desk.core.offer(0.0, offer("cold", prompt_tokens=1000, deadline=0.5))
+    warm = {"prompt_tokens": 1000, "cached_tokens": 990, "deadline": 0.5}
+    assert desk.come(offer("warm", **warm)) == ["warm"]
+    # What it found where it was placed counts, and not what was known when it came.
+    desk.core.first_token(0.4, "warm", 600)
+    desk.leave("warm", 0.4)
+    for i in range(MIN_SAMPLES):
+        desk.come(offer(f"w{i}", **{**warm, "deadline": 2.0}), now=1.0)
+        desk.core.first_token(1.3, f"w{i}", 10)
+        desk.leave(f"w{i}", 1.3)
+    with pytest.raises(Overloaded):
+        desk.core.offer(2.0, offer("too late", **{**warm, "deadline": 2.2}))
+
+
 def test_prefill_times_at_best_and_likely() -> None:
     times = PrefillTimes()
     for i in range(MIN_SAMPLES - 1):

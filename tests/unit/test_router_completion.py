@@ -139,8 +139,8 @@ def test_states_of_an_ordinary_completion() -> None:
     assert bench.machine.state is State.ADMITTED
     started = bench.place()
     assert [(e.worker, e.stage) for e in started if isinstance(e, StartSequence)] == [
-        (D, Stage.DECODE),
         (P, Stage.PREFILL),
+        (D, Stage.DECODE),
     ]
     assert bench.machine.state is State.PREFILLING
     bench.prefill()

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.costs import ColumnCosts
 from router.fleet import Fleet, Share
 from router.joint import JointPlacement
 from router.output import Stage
 from router.placement import Candidate, Decision, Demand, Mode, Target, Unplaced, WorkerView
+from router.row_costs import RowCosts
 
 DEMAND = Demand("m", 1000, 100, decodes=True)
 
@@ -256,3 +258,34 @@ def test_whatever_was_put_on_it_a_fleet_returns_to_zero_and_predictions_stay_fin
         made.release(100.0, share)
     for column in (made.backlog, made.queue, made.decodes, made.kv_used, made.context):
         assert abs(column).max() < 1e-6
+
+
+loads = st.lists(
+    st.tuples(st.integers(0, 3), st.sampled_from(list(Stage)), st.floats(0.001, 1.0)), max_size=12
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    loads,
+    st.dictionaries(st.integers(0, 3), st.integers(0, 2000), max_size=3),
+    st.integers(1, 4000),
+    st.floats(0.01, 4.0),
+    st.frozensets(st.sampled_from(["p0", "d1"])),
+)
+def test_row_by_row_it_costs_what_it_costs_by_columns(
+    put_there: list[tuple[int, Stage, float]],
+    held: dict[int, int],
+    prompt: int,
+    waited: float,
+    avoid: frozenset[str],
+) -> None:
+    made = fleet(*(worker(*pair, kv_tokens=5000) for pair in PAIRS))
+    for slot, stage, seconds in put_there:
+        put(made, slot, stage, seconds)
+        made.saw_prefill(slot, 100 * (slot + 1), seconds)
+    by_id = {name: made.slot_of(Target(name, "x")) for name, _ in PAIRS}
+    demand = replace(DEMAND, prompt_tokens=prompt, held=held, waited_seconds=waited, avoid=avoid)
+    rows = vars(RowCosts(made).of(1.0, demand, by_id))
+    for name, column in vars(ColumnCosts(made).of(1.0, demand, by_id)).items():
+        assert rows[name] == pytest.approx(list(column), rel=1e-9), name

@@ -7,12 +7,12 @@ import zlib
 
 import pytest
 
+from cluster.rpc.abuse import PING_SECONDS, PING_STRIKES, RESETS_A_SECOND, Abuse
+from cluster.rpc.headers import BadHeaders, metadata, timeout_seconds, trailers
+from cluster.rpc.inbox import PREFIX, BadMessage, Inbox
 from pdserve.v1 import inference_pb2
 from router.delta_wire import DeltaEncoder
 from router.output import Delta, FinishReason, Logprob, TokenLogprobs
-from router.rpc.abuse import PING_SECONDS, PING_STRIKES, RESETS_A_SECOND, Abuse
-from router.rpc.headers import BadHeaders, metadata, timeout_seconds, trailers
-from router.rpc.inbox import PREFIX, BadMessage, Inbox
 
 
 def inbox(limit: int = 100, encoding: str = "identity") -> tuple[Inbox, list[int]]:

@@ -1,8 +1,12 @@
-"""gRPC's server side over HTTP/2: messages leave in the loop's own thread, a connection's together.
+"""gRPC over HTTP/2, both ends: messages leave in the loop's own thread, a connection's together.
 
+    endpoint     one HTTP/2 connection, either end of it: h2 for the protocol, DATA frames by hand
     server       ports, methods, the end
-    connection   one client's HTTP/2 connection: h2 for the protocol, DATA frames by hand
+    connection   one client's connection, at the server
     call         one call: what a servicer method sees as its context
+    client       a connection to a server, and the calls on it
+    plain_data   DATA frames that come, taken past h2
+    sending      a call's messages on their way out
     inbox        a call's incoming messages, bounded by flow control
     headers      metadata, deadlines, statuses in their wire form
     outgoing     what leaves, in one write per turn of the loop

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from router.rpc.headers import (
+from cluster.rpc.headers import (
     BEGIN,
     CONTENT_TYPE,
     ENCODINGS,

@@ -7,6 +7,8 @@ import binascii
 import re
 from collections.abc import Iterable, Sequence
 
+from hpack import Encoder, NeverIndexedHeaderTuple
+
 Metadata = tuple[tuple[str, str | bytes], ...]
 Headers = list[tuple[str, str]]
 
@@ -48,6 +50,19 @@ def metadata(headers: Iterable[tuple[str, str]]) -> Metadata:
     return tuple(found)
 
 
+def request(authority: str, path: str, more: Sequence[tuple[str, str]]) -> Headers:
+    """A call's, with the caller's metadata behind them."""
+    return [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", path),
+        (":authority", authority),
+        ("te", "trailers"),
+        ("content-type", CONTENT_TYPE),
+        *more,
+    ]
+
+
 def trailers(code: int, message: str, extra: Sequence[tuple[str, str | bytes]] = ()) -> Headers:
     """A status, its message percent-encoded, and the metadata that goes with it."""
     ends: Headers = [("grpc-status", str(code))]
@@ -57,6 +72,19 @@ def trailers(code: int, message: str, extra: Sequence[tuple[str, str | bytes]] =
         text = value if isinstance(value, str) else base64.b64encode(value).decode().rstrip("=")
         ends.append((name, text))
     return ends
+
+
+OK: Headers = trailers(0, "")
+
+
+def _packed(headers: Headers) -> bytes:
+    """As HPACK, in a form that is the same on every connection at any time: nothing of it is kept
+    in a table."""
+    never_kept = [NeverIndexedHeaderTuple(name, value) for name, value in headers]
+    return bytes(Encoder().encode(never_kept, huffman=False))
+
+
+BEGIN_PACKED, OK_PACKED = _packed(BEGIN), _packed(OK)
 
 
 def _binary(name: str, value: str) -> bytes:

@@ -1,39 +1,29 @@
-"""One client's connection: h2 keeps the protocol's state, DATA frames are packed here."""
+"""A server's end of a connection: the calls of one client."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import h2.events as events
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 
-from router.rpc.abuse import Abuse
-from router.rpc.alive import Alive
-from router.rpc.call import LINGER_SECONDS, Call
-from router.rpc.headers import Headers
-from router.rpc.inbox import Inbox
-from router.rpc.limits import Limits
-from router.rpc.opening import Methods, Refused, opening
-from router.rpc.outgoing import Outgoing
-from router.rpc.protocol import bound_header_table, goaway, server_side
-
-_HIGH_WATER_BYTES = 256 << 10
-"""That wait in the socket's buffer before calls keep what they have for themselves."""
-
-log = logging.getLogger(__name__)
+from cluster.rpc.abuse import Abuse
+from cluster.rpc.call import Call
+from cluster.rpc.endpoint import Endpoint
+from cluster.rpc.headers import BEGIN, BEGIN_PACKED, OK, OK_PACKED, Headers
+from cluster.rpc.inbox import Inbox
+from cluster.rpc.limits import Limits
+from cluster.rpc.opening import Methods, Refused, opening
+from cluster.rpc.protocol import bound_header_table, goaway, server_side
 
 
-class Connection(asyncio.Protocol):
+class Connection(Endpoint):
     """From the client's preface to its end.
-
-    What a turn of the event loop has for this client leaves in one write at its end, whichever
-    calls it is of.
 
     Args:
         names: of a verified client certificate, from what TLS tells of it.
@@ -48,119 +38,55 @@ class Connection(asyncio.Protocol):
         opened: Callable[[Connection], None],
         closed: Callable[[Connection], None],
     ) -> None:
+        self._abuse = Abuse()
+        super().__init__(server_side(limits), limits, self._abuse.answered)
         self._methods = methods
-        self._limits = limits
         self._names_of = names
         self._names: tuple[str, ...] = ()
         self._opened, self._closed = opened, closed
-        self._loop = asyncio.get_running_loop()
-        self._h2 = server_side(limits)
-        self._abuse = Abuse()
         self.calls: dict[int, Call] = {}
-        self._transport: asyncio.Transport | None = None
-        self._out = Outgoing(self._write, self._abuse.answered)
-        self._paused = False
-        self._grown = False
         self._draining = False
-        self._closing = False
-        self._alive: Alive | None = None
 
     # --- the transport's side -------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(_HIGH_WATER_BYTES)
+        super().connection_made(transport)
         self._opened(self)
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if tls is not None:
             if tls.selected_alpn_protocol() != "h2":
-                self._transport.abort()
+                self.abort()
                 return
             self._names = self._names_of(transport.get_extra_info("peercert") or {})
-        self._h2.initiate_connection()
-        self._h2.increment_flow_control_window(self._limits.window_bytes)
-        self._collect()
-        self._alive = Alive(self._limits, self._ask, self.abort)
+        self._begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        if self._alive is not None:
-            self._alive.stop()
+        super().connection_lost(exc)
         for call in list(self.calls.values()):
             call.lost()
         self._closed(self)
 
     def pause_writing(self) -> None:
-        self._paused = True
+        """A client that does not read is not read from either: its calls would only add to it."""
+        super().pause_writing()
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        self._paused = False
         if self._transport is not None and not self._closing:
             self._transport.resume_reading()
-        self._pump()
-
-    def data_received(self, data: bytes) -> None:
-        if self._alive is not None:
-            self._alive.heard = True
-        try:
-            received = self._h2.receive_data(data)
-            # The client counts by its new settings once it has our word for them: that goes first,
-            # before calls use a window that has grown.
-            self._collect()
-            for event in received:
-                self._handle(event)
-            if self._grown:
-                self._grown = False
-                self._pump()
-        except (ProtocolError, UnicodeDecodeError) as error:
-            log.debug("a client broke HTTP/2: %s", error)
-            self._collect()
-            self._close()
-            return
-        self._collect()
+        super().resume_writing()
 
     # --- the calls' side ------------------------------------------------------------------------
 
     def headers(self, call: Call, headers: Headers, end: bool = False) -> None:
         """Opens the answer to a call, or ends it."""
-        if self._transport is None:
-            return
-        try:
-            self._h2.send_headers(call.stream_id, headers, end_stream=end)
-        except ProtocolError:
-            return  # The client has closed the stream meanwhile: its reset is on the way to us.
-        self._collect()
-        self._out.answered = True
-
-    def try_data(self, call: Call, data: bytes) -> bool:
-        """Sends all of it as one frame, or nothing."""
-        size = len(data)
-        conn, stream = self._h2, call.stream
-        if (
-            self._paused
-            or size > conn.max_outbound_frame_size
-            or size > conn.outbound_flow_control_window
-            or size > stream.outbound_flow_control_window
-        ):
-            return False
-        # As h2's send_data does it, in a tenth of the time: a token is a frame.
-        conn.outbound_flow_control_window -= size
-        stream.outbound_flow_control_window -= size
-        self._out.data(call.stream_id, data)
-        return True
-
-    def some_data(self, call: Call, data: bytearray) -> int:
-        """Sends the beginning of it, as much as can leave now; returns how many bytes that is."""
-        conn, stream = self._h2, call.stream
-        room = min(
-            conn.max_outbound_frame_size,
-            conn.outbound_flow_control_window,
-            stream.outbound_flow_control_window,
-        )
-        part = bytes(data[: max(0, room)])
-        return len(part) if part and self.try_data(call, part) else 0
+        packed = BEGIN_PACKED if headers is BEGIN else OK_PACKED if headers is OK else b""
+        # Where h2 owes the client word of a table's new size, that goes before any header.
+        if packed and not self._h2.encoder.table_size_changes:
+            self._send_packed(call.stream_id, packed, end)
+        elif self._send_headers(call.stream_id, headers, end):
+            self._out.answered = True
 
     def finish(self, call: Call, end: Headers) -> None:
         """A call's status; nothing of it follows."""
@@ -191,26 +117,30 @@ class Connection(asyncio.Protocol):
         if not self.calls:
             self._close()
 
-    def abort(self) -> None:
-        """Closes at once."""
-        if self._transport is not None:
-            self._transport.abort()
-
     # --------------------------------------------------------------------------------------------
+
+    def _all_calls(self) -> Iterable[Call]:
+        return self.calls.values()
+
+    def _data(self, stream_id: int, data: bytes, flow: int) -> None:
+        call = self.calls.get(stream_id)
+        if call is None or call.ended:
+            self._received(stream_id, flow)
+        else:
+            call.received(data, flow)
+
+    def _half_closed(self, stream_id: int) -> None:
+        if (call := self.calls.get(stream_id)) and not call.ended:
+            call.half_closed()
 
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.DataReceived():
-                call = self.calls.get(event.stream_id)
-                if call is None or call.ended:
-                    self._received(event.stream_id, event.flow_controlled_length)
-                else:
-                    call.received(event.data, event.flow_controlled_length)
+                self._data(event.stream_id, event.data, event.flow_controlled_length)
             case events.RequestReceived():
                 self._open(event)
             case events.StreamEnded():
-                if (call := self.calls.get(event.stream_id)) and not call.ended:
-                    call.half_closed()
+                self._half_closed(event.stream_id)
             case events.StreamReset():
                 call = self.calls.get(event.stream_id)
                 # A gateway that goes away cancels thousands at once, which were being answered.
@@ -265,46 +195,5 @@ class Connection(asyncio.Protocol):
             return  # It was reset in the same breath.
         self._reset(stream_id, ErrorCodes.NO_ERROR)
 
-    def _reset(self, stream_id: int, code: ErrorCodes) -> None:
-        if self._transport is None:
-            return
-        try:
-            self._h2.reset_stream(stream_id, code)
-        except ProtocolError:
-            return  # It is closed already.
-        self._collect()
-
-    def _received(self, stream_id: int, size: int) -> None:
-        if size and self._transport is not None:
-            self._h2.acknowledge_received_data(size, stream_id)
-            self._collect()
-
-    def _pump(self) -> None:
-        for call in list(self.calls.values()):
-            call.pump()
-
     def _go_away(self, code: ErrorCodes, why: bytes) -> None:
         self._out.put(goaway(self._h2, code, why))
-
-    def _ask(self) -> None:
-        if self._closing:
-            self.abort()  # What it was sent last has not left.
-            return
-        self._h2.ping(b"pdserve?")
-        self._collect()
-
-    def _collect(self) -> None:
-        """What h2 has to say, in its place among the DATA frames."""
-        if said := self._h2.data_to_send():
-            self._out.put(said)
-
-    def _write(self, data: bytes) -> None:
-        if self._transport is not None:
-            self._transport.write(data)
-
-    def _close(self) -> None:
-        self._closing = True
-        self._out.flush()
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.close()
-            self._loop.call_later(LINGER_SECONDS, self.abort)

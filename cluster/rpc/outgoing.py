@@ -6,8 +6,10 @@ import asyncio
 import struct
 from collections.abc import Callable
 
-_FRAME = struct.Struct(">BHBBI")
-"""A frame's header: 24 bits of length, type, flags, stream. DATA is type 0."""
+FRAME = struct.Struct(">BHBBI")
+"""A frame's header: 24 bits of length, type, flags, stream."""
+DATA, HEADERS = 0, 1
+END_STREAM, END_HEADERS = 1, 4
 
 
 class Outgoing:
@@ -31,18 +33,21 @@ class Outgoing:
         self._parts.append(data)
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self.flush)
+            self._loop.call_soon(self._end_turn)
 
-    def data(self, stream_id: int, data: bytes) -> None:
-        """A DATA frame."""
+    def frame(self, stream_id: int, data: bytes, kind: int = DATA, flags: int = 0) -> None:
+        """One of a call."""
         size = len(data)
-        self._parts.append(_FRAME.pack(size >> 16, size & 0xFFFF, 0, 0, stream_id))
+        self._parts.append(FRAME.pack(size >> 16, size & 0xFFFF, kind, flags, stream_id))
         self.answered = True
         self.put(data)
 
+    def _end_turn(self) -> None:
+        self._scheduled = False
+        self.flush()
+
     def flush(self) -> None:
         """Now, and not at the end of the turn."""
-        self._scheduled = False
         if not self._parts:
             return
         parts, self._parts = self._parts, []

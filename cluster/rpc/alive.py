@@ -1,11 +1,11 @@
-"""Whether a silent client is still there: it is asked, and then dropped."""
+"""Whether a silent peer is still there: it is asked, and then dropped."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-from router.rpc.limits import Limits
+from cluster.rpc.limits import Limits
 
 
 class Alive:
@@ -21,7 +21,7 @@ class Alive:
         self._ask, self._drop = ask, drop
         self._loop = asyncio.get_running_loop()
         self.heard = False
-        """The client has said something since this was last set to False."""
+        """The peer has said something since this was last set to False."""
         self._timer = self._loop.call_later(limits.keepalive_seconds, self._silent)
 
     def stop(self) -> None:

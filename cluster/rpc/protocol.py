@@ -1,4 +1,4 @@
-"""h2's side of a connection, where its own ways do not fit a server of long calls."""
+"""h2's side of a connection, where its own ways do not fit long calls."""
 
 from __future__ import annotations
 
@@ -8,39 +8,47 @@ from h2.errors import ErrorCodes
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
-from router.rpc.limits import Limits
+from cluster.rpc.limits import Limits
 
 HEADER_TABLE_BYTES = 4096
 """HTTP/2's default. A client may ask for more; what refusals quote of it would be kept there."""
 
 
 def server_side(limits: Limits) -> H2Connection:
-    """Before the connection begins: settings that are changed later count once the client agrees.
+    """As `_side`."""
+    return _side(limits, False, {SettingCodes.MAX_CONCURRENT_STREAMS: limits.calls})
 
-    A client's GOAWAY ends nothing that runs, nor the frames that come with it, as h2 would have it.
+
+def client_side(limits: Limits) -> H2Connection:
+    """As `_side`; nothing may be pushed to it."""
+    return _side(limits, True, {SettingCodes.ENABLE_PUSH: 0})
+
+
+def _side(limits: Limits, client: bool, more: dict[SettingCodes, int]) -> H2Connection:
+    """Before the connection begins: settings that are changed later count once the peer agrees.
+
+    A GOAWAY ends nothing that runs, nor the frames that come with it, as h2 would have it.
     """
     protocol = H2Connection(
         H2Configuration(
-            client_side=False,
+            client_side=client,
             header_encoding="utf-8",
             validate_outbound_headers=False,
             normalize_outbound_headers=False,
         )
     )
     protocol.local_settings = Settings(
-        client=False,
+        client=client,
         initial_values={
-            SettingCodes.MAX_CONCURRENT_STREAMS: limits.calls,
             SettingCodes.INITIAL_WINDOW_SIZE: limits.window_bytes,
             SettingCodes.MAX_HEADER_LIST_SIZE: limits.metadata_bytes,
+            **more,
         },
     )
     machine = protocol.state_machine
-    goes_on = (ConnectionState.SERVER_OPEN, ConnectionInputs.RECV_GOAWAY)
-    machine._transitions = {
-        **machine._transitions,
-        goes_on: (None, ConnectionState.SERVER_OPEN),
-    }
+    is_open = ConnectionState.CLIENT_OPEN if client else ConnectionState.SERVER_OPEN
+    goes_on = (is_open, ConnectionInputs.RECV_GOAWAY)
+    machine._transitions = {**machine._transitions, goes_on: (None, is_open)}
     return protocol
 
 

@@ -1,4 +1,4 @@
-"""What a server takes from one connection."""
+"""What either end takes from one connection."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Limits:
 
     Attributes:
         message_bytes: of a message, also when it is decompressed.
-        calls: that a connection has open at once.
+        calls: that a client has open at once.
         metadata_bytes: of a call, as HTTP/2 counts them.
         window_bytes: that may come of a call before its method takes them.
-        keepalive_seconds: of silence after which a client is asked whether it is there.
+        keepalive_seconds: of silence after which the peer is asked whether it is there.
         keepalive_timeout_seconds: that it has to answer.
     """
 

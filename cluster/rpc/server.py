@@ -11,8 +11,8 @@ from typing import Any
 
 import grpc
 
-from router.rpc.connection import Connection
-from router.rpc.limits import Limits
+from cluster.rpc.connection import Connection
+from cluster.rpc.limits import Limits
 
 BACKLOG = 4096
 

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
-from router.rpc.headers import BEGIN, Headers, Metadata, trailers
-from router.rpc.inbox import PREFIX, BadMessage, Inbox
-from router.rpc.opening import Opening
+from cluster.rpc.endpoint import LINGER_SECONDS
+from cluster.rpc.headers import BEGIN, OK, Headers, Metadata, trailers
+from cluster.rpc.inbox import BadMessage, Inbox
+from cluster.rpc.opening import Opening
+from cluster.rpc.sending import Flow, Sending
 
 if TYPE_CHECKING:
-    from router.rpc.connection import Connection
+    from cluster.rpc.connection import Connection
 
 LATE_SECONDS = 0.25
 """A method ends its call at the deadline itself; one that does not is cancelled so much later."""
 
-LINGER_SECONDS = 5.0
-"""How long the end of a call waits for a client that does not read."""
-
 Status = tuple[grpc.StatusCode, str, Sequence[tuple[str, str | bytes]]]
+_OK: Status = (grpc.StatusCode.OK, "", ())
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 class Call:
     """A stream of a connection, from its headers to its status.
 
-    `write`, `abort`, `invocation_metadata` and `time_remaining` are as of grpc.aio.ServicerContext.
+    `write`, `abort`, `send_initial_metadata`, `invocation_metadata` and `time_remaining` are as of
+    grpc.aio.ServicerContext.
 
     Args:
         stream: h2's, for its flow-control window.
@@ -41,7 +42,7 @@ class Call:
         self,
         connection: Connection,
         stream_id: int,
-        stream: Any,
+        stream: Flow,
         asked: Opening,
         inbox: Inbox,
         names: tuple[str, ...],
@@ -51,7 +52,6 @@ class Call:
         self._method = asked.method
         self._metadata = asked.metadata
         self.stream_id = stream_id
-        self.stream = stream
         self.inbox = inbox
         self.peer_names = names
         self._deadline: float | None = None
@@ -59,13 +59,13 @@ class Call:
         if asked.timeout_seconds is not None:
             self._deadline = self._loop.time() + asked.timeout_seconds
             self._timer = self._loop.call_at(self._deadline + LATE_SECONDS, self._expired)
-        self._waiting = bytearray()
+        self._sending = Sending(connection, stream_id, stream)
         self._drained = asyncio.Event()
         self.begun = False
         """Something of its answer has been sent."""
 
         self._end: Headers | None = None
-        self._status: Status = (grpc.StatusCode.OK, "", ())
+        self._status = _OK
         self._task: asyncio.Task[None] | None = None
         self._entered = self._cancelled = False
         self.ended = False
@@ -87,19 +87,24 @@ class Call:
     async def write_bytes(self, message: bytes) -> None:
         """As `write`, of a serialised message."""
         if not self.try_write(message) and not self.ended:
-            self._waiting += PREFIX.pack(0, len(message)) + message
+            self._sending.put(message)
             self.pump()
-            while self._waiting:
+            while self._sending.waiting:
                 self._drained.clear()
                 await self._drained.wait()
 
     def try_write(self, message: bytes) -> bool:
         """Sends a serialised message if it can leave at once; else False, and nothing is sent."""
-        if self._waiting or self.ended:
+        if self.ended:
             return False
         if not self.begun:
             self._begin()
-        return self._connection.try_data(self, PREFIX.pack(0, len(message)) + message)
+        return self._sending.now(message)
+
+    async def send_initial_metadata(self, metadata: tuple[()]) -> None:
+        """Opens the answer before its first message; there is none to send."""
+        if not self.begun and not self.ended:
+            self._begin()
 
     async def abort(
         self,
@@ -154,9 +159,8 @@ class Call:
 
     def pump(self) -> None:
         """Sends what waits, as far as the client and the socket take it."""
-        while self._waiting and (sent := self._connection.some_data(self, self._waiting)):
-            del self._waiting[:sent]
-        if not self._waiting:
+        self._sending.pump()
+        if not self._sending.waiting:
             self._drained.set()
             if self._end is not None:
                 if self._timer is not None:
@@ -177,7 +181,7 @@ class Call:
     def lost(self) -> None:
         """The caller has cancelled it, or is gone: nobody waits for its status."""
         self.ended = True
-        self._waiting.clear()
+        self._sending.waiting.clear()
         self._drained.set()
         if self._timer is not None:
             self._timer.cancel()
@@ -245,11 +249,13 @@ class Call:
             self._connection.closed(self)
             return
         self.ended = True
-        code, message, extra = self._status
-        end = trailers(code.value[0], message, extra)
+        end = OK
+        if self._status != _OK:
+            code, message, extra = self._status
+            end = trailers(code.value[0], message, extra)
         if not self.begun:
             end = BEGIN + end
-        if self._waiting:
+        if self._sending.waiting:
             self._end = end
             self._timer = self._loop.call_later(LINGER_SECONDS, self._connection.reset, self)
         else:
