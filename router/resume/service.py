@@ -203,6 +203,7 @@ class Resumption:
                 stream.transcript.close(PdserveError(f"the stream broke: {error!r}"))
 
         def ended(task: asyncio.Task[None]) -> None:
+            work.close()  # it has not begun if the task was cancelled at once
             self._tasks.discard(task)
             if stream.task is not task:
                 return
@@ -224,6 +225,8 @@ class Resumption:
             stream.task.cancel()
         elif stream.transcript.end is None:
             loop = asyncio.get_running_loop()
+            if stream.grace is not None:
+                stream.grace.cancel()  # of an earlier reader's leaving: this one has all of its own
             stream.grace = loop.call_later(self._config.grace_seconds, self._give_up, stream)
 
     def _give_up(self, stream: _Stream) -> None:
