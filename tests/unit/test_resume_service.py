@@ -9,7 +9,7 @@ import pytest
 
 from cluster.clock import SystemClock
 from cluster.config_clients import ResumeConfig
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidRequest, NotResumable, Unavailable
 from cluster.ids import RequestId
 from cluster.store.streams import StreamHead, StreamName
 from router.generation import Generation, Sampling
@@ -24,21 +24,44 @@ def generation() -> Generation:
 
 
 class Streams:
-    """One stream that another router serves and that never says anything."""
+    """One stream that another router serves and that never says anything; what is done to it."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer = asyncio.Event(), asyncio.Event()
+        self.taken = self.out = False
+        self.left: list[str] = []
 
     async def head(self, name: StreamName) -> StreamHead:
         return StreamHead(codec.asked(generation(), SystemClock()), "f", "r-9 life", "")
 
     async def entries(self, *_: Any) -> list[str]:
+        if self.out:
+            self.out = False
+            raise Unavailable("the store does not answer")
         return []
 
     async def take_over(self, *_: Any) -> bool:
-        return False
+        self.asked.set()
+        await self.answer.wait()
+        self.out = self.taken
+        return self.taken
+
+    async def abandon(self, *_: Any) -> None:
+        self.left.append("abandoned")
+
+    async def finish(self, *_: Any) -> None:
+        self.left.append("finished")
 
 
-def resumption() -> Resumption:
+class Dispatch:
+    def submit(self, *_: Any) -> None:
+        raise NotResumable("it could not go on exactly")
+
+
+def resumption(streams: Streams | None = None) -> Resumption:
     config = ResumeConfig(grace_seconds=600)
-    return Resumption(config, Streams(), None, "r-0 life", SystemClock())  # type: ignore[arg-type]
+    streams = streams or Streams()
+    return Resumption(config, streams, Dispatch(), "r-0 life", SystemClock())  # type: ignore[arg-type]
 
 
 async def test_every_reader_that_leaves_leaves_all_of_the_grace(
@@ -72,3 +95,26 @@ async def test_a_bad_resume_follows_nothing() -> None:
     if tasks:
         await asyncio.wait(tasks, timeout=5)
     assert not mine._tasks
+
+
+@pytest.mark.parametrize(
+    ("taken", "stays", "left"),
+    [(True, False, ["abandoned"]), (False, False, []), (True, True, ["finished"])],
+)
+async def test_a_stream_that_is_taken_over_is_served_or_left_to_the_others(
+    taken: bool, stays: bool, left: list[str]
+) -> None:
+    streams = Streams()
+    mine = resumption(streams)
+    reader = await mine.resume("default", "r", [])
+    await streams.asked.wait()
+    if not stays:
+        reader.leave()  # while the store makes it this router's
+    streams.taken = taken
+    streams.answer.set()
+    async with asyncio.timeout(5):
+        while mine._tasks:
+            await asyncio.wait(list(mine._tasks))
+    assert streams.left == left
+    reader.leave()
+    assert not mine._known
