@@ -77,7 +77,9 @@ class Files:
         if not raw:
             return None
         size, created_at = int(raw["bytes"]), float(raw["created_at"])
-        return FileRecord(**{**known_fields(FileRecord, raw), "bytes": size, "created_at": created_at})
+        return FileRecord(
+            **{**known_fields(FileRecord, raw), "bytes": size, "created_at": created_at}
+        )
 
     async def latest(self, tenant: str, limit: int) -> list[FileRecord]:
         """The tenant's files, newest first."""

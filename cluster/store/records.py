@@ -11,8 +11,8 @@ WorkerState = Literal["starting", "ready", "draining", "failed"]
 
 
 def known_fields(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values` that the dataclass `kind` has. Versions meet while a cluster is renewed, and
-    what a later one has added is no reason for an earlier one to end."""
+    """Those of `values` that the dataclass `kind` has. Versions meet while a cluster is renewed,
+    and what a later one has added is no reason for an earlier one to end."""
     return {each.name: values[each.name] for each in fields(kind) if each.name in values}
 
 

@@ -88,13 +88,15 @@ return 1
 """
 
 # KEYS: head, record of the router that owns it. ARGV: its owner, that router's incarnation, the
-# next owner.
+# next owner, its mark: with it the answer is the same however often it was lost.
 _TAKE_OVER = """
-local head = redis.call('HMGET', KEYS[1], 'owner', 'end')
-if head[1] ~= ARGV[1] or head[2] ~= '' then return 0 end
+local head = redis.call('HMGET', KEYS[1], 'owner', 'end', 'mark')
+if head[2] ~= '' then return 0 end
+if head[1] == ARGV[3] and head[3] == ARGV[4] then return 1 end
+if head[1] ~= ARGV[1] then return 0 end
 local record = redis.call('GET', KEYS[2])
 if record and cjson.decode(record).incarnation == ARGV[2] then return 0 end
-redis.call('HSET', KEYS[1], 'owner', ARGV[3])
+redis.call('HSET', KEYS[1], 'owner', ARGV[3], 'mark', ARGV[4])
 return 1
 """
 
@@ -115,7 +117,7 @@ class StreamHead:
         fingerprint: digest of it; equal for a repetition of the same request.
         owner: `<router id> <incarnation>` of the router that serves it; empty: none does.
         end: JSON of how it ended; empty while it runs.
-        mark: of the claim that began it.
+        mark: of the claim that began it, or of the last taking over.
     """
 
     asked: str
@@ -216,12 +218,18 @@ class Streams:
         with store_errors():
             await self._abandon(keys=[self._head(name)], args=[owner])
 
-    async def take_over(self, name: StreamName, head: StreamHead, owner: str) -> bool:
-        """Makes `owner` its owner, unless the router that owned it lives or another was quicker."""
+    async def take_over(self, name: StreamName, head: StreamHead, owner: str, mark: str) -> bool:
+        """Makes `owner` its owner, unless the router that owned it lives or another was quicker.
+
+        Args:
+            mark: drawn for this taking over; the same whenever it is asked for again.
+        """
         router_id, _, incarnation = head.owner.partition(" ")
         keys = [self._head(name), f"{self._cluster}:router:{router_id}"]
         with store_errors():
-            return bool(await self._take_over(keys=keys, args=[head.owner, incarnation, owner]))
+            return bool(
+                await self._take_over(keys=keys, args=[head.owner, incarnation, owner, mark])
+            )
 
     async def head(self, name: StreamName) -> StreamHead | None:
         """None if there is no such stream, or not any more."""

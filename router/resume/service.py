@@ -42,6 +42,14 @@ class _Stream:
     task: asyncio.Task[None] | None = None
     recorder: Recorder | None = None
     grace: asyncio.TimerHandle | None = None
+    held: bool = False
+    """Its follower may have made it this router's: it ends in order, though nobody reads it."""
+
+    def hold(self) -> None:
+        self.held = True
+
+    def let_go(self) -> None:
+        self.held = False
 
 
 class Resumption:
@@ -175,22 +183,34 @@ class Resumption:
     async def _follow(self, name: StreamName, stream: _Stream) -> None:
         """Reads what another router writes, until it ends; takes over when that router is gone."""
         transcript = stream.transcript
-        if await follow(self._streams, name, transcript, self._owner):
-            try:
-                sent = [SentTokens(i) for i in range(transcript.generation.sampling.n)]
-                for delta in transcript.deltas:
-                    sent[delta.index].restore(delta)
-                running = self._dispatch.submit(transcript.generation, sent)
-            except PdserveError as error:
-                transcript.close(error)
-                if error.retryable:
-                    await self._streams.abandon(name, self._owner)
-                else:
-                    keep, end = self._config.window_seconds, codec.end(error)
-                    await self._streams.finish(name, self._owner, end, keep)
-                return
-            log.info("stream %s: goes on here", name.id)
-            self._record(name, stream, running, saved=len(transcript.deltas))
+        try:
+            if await follow(
+                self._streams, name, transcript, self._owner, stream.hold, stream.let_go
+            ):
+                await self._go_on(name, stream)
+        finally:
+            stream.let_go()
+
+    async def _go_on(self, name: StreamName, stream: _Stream) -> None:
+        """With a stream that has just become this router's."""
+        transcript = stream.transcript
+        if not transcript.readers:
+            return await self._streams.abandon(name, self._owner)
+        try:
+            sent = [SentTokens(i) for i in range(transcript.generation.sampling.n)]
+            for delta in transcript.deltas:
+                sent[delta.index].restore(delta)
+            running = self._dispatch.submit(transcript.generation, sent)
+        except PdserveError as error:
+            transcript.close(error)
+            if error.retryable:
+                await self._streams.abandon(name, self._owner)
+            else:
+                keep, end = self._config.window_seconds, codec.end(error)
+                await self._streams.finish(name, self._owner, end, keep)
+            return
+        log.info("stream %s: goes on here", name.id)
+        self._record(name, stream, running, saved=len(transcript.deltas))
 
     def _spawn(self, name: StreamName, stream: _Stream, work: Coroutine[Any, Any, None]) -> None:
         async def guarded() -> None:
@@ -203,6 +223,7 @@ class Resumption:
                 stream.transcript.close(PdserveError(f"the stream broke: {error!r}"))
 
         def ended(task: asyncio.Task[None]) -> None:
+            work.close()  # it has not begun if the task was cancelled at once
             self._tasks.discard(task)
             if stream.task is not task:
                 return
@@ -219,11 +240,15 @@ class Resumption:
         """Its last reader has left."""
         if stream.task is None or stream.task.done():
             self._drop(name, stream)
+        elif stream.held:
+            pass  # It ends by itself, and leaves the stream to the others.
         elif stream.recorder is None:
             self._drop(name, stream)  # A reader that comes now begins anew.
             stream.task.cancel()
         elif stream.transcript.end is None:
             loop = asyncio.get_running_loop()
+            if stream.grace is not None:
+                stream.grace.cancel()  # of an earlier reader's leaving: this one has all of its own
             stream.grace = loop.call_later(self._config.grace_seconds, self._give_up, stream)
 
     def _give_up(self, stream: _Stream) -> None:

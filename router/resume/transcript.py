@@ -57,9 +57,10 @@ class Transcript:
             InvalidRequest: there are more than completions.
         """
         n = self.generation.sampling.n
-        if len(next_offsets) > n:
-            raise InvalidRequest("next_offset", f"has {len(next_offsets)} entries, of {n} at most")
         self.readers += 1
+        if len(next_offsets) > n:
+            self.leave()  # whoever began to follow the stream for it need not go on
+            raise InvalidRequest("next_offset", f"has {len(next_offsets)} entries, of {n} at most")
         padding = [0] * (n - len(next_offsets))
         return Reader(self, [*next_offsets, *padding])
 

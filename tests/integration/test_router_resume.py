@@ -17,7 +17,7 @@ import pytest
 from cluster.store.client import connect
 from cluster.store.embedded import EmbeddedStore
 from cluster.store.registry import Registry
-from cluster.store.streams import Holder, StreamName, Streams
+from cluster.store.streams import Holder, StreamHead, StreamName, Streams
 from pdserve.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from router.server import RouterServer
 from router.tokenize import Tokenizer
@@ -255,6 +255,12 @@ async def test_a_claim_whose_answer_was_lost_is_had_again(pair: Pair, key: str) 
     assert await claim("third") == Holder("r" if key else "", False)
     await streams.finish(name, "r-0 life", '{"error":[14,"no"]}', 60)
     assert await claim("fourth") == Holder("r", True)
+    head = StreamHead("{}", "f", "r-0 life", "")
+    takes = [await streams.take_over(name, head, f"r-{i} life", f"{i}") for i in (1, 1, 2)]
+    assert takes == [True, True, False]  # the second time its answer had been lost
+    head = await streams.head(name)  # type: ignore[assignment]
+    assert await streams.take_over(name, head, "r-1 life", "1")
+    assert head.owner == "r-1 life"
 
 
 async def test_a_key_stands_for_one_request(pair: Pair) -> None:
