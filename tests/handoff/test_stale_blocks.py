@@ -240,7 +240,11 @@ def test_a_generation_grows_with_every_use() -> None:
     generations.renew([])
     generations.renew([0, 2])
     assert generations.still((1, 3), stamp)
+    renewals = generations.renewals
+    generations.renew([])
+    assert generations.renewals == renewals
     generations.renew([3, 3])
+    assert generations.renewals > renewals
     assert not generations.still((1, 3), stamp)
     assert generations.still((1,), stamp[:1])
     with pytest.raises(IndexError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from cluster.kv.transport.streams.framing import PREFACE, Framing
 from cluster.kv.transport.streams.protocol import DATA, END_STREAM, PADDED, PREFIX, data_header
 from cluster.kv.transport.streams.reading import BadMessage, Incoming, Reader
+from cluster.kv.transport.streams.sending import Frame
+from cluster.kv.transport.streams.stream import Outgoing
 from cluster.kv.transport.streams.views import Views
 
 LIMIT, WHOLE, HEAD = 500, 40, 8
@@ -143,6 +146,63 @@ def test_messages_that_are_not_taken(prefix: bytes, status: int) -> None:
     with pytest.raises(BadMessage) as bad:
         reader.feed(memoryview(prefix + b"abc"))
     assert bad.value.status == status
+
+
+class Witness:
+    """A seal that remembers what it saw."""
+
+    size = 4
+
+    def __init__(self) -> None:
+        self.seen = b""
+
+    def add(self, pieces: Sequence[memoryview]) -> None:
+        self.seen += b"".join(pieces)
+
+    def end(self) -> bytes:
+        return b"SEAL"
+
+
+@given(
+    st.lists(st.integers(1, 40), max_size=8),
+    st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    st.one_of(st.none(), st.integers(0, 10)),
+)
+def test_a_seal_sees_just_what_has_left_and_stands_behind_it(
+    lengths: list[int], rooms: list[int], sizes: list[int], called_off: int | None
+) -> None:
+    """However windows cut the message into frames and the socket the frames. Where it is called off
+    the frame under way goes on with zeros, and nothing follows it."""
+    payload = bytes(i % 250 + 1 for i in range(sum(lengths)))
+    pieces = [memoryview(part) for part in map(bytearray, lengths)]
+    Views(pieces).fill(memoryview(payload))
+
+    async def run() -> None:
+        seal, left, sent, turn = Witness(), b"", 0, 0
+        stream: Any = None
+        outgoing = Outgoing(stream, Views([memoryview(b"start"), *pieces]), None, seal, 5)
+        while outgoing.left():
+            frame = Frame(b"header", outgoing.part(rooms[turn % len(rooms)]), outgoing)
+            whole = b""
+            while frame.left:
+                part = b"".join(frame.front())[: sizes[sent % len(sizes)]]
+                whole += part
+                frame.sent(len(part))
+                if sent == called_off and outgoing.sealing:
+                    due = len(whole) + frame.left
+                    frame.blank()
+                    assert len(whole) + frame.left == due
+                    assert set(b"".join(frame.front())[max(0, 6 - len(whole)) :]) <= {0}
+                    assert (left + whole[6:])[5:] == seal.seen
+                    return
+                sent += 1
+            left += whole[6:]
+            turn += 1
+        assert left == b"start" + payload + b"SEAL"
+        assert seal.seen == payload
+
+    asyncio.run(run())
 
 
 class Seen:

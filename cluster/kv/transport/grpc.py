@@ -16,12 +16,10 @@ from cluster.kv.transport.frames import CHECKSUM_BYTES, CONTROL_BYTES, HEADER_BY
 from cluster.kv.transport.grpc_streams import (
     GrpcInbound,
     GrpcOutbound,
-    HostMemory,
-    PinnedMemory,
     StagedOutbound,
 )
 from cluster.kv.transport.seam import Peer, Serve
-from cluster.kv.transport.staging import Staging
+from cluster.kv.transport.staging import HostMemory, PinnedMemory, Staging
 from cluster.kv.transport.streams.client import Channel
 from cluster.kv.transport.streams.reading import Broken, Reader
 from cluster.kv.transport.streams.server import Method, Server

@@ -33,7 +33,7 @@ from cluster.kv.transport.frames import (
     encode_reply,
 )
 from cluster.kv.transport.seam import Buffer
-from cluster.kv.transport.staging import Slot, Staging
+from cluster.kv.transport.staging import HostMemory, PinnedMemory, Slot, Staging
 from cluster.kv.transport.streams.reading import Broken, Incoming
 from cluster.kv.transport.streams.stream import Stream
 from cluster.kv.transport.streams.views import Views
@@ -52,7 +52,8 @@ class HostBuffer:
 
 
 class ChecksumSeal:
-    """The end of a frame of blocks, for a payload that is being sent."""
+    """The end of a frame of blocks, for a payload that is being sent. Memory that changes between
+    its sending and its sum makes another sum; that it had changed before, generations tell."""
 
     size = CHECKSUM_BYTES
 
@@ -197,38 +198,6 @@ class StagedOutbound(GrpcOutbound):
         if self._last is not None:
             self._last.cancel()
             self._last.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-
-class HostMemory:
-    """Where payloads land that cannot go to their places at once."""
-
-    async def take(self, size: int) -> Slot:
-        return Slot(0, torch.empty(size, dtype=torch.uint8))
-
-    def give_back(self, slot: Slot) -> None:
-        """Nothing: it is memory of its own."""
-
-
-class PinnedMemory:
-    """The same for a device, which reads it when its turn comes.
-
-    Args:
-        mark: marks the stream of those reads.
-    """
-
-    def __init__(
-        self, staging: Staging, milestones: Milestones, mark: Callable[[], Fence | None]
-    ) -> None:
-        self._staging = staging
-        self._milestones = milestones
-        self._mark = mark
-
-    async def take(self, size: int) -> Slot:
-        return await self._staging.take(size)
-
-    def give_back(self, slot: Slot) -> None:
-        """Once no read of it is queued any more."""
-        self._milestones.then(self._mark(), lambda _: self._staging.give_back(slot))
 
 
 class GrpcInbound:

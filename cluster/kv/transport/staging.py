@@ -8,9 +8,12 @@ device may be waiting for a payload.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from cluster.kv.milestones import Fence, Milestones
 
 
 @dataclass
@@ -80,3 +83,35 @@ class Share:
     def give_back(self, slot: Slot) -> None:
         self._staging.give_back(slot)
         self._room.release()
+
+
+class HostMemory:
+    """Where payloads land that cannot go to their places at once."""
+
+    async def take(self, size: int) -> Slot:
+        return Slot(0, torch.empty(size, dtype=torch.uint8))
+
+    def give_back(self, slot: Slot) -> None:
+        """Nothing: it is memory of its own."""
+
+
+class PinnedMemory:
+    """The same for a device, which reads it when its turn comes.
+
+    Args:
+        mark: marks the stream of those reads.
+    """
+
+    def __init__(
+        self, staging: Staging, milestones: Milestones, mark: Callable[[], Fence | None]
+    ) -> None:
+        self._staging = staging
+        self._milestones = milestones
+        self._mark = mark
+
+    async def take(self, size: int) -> Slot:
+        return await self._staging.take(size)
+
+    def give_back(self, slot: Slot) -> None:
+        """Once no read of it is queued any more."""
+        self._milestones.then(self._mark(), lambda _: self._staging.give_back(slot))
