@@ -38,6 +38,7 @@ LIMITS = Limits(
     message_bytes=64 << 20,  # a StartSequence with the longest prompt
     calls=1000,
     window_bytes=4 << 20,
+    buffer_bytes=0,
     keepalive_seconds=20.0,
 )
 
