@@ -16,8 +16,10 @@ from cluster.config import Config, PoolConfig, WorkerPoolConfig
 QUICK_SECONDS = 60.0
 """A life that was ready for less than this failed quickly."""
 MAX_QUICK_FAILURES = 3
+"""A slot that has never served is given up after so many in a row; one that has waits longer."""
 FIRST_BACKOFF_SECONDS = 1.0
-MAX_BACKOFF_SECONDS = 30.0
+LONG_BACKOFF_SECONDS = 60.0
+MAX_BACKOFF_SECONDS = 300.0
 
 Kind = Literal["worker", "router"]
 Phase = Literal["starting", "ready", "stopping"]
@@ -86,6 +88,7 @@ class SlotState:
         ended_at: when the last life ended.
         reason: why it ended.
         permanent: the reason will not go away by itself, such as a wrong configuration.
+        served: a life of it was ready once, so that trying again has a chance.
         gave_up: the slot is left empty.
     """
 
@@ -95,6 +98,7 @@ class SlotState:
     ended_at: float | None = None
     reason: str = ""
     permanent: bool = False
+    served: bool = False
     gave_up: bool = False
 
     def retry_at(self) -> float:
@@ -199,10 +203,14 @@ def renewed(states: Mapping[str, SlotState], desired: Iterable[Slot]) -> dict[st
 
 
 def backoff(failures: int) -> float:
-    """Seconds to wait after so many quick failures in a row; none after a long life."""
+    """Seconds to wait after so many quick failures in a row; none after a long life. Each pause is
+    twice the one before, and `MAX_QUICK_FAILURES` of them begin with a minute."""
     if failures == 0:
         return 0.0
-    return min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 16), MAX_BACKOFF_SECONDS)
+    if failures < MAX_QUICK_FAILURES:
+        return FIRST_BACKOFF_SECONDS * 2.0 ** (failures - 1)
+    more = min(failures - MAX_QUICK_FAILURES, 16)
+    return min(LONG_BACKOFF_SECONDS * 2.0**more, MAX_BACKOFF_SECONDS)
 
 
 def ended(state: SlotState, now: float, reason: str, permanent: bool = False) -> SlotState:
@@ -216,6 +224,7 @@ def ended(state: SlotState, now: float, reason: str, permanent: bool = False) ->
         ended_at=now,
         reason=reason,
         permanent=permanent,
+        served=state.served or (life is not None and life.ready_at is not None),
     )
 
 
@@ -259,6 +268,6 @@ def _fill(now: float, slot: Slot, state: SlotState, start_timeout: float) -> Act
         return Kill(slot.slot_id, life.incarnation, reason) if late else None
     if state.gave_up:
         return None
-    if state.permanent or state.failures >= MAX_QUICK_FAILURES:
+    if state.permanent or (state.failures >= MAX_QUICK_FAILURES and not state.served):
         return GiveUp(slot.slot_id, state.reason)
     return Start(slot) if now >= state.retry_at() else None

@@ -166,4 +166,5 @@ def _retry(state: SlotState) -> str:
     if not state.reason:
         return ""
     pause = backoff(state.failures)
-    return f"{state.reason}; try {state.failures + 1} of {MAX_QUICK_FAILURES} after {pause:g} s"
+    end = "" if state.served else f" of {MAX_QUICK_FAILURES}"
+    return f"{state.reason}; try {state.failures + 1}{end} after {pause:g} s"

@@ -37,6 +37,8 @@ JUMP_INTERVALS = 20.0
 """A clock that moved on by more intervals than this between two steps has jumped."""
 MODE_STEPS = 12
 """Over so many decisions another mode must be better before it is taken."""
+LEAN_STEPS = 6
+"""In an overload a pool must have been too small over so many decisions before it is given more."""
 
 
 class Planner:
@@ -64,6 +66,7 @@ class Planner:
         self._last: float | None = None
         self._whole: bool | None = None
         self._modes: deque[tuple[Sizing, Sizing]] = deque(maxlen=MODE_STEPS)
+        self._leaning: deque[int] = deque(maxlen=LEAN_STEPS)
         self._manual: dict[Role, int] = {}
         self._no_new_until = -math.inf
 
@@ -113,8 +116,7 @@ class Planner:
             )
         ready = sum(w.phase == "ready" for w in observed.workers)
         sizing = self._sized(load, most, have, ready, reasons)
-        if not sizing.enough:
-            sizing = self._as_it_is(load, sizing, have)
+        sizing = self._steadied(load, sizing, have, reasons)
         missed = shortfalls(load, sizing) if not sizing.enough else ()
         reasons += [spoken_shortfall(each) for each in missed]
         may_add = now >= self._no_new_until
@@ -243,15 +245,26 @@ class Planner:
         )
         return now
 
-    def _as_it_is(self, load: Load, best: Sizing, have: Counts) -> Sizing:
-        """Where nothing is enough, the split that is there, unless another is better by far: in an
-        overload the best one moves with every sample."""
-        if self._whole or have.total != best.counts.total or not (have.prefill and have.decode):
+    def _steadied(self, load: Load, best: Sizing, have: Counts, reasons: list[str]) -> Sizing:
+        """Where nothing is enough, the split that is there, unless another is better by far or the
+        best one has long been on the same side of it: in an overload it moves with every sample."""
+        both_pools = have.prefill > 0 and have.decode > 0
+        if best.enough or self._whole or have.total != best.counts.total or not both_pools:
+            self._leaning.clear()
             return best
+        self._leaning.append(best.counts.prefill - have.prefill)
         present = Sizing(have, load.split(have.prefill, have.decode), False)
-        moved = abs(best.counts.prefill - have.prefill)
-        far = best.worst > present.worst + 0.05 or moved > max(1, have.total // 5)
-        return best if far else present
+        if best.worst > present.worst + 0.05 or abs(self._leaning[-1]) > max(1, have.total // 5):
+            return best
+        steady = len(self._leaning) == LEAN_STEPS
+        if steady and (min(self._leaning) > 0 or max(self._leaning) < 0):
+            move = min(self._leaning, key=abs)
+            self._leaning.clear()
+            counts = Counts(prefill=have.prefill + move, decode=have.decode - move)
+            return Sizing(counts, load.split(counts.prefill, counts.decode), False)
+        if best.counts != have:
+            reasons.append(f"too little either way: it stays {have} unless that lasts")
+        return present
 
 
 def _better(one: Sizing, than: Sizing, gain: float) -> bool:

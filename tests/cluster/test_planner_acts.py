@@ -27,6 +27,7 @@ from cluster.engine.simulated.tokens import continuation
 from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.cluster.running import RunningCluster, registered
 
+pytestmark = pytest.mark.paced
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "recall-tiny"
 VOCAB, SEED = 200, 5
 
@@ -98,6 +99,13 @@ def explained(cluster: RunningCluster) -> list[dict[str, Any]]:
         ordered(cluster, "explain", "--limit", "200", "--json")
     )
     return found
+
+
+def plan_of(cluster: RunningCluster) -> dict[str, Any]:
+    view = json.loads(ordered(cluster, "recommend", "--json"))
+    assert view["mode"] == "act"
+    (plan,) = view["models"]
+    return dict(plan)
 
 
 class Load:
@@ -194,9 +202,8 @@ def test_roles_follow_the_load(running: RunningCluster) -> None:
     acted = [d for d in explained(running) if d["acted"] and d["actions"]]
     assert {a["kind"] for d in acted for a in d["actions"]} == {"flip"}
     assert all(d["reasons"] and d["inputs"]["rate_expected"] > 0 for d in acted)
-    view = json.loads(ordered(running, "recommend", "--json"))
-    (plan,) = view["models"]
-    assert view["mode"] == "act" and plan["done"]["flips"] >= 3
+    plan = plan_of(running)
+    assert plan["done"]["flips"] >= 3
     assert set(plan["attainment"]) == {"interactive"}
     deadline = time.monotonic() + 15
     while True:  # routers read the plan now and then
@@ -234,6 +241,7 @@ def test_the_advisor_reads_the_past_of_the_cluster(running: RunningCluster) -> N
 
 
 def test_people_steer_and_the_controller_dies(running: RunningCluster) -> None:
+    flips = plan_of(running)["done"]["flips"]
     said = ordered(running, "scale", "prefill", "2")
     assert "prefill is held at 2" in said and "pdserve release m" in said
     until(running, lambda r: r == {"prefill": 2, "decode": 2})
@@ -277,13 +285,12 @@ def test_people_steer_and_the_controller_dies(running: RunningCluster) -> None:
     until(running, lambda r: r == {"prefill": 1, "decode": 2}, 60)
     assert other not in registered(running)
     running.find_router()  # its next life has another port
-    view = json.loads(ordered(running, "recommend", "--json"))
-    (plan,) = view["models"]
+    plan = plan_of(running)
     assert plan["manual"] == {"prefill": 1, "decode": 2}
     assert plan["drained_workers"] == [other]
     assert plan["targets"]["interactive"]["ttft_seconds"] == 0.7
     assert plan["targets"]["standard"]["ttft_seconds"] == 7.0  # as reloaded, not as first started
-    assert plan["done"]["flips"] >= 4
+    assert plan["done"]["flips"] > flips
 
     ordered(running, "release", other)
     until(running, lambda r: r == {"prefill": 1, "decode": 3})

@@ -73,6 +73,20 @@ def test_a_worker_that_dies_quickly_waits_longer_each_time_and_is_then_given_up(
     assert reconcile(clock.now(), (P0,), Observed((state,))) == []
 
 
+def test_a_slot_that_has_served_is_tried_again_for_ever() -> None:
+    clock, state, waits = VirtualClock(), SlotState(P0, READY), []
+    clock.advance(2)
+    for _ in range(8):
+        died = clock.now()
+        state = ended(state, died, "the GPU is gone")
+        while not (actions := reconcile(clock.now(), (P0,), Observed((state,)))):
+            clock.advance(0.5)
+        assert actions == [Start(P0)]
+        waits.append(clock.now() - died)
+        state = replace(state, life=Life("x", "starting", clock.now()))
+    assert waits == [1, 2, 60, 120, 240, 300, 300, 300]
+
+
 def test_a_reason_that_cannot_go_away_is_not_tried_again() -> None:
     state = ended(SlotState(P0, READY), 2, "models.m.dtype: no", permanent=True)
     assert reconcile(2, (P0,), Observed((state,))) == [GiveUp("m-prefill-0", "models.m.dtype: no")]
@@ -124,7 +138,7 @@ def test_leases_of_other_lives_are_dropped() -> None:
 
 @given(st.integers(0, 10_000))
 def test_the_pause_is_bounded(failures: int) -> None:
-    assert 0 <= backoff(failures) <= backoff(failures + 1) <= 30
+    assert 0 <= backoff(failures) <= backoff(failures + 1) <= 300
 
 
 class Cluster:
@@ -172,10 +186,11 @@ def test_whatever_happens_each_slot_lives_waits_or_says_why_it_gave_up(
         elif event == "wait":
             cluster.clock.advance(QUICK_SECONDS)
         cluster.tick()
-    cluster.clock.advance(60)
+    cluster.clock.advance(300)
     cluster.tick()
     for state in cluster.states.values():
         assert (state.life is not None) != state.gave_up
+        assert not (state.gave_up and state.served)
         assert not state.gave_up or (state.reason and state.failures >= MAX_QUICK_FAILURES)
     starts = [at for at, slot_id in cluster.starts if slot_id == P0.slot_id]
     for first, last in zip(starts, starts[MAX_QUICK_FAILURES:], strict=False):
