@@ -31,8 +31,7 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 LIMITS = Limits(
     message_bytes=64 << 20,
     calls=0,
-    window_bytes=256 << 10,  # so that tokens gather at the worker while this router is behind
-    buffer_bytes=0,
+    window_bytes=4 << 20,
     keepalive_seconds=20.0,
     keepalive_timeout_seconds=10.0,
 )

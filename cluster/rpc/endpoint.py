@@ -75,7 +75,9 @@ class Endpoint(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(self._limits.buffer_bytes)
+        # What the socket does not take at once waits in the calls. So uvloop writes at once, and
+        # not when all else of its turn is done.
+        self._transport.set_write_buffer_limits(0)
 
     def _begin(self) -> None:
         """Says hello."""

@@ -14,8 +14,6 @@ class Limits:
         calls: that a client has open at once.
         metadata_bytes: of a call, as HTTP/2 counts them.
         window_bytes: that may come of a call before its method takes them.
-        buffer_bytes: that wait for the socket before calls keep what they have for themselves; with
-            0 uvloop writes at once, and not when all else of its turn is done.
         keepalive_seconds: of silence after which the peer is asked whether it is there.
         keepalive_timeout_seconds: that it has to answer.
     """
@@ -24,6 +22,5 @@ class Limits:
     calls: int
     metadata_bytes: int = 16 << 10
     window_bytes: int = 1 << 20
-    buffer_bytes: int = 256 << 10
     keepalive_seconds: float = 60.0
     keepalive_timeout_seconds: float = 20.0

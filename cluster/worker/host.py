@@ -38,7 +38,6 @@ LIMITS = Limits(
     message_bytes=64 << 20,  # a StartSequence with the longest prompt
     calls=1000,
     window_bytes=4 << 20,
-    buffer_bytes=0,
     keepalive_seconds=20.0,
 )
 
