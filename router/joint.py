@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,8 +71,7 @@ class _Pools:
     missing: str
 
 
-@dataclass(frozen=True)
-class _Costs:
+class _Costs(NamedTuple):
     """Of every slot, for one demand."""
 
     ttft: Floats
