@@ -209,7 +209,7 @@ class JointPlacement:
         if lowest == np.inf:
             return []
         close = costs <= lowest + NEAR * (1 + lowest) / 2
-        near: list[int] = np.flatnonzero(close).tolist()
+        near: list[int] = close.nonzero()[0].tolist()
         if len(near) > 2:
             return self._rng.sample(near, 2)
         if len(near) == 1:
