@@ -50,8 +50,6 @@ class Reloads:
             changed = await self._apply(Path(asked["file"]) if asked["file"] else None)
         except PdserveError as failure:
             error = str(failure)
-        except Exception as failure:  # whatever is wrong with the file, the cluster serves on
-            error = f"not reloaded: {type(failure).__name__}: {failure}"
         reply = {"id": asked["id"], "error": error, "changed": changed}
         write_private(self._rundir.path / REPLY, json.dumps(reply))
 
