@@ -113,7 +113,7 @@ class JointPlacement:
         lowest = costs[first]
         if lowest == np.inf:
             return []
-        near: list[int] = np.flatnonzero(costs <= _near(lowest)).tolist()
+        near: list[int] = (costs <= _near(lowest)).nonzero()[0].tolist()
         if len(near) > 2:
             return self._rng.sample(near, 2)
         if len(near) == 1:

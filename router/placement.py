@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 Mode = Literal["auto", "always", "never"]
 """Whether prefill and decode are on two workers; auto: where that is predicted to be better."""
@@ -62,8 +62,7 @@ class Demand:
     avoid: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Prefill and decode; prefill alone, if one token is all; or one worker whole."""
 
     prefill: Target | None = None
@@ -71,8 +70,7 @@ class Plan:
     whole: Target | None = None
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One way to serve a sequence, and what is predicted of it.
 
     Attributes:

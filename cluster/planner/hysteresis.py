@@ -122,6 +122,14 @@ class Hysteresis:
         for role, workers in manual.items():
             reasons.append(f"{role} is held at {workers} by hand until it is released")
             want, keep = replace(want, **{role: workers}), replace(keep, **{role: workers})
+        # Where the budget has no room for both, a person's number goes before the planner's.
+        for role in ROLES:
+            over = want.total - policy.max_workers
+            if manual and over > 0 and role not in manual and want.of(role) > policy.minimum:
+                fits = max(policy.minimum, want.of(role) - over)
+                want, lend, keep = (
+                    replace(each, **{role: min(fits, each.of(role))}) for each in (want, lend, keep)
+                )
         if keep != want:
             reasons.append(f"not below {keep}, which was needed within {late:g} s")
         return Wish(want, lend, keep, frozenset(manual), may_add)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from cluster.errors import Overloaded, PdserveError, Unavailable
 from cluster.ids import RequestId
@@ -42,6 +43,11 @@ from router.states import State
 
 PLACEMENT_WAIT_SECONDS = 10.0
 """As the router's: how long an admitted request waits for workers that can take it."""
+
+
+@lru_cache(4096)
+def _greedy(output: int) -> Sampling:
+    return Sampling(max_tokens=output, temperature=0.0)
 
 
 class _Running:
@@ -152,7 +158,7 @@ class World:
             RequestId(name),
             MODEL,
             range(arrival.prompt),  # type: ignore[arg-type]  # only counted, never looked at
-            Sampling(max_tokens=arrival.output, temperature=0.0),
+            _greedy(arrival.output),
             "",
             now,
             now + self._timeout,

@@ -86,6 +86,8 @@ class Capacity:
 
     def scaled(self, share: float) -> Capacity:
         """A share of everything but what a single worker takes."""
+        if share == 1.0:
+            return self
         return Capacity(
             self.prefill_tokens * share,
             self.prefill_worker_tokens,

@@ -125,6 +125,13 @@ def test_workers_of_another_mode_are_kept_no_longer_than_a_fear() -> None:
     assert kept[round(1.5 * POLICY.cold_start / POLICY.interval) + 1] == split
 
 
+def test_a_pool_that_a_person_holds_goes_before_what_the_other_one_needs() -> None:
+    steady, needed = Hysteresis(replace(POLICY, budget={"default": 4})), Counts(1, 3)
+    wish = steady.wish(0.0, needed, needed, needed, {"prefill": 2}, True, [])
+    assert wish.want == Counts(prefill=2, decode=2)
+    assert wish.keep.decode == 2
+
+
 def test_pools_that_were_large_in_turn_lend_but_do_not_shrink() -> None:
     """Together their largest needs are over the budget; each moment's fitted it."""
     steady = Hysteresis(replace(POLICY, budget={"default": 4}))
