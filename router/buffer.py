@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from cluster.errors import PdserveError
+from cluster.pace import Pace
 from router.output import Completed, Delta, joined
-from router.pace import Pace
 
 BUFFER_TOKENS = 4096
 """Tokens that may wait for a client before its request is cut off."""
@@ -23,11 +24,13 @@ class OutputBuffer:
     other become one, so that a lagging client costs fewer messages.
 
     Args:
-        pace: how long to let deltas gather after the first; None: never.
+        pace: how long to let deltas gather after the first, if they come that quickly; None: never.
     """
 
     def __init__(self, limit_tokens: int = BUFFER_TOKENS, pace: Pace | None = None) -> None:
         self._pace = pace
+        self._put_at = 0.0
+        self._gap = 0.0
         self._taken = False
         self._limit = limit_tokens
         self._runs: list[list[Delta]] = []
@@ -45,11 +48,14 @@ class OutputBuffer:
 
     def put(self, delta: Delta) -> bool:
         """False if more tokens wait than may: the request is to be cut off."""
+        now = time.monotonic()
+        self._gap = now - (self._put_at or now)
+        self._put_at = now
         if (
             self._idle
             and self.direct is not None
             and not self._runs
-            and not (self._pace is not None and self._pace.seconds)
+            and not self._gathers()
             and self.direct(delta)
         ):
             self._taken = True
@@ -64,6 +70,10 @@ class OutputBuffer:
         self._tokens += len(delta.token_ids)
         self._wake.set()
         return self._tokens <= self._limit
+
+    def _gathers(self) -> bool:
+        """Waiting would bring a delta that can go with the one that is there."""
+        return self._pace is not None and self._pace.seconds > self._gap
 
     def close(self, end: Completed | PdserveError) -> None:
         """Nothing follows. After an error what waits is still delivered, unless it is cut off."""
@@ -82,7 +92,7 @@ class OutputBuffer:
         Raises:
             PdserveError: the request has failed.
         """
-        if self._pace is not None and self._pace.seconds and self._taken and self._end is None:
+        if self._pace is not None and self._gathers() and self._taken and self._end is None:
             await asyncio.sleep(self._pace.seconds)
         while not self._runs and self._end is None:
             self._wake.clear()

@@ -12,6 +12,7 @@ from typing import Protocol
 from cluster.clock import Clock
 from cluster.errors import InvalidRequest, Overloaded, PdserveError, Unavailable
 from cluster.ids import sequence_id
+from cluster.pace import Pace
 from cluster.ticket import prompt_digest
 from router.admission.offers import Capacity, SloClass
 from router.admission.policy import Policy
@@ -35,7 +36,6 @@ from router.generation import Generation
 from router.link import WorkerLink
 from router.observe import Observer
 from router.output import Completed
-from router.pace import Pace
 from router.placement import Plan, Target, Unplaced
 from router.placer import Placer
 from router.running import Running, request_key

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from cluster.clock import Clock
 from cluster.errors import Overloaded, PdserveError
 from cluster.ids import RequestId
+from cluster.pace import Pace
 from cluster.ticket import prompt_digest
 from router.buffer import OutputBuffer
 from router.events import (
@@ -26,7 +27,6 @@ from router.events import (
 )
 from router.generation import Generation
 from router.output import Completed, Delta
-from router.pace import Pace
 from router.request import Request
 from router.tokens import SentTokens
 

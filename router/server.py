@@ -16,6 +16,7 @@ from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.obs.metrics import RouterMetrics
 from cluster.obs.tracing import tracer_from_environment
+from cluster.pace import Pace
 from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
 from router.batch.assemble import BatchPart, batch_part
@@ -35,7 +36,6 @@ from router.lease import RouterLease, record_of
 from router.listen import LOOPBACK, bind_http, join
 from router.observe import Observer
 from router.operator import OperatorServicer
-from router.pace import Pace
 from router.placer import Placer
 from router.plan_metrics import PlanMetrics
 from router.ports import GrpcPorts

@@ -1,10 +1,13 @@
-"""What a worker has for one router: gathered while a message is on its way, sent as one."""
+"""What a worker has for one router: gathered while a message is on its way, or the event loop late,
+and sent as one."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from cluster.errors import Overloaded
+from cluster.pace import Pace
 from cluster.worker.blocks import BlockChanges
 from cluster.worker.sequence import SequenceStep, joined
 
@@ -15,9 +18,15 @@ MAX_CHANGES = 1024
 
 
 class Outbox:
-    """Steps in each sequence's order, block changes in theirs; one writer takes what is there."""
+    """Steps in each sequence's order, block changes in theirs; one writer takes what is there.
 
-    def __init__(self) -> None:
+    Args:
+        pace: how long to let steps gather; first tokens and failures wait for none.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._urgent = asyncio.Event()
         self._steps: dict[str, list[SequenceStep]] = {}
         self._count = 0
         self._blocks: list[BlockChanges] = []
@@ -31,6 +40,8 @@ class Outbox:
         self._steps.setdefault(step.sequence_id, []).append(step)
         self._count += 1
         self._filled.set()
+        if step.offset == 0:
+            self._urgent.set()
 
     def put_blocks(self, changes: BlockChanges) -> None:
         """Raises Overloaded when the router has stopped reading."""
@@ -42,6 +53,11 @@ class Outbox:
     async def take(self) -> tuple[list[SequenceStep], BlockChanges | None]:
         """Waits for something: all steps, those of a sequence as one, and the next changes."""
         await self._filled.wait()
+        if self._pace.seconds:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pace.seconds):
+                    await self._urgent.wait()
+        self._urgent.clear()
         gathered, self._steps, self._count = self._steps, {}, 0
         steps = [step for waiting in gathered.values() for step in _merged(waiting)]
         blocks = self._blocks.pop(0) if self._blocks else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from cluster.pace import LATE_SECONDS, MAX_SECONDS, Pace
 from router.buffer import OutputBuffer
 from router.output import Delta
-from router.pace import LATE_SECONDS, MAX_SECONDS, Pace
 
 
 def test_it_grows_while_the_loop_is_late_and_ends_soon_after() -> None:
@@ -40,3 +40,24 @@ async def test_without_load_every_delta_goes_at_once() -> None:
     for i in range(3):
         buffer.put(Delta(0, i, (i,), "a"))
         assert [d.token_ids for d in await buffer.take()] == [(i,)]
+
+
+async def test_deltas_that_come_slower_than_the_pace_do_not_wait() -> None:
+    pace = Pace()
+    pace.seconds = 0.001
+    buffer = OutputBuffer(pace=pace)
+    sent: list[tuple[int, ...]] = []
+    buffer.direct = lambda delta: not sent.append(delta.token_ids)
+    taken: list[tuple[int, ...]] = []
+
+    async def taker() -> None:
+        while True:
+            taken.extend([delta.token_ids for delta in await buffer.take()])
+
+    taking = asyncio.create_task(taker())
+    for i in range(4):
+        buffer.put(Delta(0, i, (i,), "a"))
+        await asyncio.sleep(0.02)
+    taking.cancel()
+    assert taken == [(0,)]  # nobody knew then how they come
+    assert sent == [(1,), (2,), (3,)]

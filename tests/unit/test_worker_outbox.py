@@ -8,13 +8,14 @@ import pytest
 
 from cluster.engine.blocks import HeldBlocks
 from cluster.errors import EngineFailed, Overloaded
+from cluster.pace import Pace
 from cluster.worker.blocks import BlockChanges, BlockReporter
 from cluster.worker.outbox import MAX_STEPS, Outbox
 from cluster.worker.sequence import SequenceStep
 
 
 async def test_steps_of_a_sequence_that_wait_become_one() -> None:
-    outbox = Outbox()
+    outbox = Outbox(Pace())
     for i in range(4):
         outbox.put(SequenceStep("a", i, [10 + i], f"{i}"))
         if i % 2:
@@ -27,8 +28,28 @@ async def test_steps_of_a_sequence_that_wait_become_one() -> None:
     assert (b.offset, b.token_ids, b.finish_reason, blocks) == (0, [21, 23], None, None)
 
 
+async def test_a_late_loop_lets_steps_gather_and_a_first_token_waits_for_none() -> None:
+    pace = Pace()
+    pace.seconds = 1000.0
+    outbox = Outbox(pace)
+    outbox.put(SequenceStep("a", 5, [15]))
+    taking = asyncio.create_task(outbox.take())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not taking.done()
+    outbox.put(SequenceStep("a", 6, [16]))
+    outbox.put(SequenceStep("b", 0, [20]))
+    (a, b), _ = await taking
+    assert (a.token_ids, b.token_ids) == ([15, 16], [20])
+
+    pace.seconds = 0.001
+    outbox.put(SequenceStep("a", 7, [17]))
+    (a,), _ = await outbox.take()
+    assert a.token_ids == [17]
+
+
 async def test_a_failure_keeps_the_tokens_before_it_and_its_error() -> None:
-    outbox = Outbox()
+    outbox = Outbox(Pace())
     error = EngineFailed("gone")
     outbox.put(SequenceStep("a", 7, [1], "t"))
     outbox.put(SequenceStep("a", 0, [], finish_reason="error", error=error))
@@ -38,7 +59,7 @@ async def test_a_failure_keeps_the_tokens_before_it_and_its_error() -> None:
 
 
 async def test_a_router_that_does_not_read_is_given_up() -> None:
-    outbox = Outbox()
+    outbox = Outbox(Pace())
     for i in range(MAX_STEPS):
         outbox.put(SequenceStep("a", i, [1]))
     with pytest.raises(Overloaded):

@@ -1,8 +1,9 @@
 """How long tokens gather before they are sent: not at all, while the event loop keeps up.
 
-A message costs its router about as much for sixteen tokens as for one. So when the loop falls
-behind, streams wait a little between messages, and what arrives meanwhile goes as one: the router
-then carries several times the tokens, at the price of milliseconds that were lost anyway.
+A message costs its two ends about as much for sixteen tokens as for one. So when the loop falls
+behind, streams – a router's to its clients, a worker's to its routers – wait a little between
+messages, and what arrives meanwhile goes as one: several times the tokens are carried, at the price
+of milliseconds that were lost anyway.
 """
 
 from __future__ import annotations
