@@ -13,7 +13,9 @@ import pytest
 
 SLEEP = "import time; time.sleep(60)"
 CLUSTER = f"""
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # may be ignored
+    signal.signal(number, signal.SIG_DFL)
 from cluster.control.orphans import guard
 guard()
 nest = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}]," \\
