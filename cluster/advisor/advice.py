@@ -114,15 +114,18 @@ def _of_traffic(question: Question, verdicts: Sequence[Verdict], run: Run) -> li
         "outputs twice as long": mixed(question.arrivals, 1.0, 2.0, limit),
     }
     options = _neighbours(verdicts)
-    tasks: list[Task] = [
-        (roughly, (replace(question, arrivals=tuple(traffic)), options))
-        for traffic in changes.values()
-    ]
+    groups = [[o for o in options if not o.both], [o for o in options if o.both]]
+    questions = [replace(question, arrivals=tuple(traffic)) for traffic in changes.values()]
+    tasks: list[Task] = [(roughly, (each, some)) for some in groups if some for each in questions]
+    values: list[list[Verdict]] = [[] for _ in changes]
+    for number, verdicts_of_some in enumerate(run(tasks)):
+        assert isinstance(verdicts_of_some, list)
+        values[number % len(changes)] += verdicts_of_some
     found = []
-    for change, values in zip(changes, run(tasks), strict=True):
-        assert isinstance(values, list)
-        best = max(values, key=lambda verdict: verdict.goodput)
-        found.append(Sensitivity(change, best.option, best.goodput, values[0].goodput))
+    for change, of_change in zip(changes, values, strict=True):
+        best = max(of_change, key=lambda verdict: verdict.goodput)
+        (kept,) = (v.goodput for v in of_change if v.option == options[0])
+        found.append(Sensitivity(change, best.option, best.goodput, kept))
     return found
 
 
