@@ -91,6 +91,7 @@ class VllmEngine:
             self._llm = await asyncio.to_thread(self._open)
             ranks = await self.ask_ranks("pdserve_endpoint")
         except Exception as error:
+            self._kv_events.stop()  # one that failed is not stopped, and is tried again and again
             raise EngineFailed(
                 f"the engine of {self._model.name} did not start: {error}"
             ) from error
