@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
@@ -33,7 +34,7 @@ class Pumped(Protocol):
     def pump(self) -> None: ...
 
 
-class Endpoint(asyncio.Protocol):
+class Endpoint(asyncio.Protocol, ABC):
     """From the socket's beginning to its end.
 
     What a turn of the event loop has for the peer leaves in one write at its end, whichever calls
@@ -56,20 +57,20 @@ class Endpoint(asyncio.Protocol):
 
     # --- what either end adds -------------------------------------------------------------------
 
+    @abstractmethod
     def _handle(self, event: events.Event) -> None:
         """What h2 has understood."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _data(self, stream_id: int, data: bytes, flow: int) -> None:
         """Bytes of a call, which count as `flow` bytes; the stream may be gone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _half_closed(self, stream_id: int) -> None:
         """The peer sends nothing more on the stream; it may be gone."""
-        raise NotImplementedError
 
-    def _all_calls(self) -> Iterable[Pumped]:
-        raise NotImplementedError
+    @abstractmethod
+    def _all_calls(self) -> Iterable[Pumped]: ...
 
     # --- the transport's side -------------------------------------------------------------------
 
