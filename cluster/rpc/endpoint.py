@@ -19,7 +19,7 @@ from cluster.rpc.alive import Alive
 from cluster.rpc.headers import Headers
 from cluster.rpc.limits import Limits
 from cluster.rpc.outgoing import END_HEADERS, END_STREAM, HEADERS, Outgoing
-from cluster.rpc.plain_data import Data, parts
+from cluster.rpc.plain_data import Data, check_unfinished, parts
 from cluster.rpc.sending import Flow
 
 LINGER_SECONDS = 5.0
@@ -116,6 +116,7 @@ class Endpoint(asyncio.Protocol, ABC):
                 self._collect()
                 for event in received:
                     self._handle(event)
+            check_unfinished(self._h2)
             if self._grown:
                 self._grown = False
                 self._pump()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from h2.connection import ConnectionState, H2Connection
+from h2.exceptions import FrameTooLargeError
 from h2.stream import StreamInputs, StreamState
 
 from cluster.rpc.outgoing import DATA, END_STREAM, FRAME
@@ -50,6 +51,19 @@ def parts(protocol: H2Connection, data: bytes) -> Iterator[Data | bytes]:
         start = at = end
     if start < len(data):
         yield data[start:]
+
+
+def check_unfinished(protocol: H2Connection) -> None:
+    """h2 keeps the beginning of a frame, and looks at its length once all of it is there.
+
+    Raises:
+        FrameTooLargeError: it is longer than this side takes.
+    """
+    kept = protocol.incoming_buffer._data
+    if len(kept) >= FRAME.size:
+        high, low, *_ = FRAME.unpack_from(kept)
+        if high << 16 | low > protocol.max_inbound_frame_size:
+            raise FrameTooLargeError(f"a frame of {high << 16 | low} bytes")
 
 
 def _at_a_frame(protocol: H2Connection) -> bool:

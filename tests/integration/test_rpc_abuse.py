@@ -263,3 +263,25 @@ async def test_a_method_is_cancelled_once() -> None:
         raw.writer.transport.abort()
         await until(lambda: "cleaned up" in cancels)
         assert cancels == ["first", "cleaned up"]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 9])
+async def test_a_frame_that_is_too_long_is_not_waited_for(pieces: int) -> None:
+    server = RpcServer(LIMITS, lambda _: ())
+    port = server.bind("127.0.0.1", 0, None)
+    await server.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + EMPTY_SETTINGS)
+        header = b"\xff\xff\xff\x00\x00\x00\x00\x00\x01"
+        step = len(header) // pieces
+        for start in range(0, len(header), step):
+            writer.write(header[start : start + step])
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(WAIT):
+            while await reader.read(1024):
+                pass
+        writer.close()
+    finally:
+        await server.stop(0.1)
