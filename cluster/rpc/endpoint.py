@@ -77,8 +77,8 @@ class Endpoint(asyncio.Protocol, ABC):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         # What the socket does not take at once waits in the calls. So uvloop writes at once, and
-        # not when all else of its turn is done.
-        self._transport.set_write_buffer_limits(0)
+        # not when all else of its turn is done. Not 0: with TLS that many would be too many.
+        self._transport.set_write_buffer_limits(high=1, low=0)
 
     def _begin(self) -> None:
         """Says hello."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import struct
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -61,7 +62,9 @@ class Methods:
 
 
 @contextlib.asynccontextmanager
-async def serving(limits: Limits = LIMITS) -> AsyncIterator[tuple[Methods, RpcServer, str]]:
+async def serving(
+    limits: Limits = LIMITS, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[Methods, RpcServer, str]]:
     methods, server = Methods(), RpcServer(limits, lambda _: ())
     handlers: dict[str, Any] = {
         "echo": grpc.unary_unary_rpc_method_handler(methods.echo, bytes, bytes),
@@ -72,7 +75,7 @@ async def serving(limits: Limits = LIMITS) -> AsyncIterator[tuple[Methods, RpcSe
         "count": grpc.stream_unary_rpc_method_handler(methods.count, bytes, bytes),
     }
     server.add_registered_method_handlers("t.T", handlers)
-    port = server.bind("127.0.0.1", 0, None)
+    port = server.bind("127.0.0.1", 0, tls)
     await server.start()
     try:
         yield methods, server, f"127.0.0.1:{port}"
@@ -81,9 +84,15 @@ async def serving(limits: Limits = LIMITS) -> AsyncIterator[tuple[Methods, RpcSe
 
 
 @contextlib.asynccontextmanager
-async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
+async def channel(
+    address: str, tls: grpc.ChannelCredentials | None = None
+) -> AsyncIterator[grpc.aio.Channel]:
     options = [("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(address, options) as opened:
+    async with (
+        grpc.aio.secure_channel(address, tls, options)
+        if tls is not None
+        else grpc.aio.insecure_channel(address, options)
+    ) as opened:
         yield opened
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pdserve.v1 import (
     operator_pb2,
     operator_pb2_grpc,
 )
+from tests.integration.certificates import make_certificates
 from tests.integration.router_fakes import MODEL, SIGNER, Cluster, running_cluster
 from tests.integration.test_router_grpc import TIMEOUT, ask, collect, refusal, tokens_of
 
@@ -247,22 +247,6 @@ async def test_batch_work_gives_way_to_online_work_and_goes_on_after_it() -> Non
         assert tokens_of(messages) == [10, 11, 12, 13]
         prompts = [len(cluster.prefill.started.get_nowait().prompt_token_ids) for _ in range(3)]
         assert prompts == [3, 3, 4]
-
-
-def make_certificates(folder: Path) -> None:
-    """A CA, a server's and a client's certificate."""
-
-    def openssl(*args: str) -> None:
-        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
-
-    new = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl(*new, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=ca", "-days", "2")
-    for name, alternative in (("server", "IP:127.0.0.1"), ("client", "DNS:first.example")):
-        openssl(
-            *new, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", f"/CN={name}",
-            "-addext", f"subjectAltName={alternative}", "-CA", "ca.crt", "-CAkey", "ca.key",
-            "-days", "2",
-        )  # fmt: skip
 
 
 async def test_a_client_certificate_is_a_tenants_identity(tmp_path: Path) -> None:
