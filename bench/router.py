@@ -3,8 +3,10 @@
     .venv/bin/python -m bench.router [--json] [--systems …] [--streams …]
 
 Simulated engines on one core, the system under test alone on another; the clients share the
-engines' core, so that what is measured is the system's own CPU time. Every load comes twice: paced,
-each token a message, and saturated, the engines as fast as they can. The time to first token is
+engines' core, so that what is measured is the system's own CPU time. Loads: paced, each token a
+message; fours, as many tokens, four a message; saturated, the engines as fast as they can; busy,
+short requests at 60 % of the rate that the system serves when as many as `--streams` are always
+under way (gRPC only). The time to first token is
 taken on workers of their own that are always free, by the same kind of client through the system
 and past it, in turns: past it one engine serves the request whole, through pdserve two do.
 """
@@ -19,7 +21,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.streams.busy import measure_busy
 from bench.streams.clients import Client, GrpcClient, HttpClient
+from bench.streams.light import LightClient
 from bench.streams.measure import Row, measure
 from bench.streams.processes import Process
 from bench.streams.setting import PROBE, Disaggregate, Load
@@ -30,16 +34,15 @@ STREAMS = (1, 100)
 TOKENS_PER_SECOND = 2500.0
 """Of a paced load with a hundred streams or more: what clients on one core can take singly."""
 
-SATURATED_GAP = 1e-4
-
-
-LOADS = ("paced", "saturated")
+SATURATED_GAP, BUSY_GAP = 1e-4, 0.02
+LOADS = ("paced", "fours", "saturated", "busy")
 
 
 def load_of(kind: str, streams: int, disaggregate: Disaggregate = "always") -> Load:
     """One of LOADS, for so many streams."""
     gap = max(0.01, streams / TOKENS_PER_SECOND)
-    return Load(streams, gap if kind == "paced" else SATURATED_GAP, disaggregate)
+    gap = {"saturated": SATURATED_GAP, "busy": BUSY_GAP}.get(kind, gap)
+    return Load(streams, gap, disaggregate, tokens_per_output=4 if kind == "fours" else 1)
 
 
 def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -> Process:
@@ -65,14 +68,24 @@ def past_client(system: str, workers: Process) -> Client:
     return HttpClient(workers.said["urls"][PROBE][0])
 
 
-async def one(system: str, load: Load, saturated: bool, store_url: str, workers: Process) -> Row:
+def loader_of(system: str, kind: str, process: Process) -> Client:
+    """For the load itself: light where its core would be full before the system's."""
+    if system == "pdserve-grpc" and kind in ("saturated", "busy"):
+        return LightClient(process.said["grpc"])
+    return client_of(system, process)
+
+
+async def one(system: str, load: Load, kind: str, store_url: str, workers: Process) -> Row:
     process = start(system, load, store_url, workers.said["urls"])
     client, past = client_of(system, process), past_client(system, workers)
+    loader = loader_of(system, kind, process)
     try:
-        return await measure(system, load, saturated, client, past, process)
+        if kind == "busy":
+            return await measure_busy(system, load, client, past, loader, process, workers)
+        return await measure(system, load, kind, client, past, loader, process)
     finally:
-        await client.close()
-        await past.close()
+        for each in (client, past, loader):
+            await each.close()
         process.stop()
 
 
@@ -89,8 +102,7 @@ def run(
                 workers = Process("workers", {1}, store_url=store.url, load=vars(load))
                 try:
                     for system in systems:
-                        saturated = kind == "saturated"
-                        row = asyncio.run(one(system, load, saturated, store.url, workers))
+                        row = asyncio.run(one(system, load, kind, store.url, workers))
                         rows.append(row)
                         print(row.text(), flush=True)
                 finally:
@@ -104,9 +116,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--streams", nargs="+", type=int, default=list(STREAMS))
-    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=["paced", "saturated"])
     parser.add_argument("--disaggregate", choices=("always", "auto", "never"), default="always")
     arguments = parser.parse_args()
+    if "busy" in arguments.loads and arguments.systems != ["pdserve-grpc"]:
+        parser.error("the load busy is of pdserve-grpc alone")
     rows = run(arguments.systems, arguments.streams, arguments.loads, arguments.disaggregate)
     if arguments.json:
         print(json.dumps({"rows": [row.values() for row in rows]}))

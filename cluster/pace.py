@@ -20,7 +20,7 @@ SLACKEN = 0.85
 
 
 class Pace:
-    """Follows the event loop it runs on.
+    """Watches the event loop while somebody asks: an idle process has no timer for it.
 
     Attributes:
         seconds: that a stream waits after a message before it takes what has come.
@@ -28,14 +28,15 @@ class Pace:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._watching = self._asked = False
 
-    async def run(self) -> None:
-        """Measures until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + TICK_SECONDS
-            await asyncio.sleep(TICK_SECONDS)
-            self.see(loop.time() - due)
+    def ask(self) -> float:
+        """`seconds`, for a stream that has something to send."""
+        self._asked = True
+        if not self._watching:
+            self._watching = True
+            self._watch()
+        return self.seconds
 
     def see(self, late: float) -> None:
         """A timer came so many seconds late."""
@@ -45,3 +46,16 @@ class Pace:
             self.seconds *= SLACKEN
             if self.seconds < STEP_SECONDS / 4:
                 self.seconds = 0.0
+
+    def _watch(self) -> None:
+        self._asked = False
+        loop = asyncio.get_running_loop()
+        due = loop.time() + TICK_SECONDS
+        loop.call_at(due, self._ticked, due)
+
+    def _ticked(self, due: float) -> None:
+        self.see(asyncio.get_running_loop().time() - due)
+        if self._asked or self.seconds:
+            self._watch()
+        else:
+            self._watching = False

@@ -73,7 +73,7 @@ class OutputBuffer:
 
     def _gathers(self) -> bool:
         """Waiting would bring a delta that can go with the one that is there."""
-        return self._pace is not None and self._pace.seconds > self._gap
+        return self._pace is not None and self._pace.ask() > self._gap
 
     def close(self, end: Completed | PdserveError) -> None:
         """Nothing follows. After an error what waits is still delivered, unless it is cut off."""

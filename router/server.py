@@ -94,7 +94,6 @@ class RouterServer:
         self._batch_work: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
-        self._pace = Pace()
         self.broken = asyncio.Event()
         """Set when a part of the router has died: it serves errors only and must be replaced."""
         self.metrics = RouterMetrics(CollectorRegistry())
@@ -151,7 +150,7 @@ class RouterServer:
             self._observer,
             clock,
             self._catalog.settled,
-            self._pace,
+            Pace(),
         )
         self._canceller = Canceller(self._dispatch.cancel, store.cancellations)
         intake = Intake(self._catalog, clock)
@@ -280,7 +279,6 @@ class RouterServer:
             tasks.create_task(self._report_health(), name="health")
             if self._batch is not None:
                 self._batch_work = tasks.create_task(self._batch.runner.run(), name="batch")
-            tasks.create_task(self._pace.run(), name="pace")
             tasks.create_task(self._canceller.serve(), name="cancellations")
             if store.plans is not None:
                 metrics = PlanMetrics(self.metrics.registry)

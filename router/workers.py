@@ -76,6 +76,8 @@ class Workers:
         self._entries: dict[str, _Entry] = {}
         self._records: tuple[WorkerRecord, ...] = ()
         self._listeners: list[Callable[[], None]] = []
+        self._unlisted = asyncio.Event()
+        """There are links to workers that the registry does not have."""
         self.store_reachable = False
         self.routers = 1
         """Those that share the load, as the registry was last read."""
@@ -109,6 +111,7 @@ class Workers:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow_registry(tasks), name="registry")
             while True:
+                await self._unlisted.wait()
                 await asyncio.sleep(TICK_SECONDS)
                 if self._drop_unlisted():
                     self._changed()
@@ -164,14 +167,18 @@ class Workers:
         """Closes links to workers that were not listed for a lease, or that are down as well."""
         now = self._clock.now()
         listed = {record.worker_id for record in self._records}
+        unlisted = [entry for name, entry in self._entries.items() if name not in listed]
         gone = [
             entry
-            for worker_id, entry in self._entries.items()
-            if worker_id not in listed
-            and (not entry.link.connected or now - entry.listed_at > self._lease_seconds)
+            for entry in unlisted
+            if not entry.link.connected or now - entry.listed_at > self._lease_seconds
         ]
         for entry in gone:
             self._close(entry)
+        if len(gone) < len(unlisted):
+            self._unlisted.set()
+        else:
+            self._unlisted.clear()
         return bool(gone)
 
     def _close(self, entry: _Entry) -> None:

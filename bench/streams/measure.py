@@ -18,12 +18,38 @@ PROBE_GAP_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
+class Full:
+    """A system that had all it could take.
+
+    Attributes:
+        load: of it, that was offered when the rest of the row was measured.
+        core_share: as Row's.
+        beside: of the core of engines and clients, then, and at `load`.
+    """
+
+    load: float
+    requests_per_s: float
+    core_share: float
+    beside: tuple[float, float]
+
+    def text(self) -> str:
+        return (
+            f"at {100 * self.load:.0f} % of {self.requests_per_s:.0f} requests/s, which take "
+            f"{100 * self.core_share:.0f} % of the core; beside "
+            + ", ".join(f"{100 * share:.0f} %" for share in self.beside)
+        )
+
+
+@dataclass(frozen=True)
 class Row:
     """What is reported of a system under a load.
 
     Attributes:
+        load: one of bench.router's.
+        core_share: of a core, that the system took.
         kib_per_stream: of memory that the open streams take in the system.
         wrong: streams that lost or repeated a token.
+        full: of a busy system: what it took and served when it had all it could take.
     """
 
     system: str
@@ -32,10 +58,11 @@ class Row:
     cpu_us_per_token: float
     tokens_per_s: float
     ttft_added_ms: dict[str, float]
-    saturated: bool
+    load: str
     core_share: float
     kib_per_stream: float
     wrong: int
+    full: Full | None = None
 
     def values(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,22 +70,35 @@ class Row:
     def text(self) -> str:
         return (
             f"{self.system:14} {self.streams:5} streams "
-            f"{'saturated' if self.saturated else 'paced':9} "
+            f"{self.load:9} "
             f"{self.tokens_per_message:5.1f} tok/msg {self.cpu_us_per_token:7.1f} us/tok "
             f"{self.tokens_per_s:8.0f} tok/s {100 * self.core_share:4.0f} % core, TTFT "
             f"+{self.ttft_added_ms['p50']:.1f}/{self.ttft_added_ms['p99']:.1f} ms, "
             f"{self.kib_per_stream:.0f} KiB/stream, wrong {self.wrong}"
+            + (f", {self.full.text()}" if self.full is not None else "")
         )
 
 
 async def measure(
-    system: str, load: Load, saturated: bool, client: Client, past: Client, process: Process
+    system: str,
+    load: Load,
+    kind: str,
+    client: Client,
+    past: Client,
+    loader: Client,
+    process: Process,
 ) -> Row:
+    """Of streams that go on.
+
+    Args:
+        client, past: to probe with, through the system and past it.
+        loader: for the streams.
+    """
     for _ in range(3):
         await client.run(PROBE, 2, Seen())
     before = process.resident_bytes()
     seen = Seen()
-    streams = [asyncio.create_task(_keep(client, load, seen)) for _ in range(load.streams)]
+    streams = [asyncio.create_task(_keep(loader, load, seen)) for _ in range(load.streams)]
     try:
         async with asyncio.timeout(OPEN_SECONDS):
             while seen.open < 0.98 * load.streams:  # noqa: ASYNC110
@@ -71,7 +111,7 @@ async def measure(
         seconds = time.perf_counter() - began
         cpu = process.cpu_seconds() - cpu
         tokens, messages = seen.tokens - tokens, seen.messages - messages
-        added = await _added(client, past)
+        added = await added_ms(client, past, PROBES)
     finally:
         for stream in streams:
             stream.cancel()
@@ -86,7 +126,7 @@ async def measure(
         1e6 * cpu / max(1, tokens),
         tokens / seconds,
         added,
-        saturated,
+        kind,
         cpu / seconds,
         resident / 1024 / load.streams,
         seen.wrong,
@@ -101,14 +141,14 @@ async def _keep(client: Client, load: Load, seen: Seen) -> None:
         await client.run(LOAD, tokens, seen)
 
 
-async def _added(client: Client, past: Client) -> dict[str, float]:
+async def added_ms(client: Client, past: Client, probes: int) -> dict[str, float]:
     """Milliseconds through the system minus milliseconds past it, at the same moments."""
     through, around = [], []
-    for _ in range(PROBES):
+    for _ in range(probes):
         through.append((await client.run(PROBE, 2, Seen())).first)
         around.append((await past.run(PROBE, 2, Seen())).first)
         await asyncio.sleep(PROBE_GAP_SECONDS)
     through.sort()
     around.sort()
-    at = {"p50": PROBES // 2, "p99": PROBES * 99 // 100 - 1}
+    at = {"p50": probes // 2, "p99": probes * 99 // 100 - 1}
     return {name: round(1e3 * (through[i] - around[i]), 2) for name, i in at.items()}

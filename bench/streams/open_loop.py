@@ -15,6 +15,7 @@ import grpc.aio
 
 from bench.streams.clients import Client, RefusedError, Seen, Times
 from bench.streams.setting import LOAD, PROMPT
+from cluster.rpc.client import CallFailed
 
 TTFT_SECONDS, TPOT_SECONDS = 2.0, 0.1
 REFUSAL_SECONDS = 0.05
@@ -139,25 +140,40 @@ class LoadRow:
 
 class Requests:
     """Requests one after the other; no two of a process have a block of their prompts in common,
-    so no prefix cache helps."""
+    so no prefix cache helps.
 
-    def __init__(self, client: Client, seed: int) -> None:
+    Attributes:
+        seen: of those that have ended.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        seed: int,
+        prompts: tuple[int, int] = PROMPTS,
+        output_tokens: tuple[int, int] = OUTPUT_TOKENS,
+    ) -> None:
         self._client = client
         self._random = random.Random(seed)
+        self._prompts, self._output_tokens = prompts, output_tokens
+        self.seen = Seen()
 
     async def one(self, began: float) -> Outcome:
         """Asks, and waits for the end; `began` is the load's beginning."""
-        prompt = f"{next(_NUMBERS):012d}\n" + PROMPT * self._random.randint(*PROMPTS)
-        output = self._random.randint(*OUTPUT_TOKENS)
+        prompt = f"{next(_NUMBERS):012d}\n" + PROMPT * self._random.randint(*self._prompts)
+        output = self._random.randint(*self._output_tokens)
         came, seen = time.perf_counter(), Seen()
         times, refused = None, False
         try:
             times = await self._client.run(LOAD, output, seen, prompt)
         except RefusedError:
             refused = True
-        except (TimeoutError, grpc.aio.AioRpcError, aiohttp.ClientError):
+        except (TimeoutError, grpc.aio.AioRpcError, aiohttp.ClientError, CallFailed):
             pass
         ended = time.perf_counter() - came
+        self.seen.tokens += seen.tokens
+        self.seen.messages += seen.messages
+        self.seen.wrong += seen.wrong
         whole = None if seen.wrong else times
         return Outcome(came - began, ended, output, whole, refused)
 

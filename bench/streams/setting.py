@@ -31,6 +31,7 @@ class Load:
     Attributes:
         gap_seconds: between a stream's tokens; the engines' step.
         disaggregate: as the configuration's placement.disaggregate.
+        tokens_per_output: the engines give so many of a stream at once, after its first.
         finite: the engines have the limits and the times of real ones, those of an 8B model on a
             GPU of a quarter of an H200's speed, and `gap_seconds` says nothing.
     """
@@ -38,11 +39,8 @@ class Load:
     streams: int
     gap_seconds: float
     disaggregate: Disaggregate = "always"
+    tokens_per_output: int = 1
     finite: bool = False
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.streams / self.gap_seconds
 
 
 def config(load: Load) -> Config:

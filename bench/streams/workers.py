@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -25,7 +28,7 @@ from bench.streams.setting import (
     config,
 )
 from cluster.control.compose import worker_host
-from cluster.engine.protocol import Engine, EngineRequest, Sampling
+from cluster.engine.protocol import Engine, EngineOutput, EngineRequest, Sampling
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -69,6 +72,25 @@ class Bare:
         return self._engine.generate(asked)
 
 
+async def together(
+    generate: Callable[[EngineRequest], AsyncIterator[EngineOutput]],
+    count: int,
+    request: EngineRequest,
+) -> AsyncIterator[EngineOutput]:
+    """A request's outputs, `count` tokens in each but for the first and the last, as they come from
+    an engine that guesses ahead."""
+    waiting: list[EngineOutput] = []
+    first = True
+    async with aclosing(generate(request)) as outputs:  # type: ignore[type-var]
+        async for output in outputs:
+            waiting.append(output)
+            if first or len(waiting) == count or output.finish_reason is not None:
+                first = False
+                tokens = [token for each in waiting for token in each.token_ids]
+                yield replace(output, token_ids=tokens, text="".join(o.text for o in waiting))
+                waiting = []
+
+
 class Front(inference_pb2_grpc.InferenceServicer):
     """Generate of one bare engine."""
 
@@ -90,9 +112,12 @@ async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
             )  # fmt: skip
             await host.start()
             kept.append(host)
+            assert host._engine is not None
+            if model == LOAD and load.tokens_per_output > 1:
+                engine: Any = host._engine
+                engine.generate = partial(together, engine.generate, load.tokens_per_output)
             if role != "decode" and not load.finite:
                 continue
-            assert host._engine is not None
             bare = Bare(host._engine)
             app = web.Application()
             app.router.add_post("/v1/completions", bare.completions)

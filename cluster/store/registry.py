@@ -21,7 +21,9 @@ from cluster.errors import Unavailable
 from cluster.store.client import store_errors
 from cluster.store.records import RouterRecord, WorkerRecord
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 2.0
+"""How soon a change is seen whose message was lost."""
+
 FENCE_LEASES = 5
 
 # A life is (started_at, incarnation), compared in that order. KEYS: record, fence, index.
@@ -63,13 +65,25 @@ redis.call('PUBLISH', ARGV[3], ARGV[1])
 return 1
 """
 
-# Drops the ids whose record is gone, checked again so that a put in between is not undone.
-# KEYS: index, then records. ARGV: ids.
-_DROP_EXPIRED = """
-for i, id in ipairs(ARGV) do
-  if redis.call('EXISTS', KEYS[i + 1]) == 0 then redis.call('SREM', KEYS[1], id) end
+# The records of each index, and in how many ms the first lease ends (-1: there is none); drops ids
+# whose lease has ended. KEYS: indices. ARGV: what stands before an id in the name of its record.
+_READ = """
+local found, soonest = {}, -1
+for i, index in ipairs(KEYS) do
+  found[i] = {}
+  for _, id in ipairs(redis.call('SMEMBERS', index)) do
+    local key = ARGV[i] .. id
+    local held = redis.call('GET', key)
+    if held then
+      table.insert(found[i], held)
+      local left = redis.call('PTTL', key)
+      if left >= 0 and (soonest < 0 or left < soonest) then soonest = left end
+    else
+      redis.call('SREM', index, id)
+    end
+  end
 end
-return 1
+return {soonest, unpack(found)}
 """
 
 
@@ -91,7 +105,7 @@ class Registry:
         self._put = client.register_script(_PUT)
         self._renew = client.register_script(_RENEW)
         self._remove = client.register_script(_REMOVE)
-        self._drop = client.register_script(_DROP_EXPIRED)
+        self._read = client.register_script(_READ)
 
     async def put_worker(self, record: WorkerRecord, lease_seconds: float) -> bool:
         """Writes the record and starts its lease anew.
@@ -119,7 +133,8 @@ class Registry:
 
     async def workers(self) -> list[WorkerRecord]:
         """All living workers, sorted by id."""
-        return [WorkerRecord.from_json(raw) for raw in await self._living("worker")]
+        _, raws = await self._living("worker")
+        return list(_workers(raws))
 
     async def remove_worker(self, worker_id: str, incarnation: str) -> bool:
         """Removes the worker if it is still that life; True if it was."""
@@ -131,7 +146,8 @@ class Registry:
 
     async def routers(self) -> list[RouterRecord]:
         """All living routers, sorted by id."""
-        return [RouterRecord.from_json(raw) for raw in await self._living("router")]
+        _, raws = await self._living("router")
+        return list(_routers(raws))
 
     async def remove_router(self, router_id: str, incarnation: str) -> bool:
         """As `remove_worker`."""
@@ -139,26 +155,28 @@ class Registry:
 
     async def members(self) -> Members:
         """All living workers and routers."""
-        return Members(tuple(await self.workers()), tuple(await self.routers()))
+        _, workers, routers = await self._living("worker", "router")
+        return Members(_workers(workers), _routers(routers))
 
     async def changes(self) -> AsyncIterator[Members]:
-        """The members now, and again after every change: at once when published, and within
-        `POLL_SECONDS` when a lease ran out or a message was lost.
+        """The members now, and again after every change: at once when published or when a lease
+        runs out, within `POLL_SECONDS` when a message was lost.
 
         Raises `Unavailable` when the store fails; iterate anew to go on.
         """
-        last: Members | None = None
+        last: list[set[str]] = []
         pubsub = self._client.pubsub(ignore_subscribe_messages=True)
         try:
             with store_errors():
                 await pubsub.subscribe(self._channel)
             while True:
-                members = await self.members()
-                if members != last:
-                    last = members
-                    yield members
+                soonest, *raws = await self._living("worker", "router")
+                if (seen := [set(each) for each in raws]) != last:
+                    last = seen
+                    yield Members(_workers(raws[0]), _routers(raws[1]))
+                until = min(POLL_SECONDS, (soonest + 1) / 1e3) if soonest >= 0 else POLL_SECONDS
                 with store_errors():
-                    await pubsub.get_message(timeout=POLL_SECONDS)
+                    await pubsub.get_message(timeout=until)
         finally:
             with suppress(Unavailable), store_errors():
                 async with asyncio.timeout(1):
@@ -192,25 +210,26 @@ class Registry:
             )
         return bool(done)
 
-    async def _living(self, kind: str) -> Sequence[str]:
+    async def _living(self, *kinds: str) -> Any:
+        """In how many ms the first lease ends (-1: there is none), then the records by kind."""
         with store_errors():
-            ids = sorted(await self._client.smembers(self._index(kind)))
-            if not ids:
-                return ()
-            keys = [self._key(kind, member_id) for member_id in ids]
-            raws = await self._client.mget(keys)
-            gone = [(key, i) for key, i, raw in zip(keys, ids, raws, strict=True) if raw is None]
-            if gone:
-                await self._drop(
-                    keys=[self._index(kind), *(key for key, _ in gone)], args=[i for _, i in gone]
-                )
-        return [raw for raw in raws if raw is not None]
+            return await self._read(
+                keys=[self._index(kind) for kind in kinds], args=[self._key(k, "") for k in kinds]
+            )
 
     def _key(self, kind: str, member_id: str) -> str:
         return f"{self._prefix}:{kind}:{member_id}"
 
     def _index(self, kind: str) -> str:
         return f"{self._prefix}:{kind}s"
+
+
+def _workers(raws: Sequence[str]) -> tuple[WorkerRecord, ...]:
+    return tuple(sorted(map(WorkerRecord.from_json, raws), key=lambda record: record.worker_id))
+
+
+def _routers(raws: Sequence[str]) -> tuple[RouterRecord, ...]:
+    return tuple(sorted(map(RouterRecord.from_json, raws), key=lambda record: record.router_id))
 
 
 def _ms(seconds: float) -> int:

@@ -101,7 +101,6 @@ class WorkerHost:
         self._server: RpcServer | None = None
         self._servicer: WorkerServicer | None = None
         self._holdings: HoldingsMetrics | None = None
-        self._pacing: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
         self._stopping = False
 
@@ -150,7 +149,6 @@ class WorkerHost:
         )
         address = await self._listen(self._servicer)
         servicer = self._servicer
-        self._pacing = asyncio.create_task(servicer.pace.run(), name="pace")
         self._holdings = HoldingsMetrics(self._engine, record.role, lambda: servicer.busy)
         self._record = replace(
             self._record,
@@ -267,8 +265,6 @@ class WorkerHost:
         self._stopped.set()
         if self._holdings is not None:
             self._holdings.stop()
-        if self._pacing is not None:
-            self._pacing.cancel()
         if self._server is not None:
             await self._server.stop(0)
         if self._engine is not None:

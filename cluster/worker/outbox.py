@@ -53,9 +53,9 @@ class Outbox:
     async def take(self) -> tuple[list[SequenceStep], BlockChanges | None]:
         """Waits for something: all steps, those of a sequence as one, and the next changes."""
         await self._filled.wait()
-        if self._pace.seconds:
+        if seconds := self._pace.ask():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._pace.seconds):
+                async with asyncio.timeout(seconds):
                     await self._urgent.wait()
         self._urgent.clear()
         gathered, self._steps, self._count = self._steps, {}, 0

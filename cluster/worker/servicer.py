@@ -32,9 +32,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     Args:
         faces: by stage; a stage without a face is refused.
         model, role: for Describe.
-
-    Attributes:
-        pace: of its streams; follows the event loop where somebody runs it.
     """
 
     def __init__(
@@ -52,7 +49,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         self._signer = signer
         self._model = model
         self._role = role
-        self.pace = Pace()
+        self._pace = Pace()
         self._running: set[asyncio.Task[None]] = set()
         self.draining = False
         """No new sequence is taken."""
@@ -81,7 +78,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, "another worker lives here now")
             return
         await context.send_initial_metadata(())  # the hello is accepted
-        outbox = Outbox(self.pace)
+        outbox = Outbox(self._pace)
         sequences: dict[str, asyncio.Task[None]] = {}
         writer = asyncio.create_task(_write(outbox, context))
         reader = asyncio.create_task(self._read(request_iterator, sequences, outbox))

@@ -48,9 +48,10 @@ def batch_part(
     clock: Clock,
 ) -> BatchPart:
     """Adds the Batch service to `server`."""
-    desk = BatchDesk(config, store.batches, store.files, clock)
+    serve = LineServer(reception, tenants, clock)
+    runner = BatchRunner(config, store.batches, serve, owner, clock)
+    desk = BatchDesk(config, store.batches, store.files, clock, runner.submitted)
     servicer = BatchServicer(desk, tenants, config.max_file_bytes)
     batch_pb2_grpc.add_BatchServicer_to_server(servicer, server)
     handlers = BatchHandlers(desk, tenants, config.max_file_bytes)
-    serve = LineServer(reception, tenants, clock)
-    return BatchPart(BatchRunner(config, store.batches, serve, owner, clock), handlers.routes)
+    return BatchPart(runner, handlers.routes)

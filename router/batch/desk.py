@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.clock import Clock
@@ -34,13 +34,25 @@ class Found:
 
 
 class BatchDesk:
-    """A tenant's jobs and files."""
+    """A tenant's jobs and files.
 
-    def __init__(self, config: BatchConfig, batches: Batches, files: Files, clock: Clock) -> None:
+    Args:
+        submitted: called when there is a new job.
+    """
+
+    def __init__(
+        self,
+        config: BatchConfig,
+        batches: Batches,
+        files: Files,
+        clock: Clock,
+        submitted: Callable[[], None],
+    ) -> None:
         self._config = config
         self._batches = batches
         self._files = files
         self._clock = clock
+        self._submitted = submitted
 
     async def submit(
         self,
@@ -80,7 +92,9 @@ class BatchDesk:
             input_file,
             metadata=dict(metadata),
         )
-        return await self._batches.add(job, checked.lines, checked.errors)
+        job = await self._batches.add(job, checked.lines, checked.errors)
+        self._submitted()
+        return job
 
     async def submit_file(
         self, tenant: Tenant, endpoint: str, file_id: str, metadata: Mapping[str, str]

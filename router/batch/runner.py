@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cluster.clock import Clock
@@ -19,6 +20,9 @@ from cluster.store.batch_records import BatchJob, Page
 from cluster.store.batches import PAGE_LINES, Batches
 
 POLL_SECONDS = 0.5
+IDLE_SECONDS = 5.0
+"""How soon jobs are seen that were handed in at another router, while there is none."""
+
 LEASE_SECONDS = 15.0
 STORE_RETRY_SECONDS = 1.0
 SWEEP_SECONDS = 60.0
@@ -55,26 +59,36 @@ class BatchRunner:
         self._clock = clock
         self._work: dict[tuple[str, int], _Work] = {}
         self._swept_at = -SWEEP_SECONDS
+        self._submitted = asyncio.Event()
 
     @property
     def running_lines(self) -> int:
         return sum(len(work.page.lines) for work in self._work.values())
 
+    def submitted(self) -> None:
+        """There is a new job."""
+        self._submitted.set()
+
     async def run(self) -> None:
         """Until cancelled; then its pages are given back."""
         try:
             while True:
+                pause = POLL_SECONDS
+                self._submitted.clear()
                 try:
-                    await self._round()
+                    if not await self._round():
+                        pause = IDLE_SECONDS
                 except Unavailable as error:
                     log.info("batch jobs wait for the store: %s", error)
                 except Exception:
                     log.exception("batch jobs: a round failed")
-                await asyncio.sleep(POLL_SECONDS)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._submitted.wait(), pause)
         finally:
             await self._give_back()
 
-    async def _round(self) -> None:
+    async def _round(self) -> bool:
+        """False if there is no job."""
         now = self._clock.wall()
         jobs = {job.name: job for job in await self._batches.active()}
         await self._renew(jobs, now)
@@ -95,6 +109,7 @@ class BatchRunner:
             self._swept_at = self._clock.now()
             for job in await self._batches.ended_before(now - self._config.keep_seconds):
                 await self._batches.drop(job)
+        return bool(jobs)
 
     async def _renew(self, jobs: dict[str, BatchJob], now: float) -> None:
         """Extends leases; work on pages that are another router's now, or nobody's, is dropped."""
