@@ -24,17 +24,18 @@ class Pace:
 
     Attributes:
         seconds: that a stream waits after a message before it takes what has come.
+        watching: somebody has asked of late.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._watching = self._asked = False
+        self.watching = self._asked = False
 
     def ask(self) -> float:
         """`seconds`, for a stream that has something to send."""
         self._asked = True
-        if not self._watching:
-            self._watching = True
+        if not self.watching:
+            self.watching = True
             self._watch()
         return self.seconds
 
@@ -58,4 +59,4 @@ class Pace:
         if self._asked or self.seconds:
             self._watch()
         else:
-            self._watching = False
+            self.watching = False

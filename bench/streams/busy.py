@@ -14,7 +14,7 @@ from bench.streams.setting import PROBE, Load
 
 SHARE = 0.6
 PROMPTS, OUTPUT_TOKENS = (1, 1), (12, 20)
-WARM_UP_SECONDS, FULL_SECONDS, SETTLE_SECONDS, BUSY_SECONDS = 3.0, 6.0, 2.0, 20.0
+WARM_UP_SECONDS, FULL_SECONDS, SETTLE_SECONDS, MOST_SECONDS = 3.0, 6.0, 2.0, 60.0
 PROBES = 300
 SEED = 7
 
@@ -39,7 +39,7 @@ async def measure_busy(
     await asyncio.sleep(FULL_SECONDS)
     full_share, full_beside = meter.shares()
     rate = await capacity
-    arriving = asyncio.create_task(requests.arrive(SHARE * rate, BUSY_SECONDS))
+    arriving = asyncio.create_task(requests.arrive(SHARE * rate, MOST_SECONDS))
     await asyncio.sleep(SETTLE_SECONDS)
     began, meter, before = time.perf_counter(), _Meter(process, workers), replace(requests.seen)
     added = await added_ms(client, past, PROBES)
@@ -47,7 +47,8 @@ async def measure_busy(
     seconds, seen = time.perf_counter() - began, replace(requests.seen)
     if arriving.done():
         raise RuntimeError(f"{PROBES} first tokens took longer than the load lasted")
-    await arriving
+    arriving.cancel()
+    await asyncio.wait({arriving})
     tokens = seen.tokens - before.tokens
     return Row(
         system,

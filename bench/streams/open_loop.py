@@ -200,11 +200,12 @@ class Requests:
         began = time.perf_counter()
         tasks: list[asyncio.Task[Outcome]] = []
         due = self._random.expovariate(per_second)
-        while due < seconds:
-            await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
-            tasks.append(asyncio.create_task(self.one(began)))
-            due += self._random.expovariate(per_second)
-        return list(await asyncio.gather(*tasks))
+        async with asyncio.TaskGroup() as group:
+            while due < seconds:
+                await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
+                tasks.append(group.create_task(self.one(began)))
+                due += self._random.expovariate(per_second)
+        return [task.result() for task in tasks]
 
 
 def _quantiles(seconds: list[float]) -> dict[str, float]:

@@ -9,7 +9,6 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,7 +86,7 @@ async def together(
             if first or len(waiting) == count or output.finish_reason is not None:
                 first = False
                 tokens = [token for each in waiting for token in each.token_ids]
-                yield replace(output, token_ids=tokens, text="".join(o.text for o in waiting))
+                yield output._replace(token_ids=tokens, text="".join(o.text for o in waiting))
                 waiting = []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from cluster.engine.blocks import HeldBlocks
 from cluster.kv.handoff import HandoffParams, HandoffResult
@@ -82,9 +82,8 @@ class TokenLogprobs:
     top: tuple[Logprob, ...]
 
 
-@dataclass(frozen=True)
-class EngineOutput:
-    """What one step gave a request.
+class EngineOutput(NamedTuple):
+    """What one step gave a request. A tuple, because there is one for every token.
 
     Attributes:
         text: new text; may lag the tokens by an unfinished character or a possible stop string.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 from cluster.engine.protocol import FinishReason, Sampling, TokenLogprobs
 from cluster.errors import PdserveError
@@ -48,9 +48,8 @@ class SequenceReport:
     handoff: HandoffResult | None = None
 
 
-@dataclass(frozen=True)
-class SequenceStep:
-    """New tokens of a sequence; with finish_reason, its last step."""
+class SequenceStep(NamedTuple):
+    """New tokens of a sequence; with finish_reason, its last step. A tuple, as EngineOutput is."""
 
     sequence_id: str
     offset: int
@@ -65,9 +64,7 @@ class SequenceStep:
 
 def joined(steps: Sequence[SequenceStep]) -> SequenceStep:
     """Steps that follow each other in a sequence, as one."""
-    last = steps[-1]
-    return replace(
-        last,
+    return steps[-1]._replace(
         offset=steps[0].offset,
         token_ids=[token for step in steps for token in step.token_ids],
         text="".join(step.text for step in steps),

@@ -83,7 +83,9 @@ def worker_message(
     steps: Iterable[SequenceStep], blocks: BlockChanges | None, now: float
 ) -> worker_pb2.WorkerMessage:
     """`now` is CLOCK_MONOTONIC at sending: stamps cross as seconds ago."""
-    message = worker_pb2.WorkerMessage(outputs=[sequence_output(step, now) for step in steps])
+    message = worker_pb2.WorkerMessage()
+    for step in steps:
+        _put_output(message.outputs.add(), step, now)
     if blocks is not None:
         message.blocks.reset = blocks.reset
         message.blocks.stored = blocks.stored
@@ -91,15 +93,18 @@ def worker_message(
     return message
 
 
-def sequence_output(step: SequenceStep, now: float) -> worker_pb2.SequenceOutput:
-    message = worker_pb2.SequenceOutput(
-        sequence_id=step.sequence_id,
-        offset=step.offset,
-        token_ids=step.token_ids,
-        text=step.text,
-        logprobs=[_token_logprobs(position) for position in step.logprobs],
-        finish_reason=_FINISH[step.finish_reason],
-    )
+def _put_output(message: worker_pb2.SequenceOutput, step: SequenceStep, now: float) -> None:
+    """What a plain token does not have is left alone: each field costs time."""
+    message.sequence_id = step.sequence_id
+    if step.offset:
+        message.offset = step.offset
+    message.token_ids.extend(step.token_ids)
+    if step.text:
+        message.text = step.text
+    if step.logprobs:
+        message.logprobs.extend(_token_logprobs(position) for position in step.logprobs)
+    if step.finish_reason is not None:
+        message.finish_reason = _FINISH[step.finish_reason]
     if isinstance(step.stop, str):
         message.stop_string = step.stop
     elif step.stop is not None:
@@ -108,7 +113,6 @@ def sequence_output(step: SequenceStep, now: float) -> worker_pb2.SequenceOutput
         message.error.CopyFrom(_error(step.error))
     if step.report is not None:
         message.report.CopyFrom(_report(step.report, now))
-    return message
 
 
 def _error(error: PdserveError) -> worker_pb2.SequenceError:

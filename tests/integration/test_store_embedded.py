@@ -21,6 +21,7 @@ from redis.asyncio import Redis
 
 from cluster.errors import ConfigError, Unavailable
 from cluster.store import embedded
+from cluster.store import registry as module
 from cluster.store.client import connect
 from cluster.store.embedded import EmbeddedStore
 from cluster.store.journal import Journal
@@ -145,7 +146,10 @@ async def test_routers_are_members_of_their_own(client: Redis) -> None:
     assert await registry.routers() == []
 
 
-async def test_changes_come_at_once_and_expiry_within_a_poll(client: Redis) -> None:
+async def test_changes_and_the_end_of_a_lease_are_seen_without_a_poll(
+    client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 3600.0)
     registry = Registry(client, "c")
     changes = registry.changes()
     assert (await anext(changes)).workers == ()
@@ -157,6 +161,21 @@ async def test_changes_come_at_once_and_expiry_within_a_poll(client: Redis) -> N
     assert time.monotonic() - started < 0.4
     async with asyncio.timeout(2):
         assert (await anext(changes)).workers == ()
+    await changes.aclose()
+
+
+async def test_a_change_whose_message_was_lost_is_seen_with_a_poll(
+    client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
+    registry = Registry(client, "c")
+    await registry.put_worker(WORKER, 3600)
+    changes = registry.changes()
+    assert (await anext(changes)).workers == (WORKER,)
+    later = replace(WORKER, state="draining")
+    await client.set("pdserve:{c}:worker:m-prefill-0", later.to_json(), keepttl=True)
+    async with asyncio.timeout(5):
+        assert (await anext(changes)).workers == (later,)
     await changes.aclose()
 
 

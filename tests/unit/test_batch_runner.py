@@ -87,6 +87,33 @@ async def test_many_jobs_are_no_reason_for_more_lines_at_once() -> None:
     assert mine.running_lines == 0 and len(batches.settled) == 3
 
 
+async def test_without_jobs_it_waits_until_one_is_handed_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def serve(*_: object) -> tuple[str, bool]:
+        return "done", False
+
+    monkeypatch.setattr(runner, "IDLE_SECONDS", 3600.0)
+    batches, rounds = Batches(1), 0
+    jobs, batches.jobs = batches.jobs, []
+
+    async def active() -> list[BatchJob]:
+        nonlocal rounds
+        rounds += 1
+        return batches.jobs
+
+    monkeypatch.setattr(batches, "active", active)
+    mine = BatchRunner(BatchConfig(), batches, serve, "r-0", SystemClock())  # type: ignore[arg-type]
+    running = asyncio.create_task(mine.run())
+    await asyncio.sleep(0.02)
+    assert rounds == 1  # and twenty, if it asked as often as with a job
+    batches.jobs = jobs
+    mine.submitted()
+    await until(lambda: len(batches.written) == JOB.total)
+    running.cancel()
+    await asyncio.wait([running])
+
+
 async def test_a_line_that_breaks_has_an_error_and_the_rest_of_its_page_a_result() -> None:
     class Reception:
         async def receive(self, *_: object) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 
-from cluster.pace import LATE_SECONDS, MAX_SECONDS, Pace
+import pytest
+
+from cluster import pace as module
+from cluster.pace import LATE_SECONDS, MAX_SECONDS, STEP_SECONDS, Pace
 from router.buffer import OutputBuffer
 from router.output import Delta
 
@@ -19,6 +24,25 @@ def test_it_grows_while_the_loop_is_late_and_ends_soon_after() -> None:
     for _ in range(30):
         pace.see(0.0)
     assert pace.seconds == 0.0
+
+
+async def test_the_loop_is_watched_while_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.001)
+    pace = Pace()
+    assert not pace.watching
+    assert pace.ask() == 0.0 and pace.watching
+    time.sleep(0.05)  # noqa: ASYNC251 - what a late loop is late by
+    async with asyncio.timeout(5):
+        while not pace.seconds:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert pace.seconds >= STEP_SECONDS / 2
+    monkeypatch.setattr(module, "LATE_SECONDS", math.inf)  # whatever else this machine does
+    async with asyncio.timeout(5):
+        while pace.watching:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert pace.seconds == 0.0
+    pace.ask()
+    assert pace.watching
 
 
 async def test_the_first_delta_never_waits_and_later_ones_gather() -> None:

@@ -138,13 +138,13 @@ class SimulatedEngine:
         source = TokenSource(request.prompt_token_ids, seed, vocabulary)
         running = _Running(request, sequence, source)
         self._running[request.sequence_id] = running
+        self._scheduler.add(sequence)
+        self._wake.set()  # First, so that the step begins before the push connects.
         if handoff is not None:
             if handoff.side == "decode":
                 self._port.expect(handoff, request.sequence_id)
             else:
                 self._push(running, handoff)
-        self._scheduler.add(sequence)
-        self._wake.set()
         return running
 
     def _push(self, running: _Running, handoff: HandoffParams) -> None:
