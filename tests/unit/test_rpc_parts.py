@@ -6,10 +6,14 @@ import gzip
 import zlib
 
 import pytest
+from h2.connection import H2Connection
+from h2.exceptions import TooManyStreamsError
 
 from cluster.rpc.abuse import PING_SECONDS, PING_STRIKES, RESETS_A_SECOND, Abuse
-from cluster.rpc.headers import BadHeaders, metadata, timeout_seconds, trailers
+from cluster.rpc.headers import BadHeaders, metadata, request, timeout_seconds, trailers
 from cluster.rpc.inbox import PREFIX, BadMessage, Inbox
+from cluster.rpc.limits import Limits
+from cluster.rpc.protocol import FEW_STREAMS, client_side, server_side
 from pdserve.v1 import inference_pb2
 from router.delta_wire import DeltaEncoder
 from router.output import Delta, FinishReason, Logprob, TokenLogprobs
@@ -152,3 +156,62 @@ def test_an_encoder_writes_what_protobuf_would(delta: Delta) -> None:
     assert bool(found.finish_reason) is (delta.finish is not None)
     stop = found.WhichOneof("stop")
     assert (getattr(found, stop) if stop else None) == delta.stop
+
+
+def connection(calls: int) -> tuple[H2Connection, H2Connection]:
+    """A client's end and a server's that takes so many calls at once."""
+    client, server = client_side(Limits(1000, 0)), server_side(Limits(1000, calls))
+    client.initiate_connection()
+    server.initiate_connection()
+    for _ in range(2):
+        server.receive_data(client.data_to_send())
+        client.receive_data(server.data_to_send())
+    return client, server
+
+
+def opened(client: H2Connection, server: H2Connection) -> int:
+    stream_id = client.get_next_available_stream_id()
+    client.send_headers(stream_id, request("a", "/b", ()))
+    server.receive_data(client.data_to_send())
+    return stream_id
+
+
+def ended(client: H2Connection, server: H2Connection, stream_id: int) -> None:
+    client.reset_stream(stream_id)
+    server.receive_data(client.data_to_send())
+
+
+def test_streams_are_not_looked_through_whenever_one_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked = []
+    look = H2Connection._open_streams
+
+    def counted(self: H2Connection, remainder: int) -> int:
+        looked.append(len(self.streams))
+        return look(self, remainder)
+
+    monkeypatch.setattr(H2Connection, "_open_streams", counted)
+    client, server = connection(10_000)
+    for _ in range(2000):
+        opened(client, server)
+    assert sum(looked) < 2 * 2 * 2000  # at either end, and 2000 times as many otherwise
+    assert client.open_outbound_streams == server.open_inbound_streams == 2000
+
+
+def test_closed_streams_are_dropped_and_the_limit_counts_open_ones() -> None:
+    client, server = connection(10)
+    held = [opened(client, server) for _ in range(9)]
+    for _ in range(10 * FEW_STREAMS):
+        ended(client, server, opened(client, server))
+        assert max(len(client.streams), len(server.streams)) < 3 * FEW_STREAMS
+    held.append(opened(client, server))
+    with pytest.raises(TooManyStreamsError):
+        opened(client, server)
+    ended(client, server, held[0])
+    opened(client, server)
+    client.remote_settings.acknowledge()
+    client.remote_settings.max_concurrent_streams = 11  # what a client may think that it may
+    client.remote_settings.acknowledge()
+    with pytest.raises(TooManyStreamsError, match="inbound"):
+        opened(client, server)
