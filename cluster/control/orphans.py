@@ -63,10 +63,9 @@ def reap_adopted() -> None:
 
     As child subreaper it inherits a dead actor's children; nobody else would ever wait for them.
     """
-    for child in psutil.Process().children():
-        with suppress(psutil.Error, ChildProcessError):
-            if child.status() == psutil.STATUS_ZOMBIE:
-                os.waitpid(child.pid, os.WNOHANG)
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def descendants() -> list[psutil.Process]:

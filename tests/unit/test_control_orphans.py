@@ -52,6 +52,29 @@ def all_gone(processes: list[psutil.Process], seconds: float = 10.0) -> bool:
     return False
 
 
+def test_what_ended_below_is_reaped_and_what_runs_is_left() -> None:
+    code = f"""
+import os, subprocess, sys
+from cluster.control.orphans import reap_adopted
+reap_adopted()  # without a child
+running = subprocess.Popen([sys.executable, "-c", {SLEEP!r}])
+ended = os.fork()
+if not ended:
+    os._exit(0)
+os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
+reap_adopted()
+assert running.poll() is None
+running.kill()
+running.wait()
+try:
+    os.waitpid(ended, 0)
+except ChildProcessError:
+    sys.exit(7)
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=60).returncode == 7
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
 @pytest.mark.parametrize("code", [0, 3])
 def test_what_the_cluster_leaves_behind_ends_and_its_exit_code_is_passed_on(code: int) -> None:
