@@ -41,8 +41,10 @@ LOADS = ("paced", "fours", "saturated", "busy")
 def load_of(kind: str, streams: int, disaggregate: Disaggregate = "always") -> Load:
     """One of LOADS, for so many streams."""
     gap = max(0.01, streams / TOKENS_PER_SECOND)
+    if kind == "fours":
+        return Load(streams, 4 * gap, disaggregate, tokens_per_output=4)
     gap = {"saturated": SATURATED_GAP, "busy": BUSY_GAP}.get(kind, gap)
-    return Load(streams, gap, disaggregate, tokens_per_output=4 if kind == "fours" else 1)
+    return Load(streams, gap, disaggregate)
 
 
 def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -> Process:

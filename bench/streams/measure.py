@@ -136,7 +136,7 @@ async def measure(
 async def _keep(client: Client, load: Load, seen: Seen) -> None:
     """One stream after the other."""
     lasts = max(30.0, load.streams / 25)  # longer than it takes to open all of them
-    tokens = max(8, min(3900, round(lasts / load.gap_seconds)))
+    tokens = max(8, min(3900, round(lasts / load.gap_seconds * load.tokens_per_output)))
     while True:
         await client.run(LOAD, tokens, seen)
 

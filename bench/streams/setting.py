@@ -29,9 +29,9 @@ class Load:
     """Streams that run at once, each with a token every so often.
 
     Attributes:
-        gap_seconds: between a stream's tokens; the engines' step.
+        gap_seconds: between a stream's outputs; the engines' step.
         disaggregate: as the configuration's placement.disaggregate.
-        tokens_per_output: the engines give so many of a stream at once, after its first.
+        tokens_per_output: the engines give so many of every stream with a step, after its first.
         finite: the engines have the limits and the times of real ones, those of an 8B model on a
             GPU of a quarter of an H200's speed, and `gap_seconds` says nothing.
     """

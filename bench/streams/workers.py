@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -71,23 +72,23 @@ class Bare:
         return self._engine.generate(asked)
 
 
-async def together(
+async def several(
     generate: Callable[[EngineRequest], AsyncIterator[EngineOutput]],
     count: int,
     request: EngineRequest,
 ) -> AsyncIterator[EngineOutput]:
-    """A request's outputs, `count` tokens in each but for the first and the last, as they come from
-    an engine that guesses ahead."""
-    waiting: list[EngineOutput] = []
-    first = True
-    async with aclosing(generate(request)) as outputs:  # type: ignore[type-var]
+    """A request's outputs, `count` tokens in each but for the first and the last, as an engine that
+    guesses ahead gives them with each step; the others repeat the first."""
+    left = request.sampling.max_tokens
+    steps = 1 + -(-(left - 1) // count)
+    asked = replace(request, sampling=replace(request.sampling, max_tokens=steps))
+    size = 1
+    async with aclosing(generate(asked)) as outputs:  # type: ignore[type-var]
         async for output in outputs:
-            waiting.append(output)
-            if first or len(waiting) == count or output.finish_reason is not None:
-                first = False
-                tokens = [token for each in waiting for token in each.token_ids]
-                yield output._replace(token_ids=tokens, text="".join(o.text for o in waiting))
-                waiting = []
+            size = min(size, left)
+            left -= size
+            yield output._replace(token_ids=output.token_ids * size, text=output.text * size)
+            size = count
 
 
 class Front(inference_pb2_grpc.InferenceServicer):
@@ -114,7 +115,7 @@ async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
             assert host._engine is not None
             if model == LOAD and load.tokens_per_output > 1:
                 engine: Any = host._engine
-                engine.generate = partial(together, engine.generate, load.tokens_per_output)
+                engine.generate = partial(several, engine.generate, load.tokens_per_output)
             if role != "decode" and not load.finite:
                 continue
             bare = Bare(host._engine)
