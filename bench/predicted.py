@@ -5,9 +5,9 @@
 Starts the shipped demo cluster (real engines, one prefill and one decode worker), measures its
 workers with `pdserve profile`, and for three workloads at three rates predicts TTFT and TPOT of the
 very arrivals that it then sends, and the share of them that meets twice what one request alone is
-predicted to take, of both. The rates are shares of what the fuller worker is predicted to bear. Every
-workload's middle rate is sent twice: how far one measurement is off the other is what no prediction
-can be better than. Takes four minutes on two cores; let nothing else run meanwhile.
+predicted to take, of both. The rates are shares of what the fuller worker is predicted to bear.
+Every workload's middle rate is sent twice: how far one measurement is off the other is what no
+prediction can be better than. Takes four minutes on two cores; let nothing else run meanwhile.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from statistics import median
@@ -85,9 +86,7 @@ class Run:
             await self._prefills(to)
             for context in (n for n in CONTEXTS if n <= self._longest):
                 batches = [n for n in BATCHES if n <= self._max_batch]
-                prompts = await self._warm(to, max(batches), context)
-                for batch in batches:
-                    await self._decodes(to, prompts[:batch])
+                await self._decodes(to, batches, await self._warm(to, max(batches), context))
             if self._shares:
                 await self._beside_each_other(to)
 
@@ -139,9 +138,22 @@ class Run:
         await asyncio.gather(*(self._ask(to, ids, 2) for ids in prompts))
         return prompts
 
-    async def _decodes(self, to: grpc.aio.Channel, prompts: Sequence[list[int]]) -> None:
-        self._tell(f"decoding {len(prompts)} sequences of {len(prompts[0])} tokens")
-        self.decode += samples_of(await self._batch(to, prompts))
+    async def _decodes(
+        self, to: grpc.aio.Channel, batches: Sequence[int], prompts: Sequence[list[int]]
+    ) -> None:
+        """Each batch in every round: what disturbs one of them does not count."""
+        rounds: dict[int, list[DecodeSample]] = {batch: [] for batch in batches}
+        for _ in range(REPEATS):
+            for batch, samples in rounds.items():
+                self._tell(f"decoding {batch} sequences of {len(prompts[0])} tokens")
+                samples += samples_of(await self._batch(to, prompts[:batch]))
+        for samples in rounds.values():
+            by_part: dict[int, list[DecodeSample]] = defaultdict(list)
+            for sample in samples:
+                by_part[sample.batch].append(sample)
+            self.decode += [
+                sorted(part, key=lambda s: s.seconds)[len(part) // 2] for part in by_part.values()
+            ]
 
     async def _batch(self, to: grpc.aio.Channel, prompts: Sequence[list[int]]) -> list[Served]:
         wanted = DECODE_TOKENS + TOKENS_A_SEQUENCE * len(prompts)
@@ -156,19 +168,22 @@ class Run:
 
     async def _prompts_beside_decodes(self, to: grpc.aio.Channel) -> None:
         lengths = [n for n in SHARED_PROMPTS if n <= self._longest]
-        alone = {n: median([await self._computed(to, n) for _ in range(REPEATS)]) for n in lengths}
+        alone = {n: [await self._computed(to, n) for _ in range(REPEATS)] for n in lengths}
         context = min(CONTEXTS[0], self._longest)
         async with self._stream(to, STREAMS, context, self._max_len - context - 1):
             for length in lengths:
                 self._tell(f"computing prompts of {length} tokens beside decodes")
                 for _ in range(REPEATS):
-                    seconds = await self._computed(to, length)
-                    if alone[length] > 0 and seconds > 0:
-                        self.shared.append(Shared("prefill", alone[length], seconds, seconds))
+                    beside = await self._computed(to, length)
+                    for step, seconds in beside.items():
+                        before = median(times[step] for times in alone[length])
+                        if before > 0 and seconds > 0:
+                            self.shared.append(Shared(step, before, seconds, seconds))
 
-    async def _computed(self, to: grpc.aio.Channel, length: int) -> float:
-        """Seconds that a prompt takes which is not handed off."""
-        return (await self._ask(to, self._ids(length), 1)).prefill
+    async def _computed(self, to: grpc.aio.Channel, length: int) -> dict[str, float]:
+        """Seconds of a prompt that is not handed off, and of its ways."""
+        served = await self._ask(to, self._ids(length), 1)
+        return {"prefill": served.prefill, "dispatch": served.path.before}
 
     async def _decodes_beside_prompts(self, to: grpc.aio.Channel, batch: int, context: int) -> None:
         prompts = await self._warm(to, batch, context)

@@ -144,9 +144,12 @@ def _fit_contention(samples: Sequence[SharedSample]) -> Contention:
     constant to each handoff: seconds = alone + q·beside + handoff·handoffs. A step all of which is
     beside another takes 1/(1 − q) times as long.
     """
-    prefill, _ = _lost([s for s in samples if s.step == "prefill"])
-    decode, handoff = _lost([s for s in samples if s.step == "decode"])
-    return Contention(1 / (1 - prefill), 1 / (1 - decode), handoff)
+    lost = {
+        step: _lost([s for s in samples if s.step == step])
+        for step in ("prefill", "decode", "dispatch")
+    }
+    slowed = {step: 1 / (1 - share) for step, (share, _) in lost.items()}
+    return Contention(**slowed, handoff=lost["decode"][1])
 
 
 def _lost(samples: Sequence[SharedSample]) -> tuple[float, float]:

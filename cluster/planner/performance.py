@@ -58,12 +58,14 @@ class Contention:
     Attributes:
         prefill, decode: how many times as long a step of either kind takes while another worker's
             step is under way.
+        dispatch: the same of a request's way to its first token, outside of the steps.
         handoff: seconds that decode's steps lose when a prompt ends: its first token's way out and
             its handoff run on their cores, and in their process.
     """
 
     prefill: float = 1.0
     decode: float = 1.0
+    dispatch: float = 1.0
     handoff: float = 0.0
 
     def slowed(self, step: StepKind) -> float:

@@ -61,7 +61,7 @@ class SharedSample:
     """Steps of one worker while another worker's ran on the same cores.
 
     Attributes:
-        step: prefill or decode: their kind.
+        step: prefill or decode: their kind; or dispatch, what one request took outside of them.
         alone: seconds that these steps take with nothing beside them.
         seconds: they took.
         beside: seconds of these in which the other worker had a step under way.

@@ -59,6 +59,9 @@ class Serving:
             whole = stage is Stage.WHOLE
             worker.loaded(arrival.prompt, int(whole), job.kv_tokens if whole else 0)
             if seconds := worker.engine.performance.dispatch:
+                others = (w for w in self._workers.values() if w is not worker)
+                if any(other.engine.step for other in others):
+                    seconds *= worker.engine.performance.contention.dispatch
                 self._agenda.after(seconds, lambda: self._arrives(worker, job))
             else:
                 self._arrives(worker, job)
