@@ -275,3 +275,21 @@ def test_more_contention_is_never_faster() -> None:
     assert [ttft for ttft, _ in seen] == sorted(ttft for ttft, _ in seen)
     assert [tpot for _, tpot in seen] == sorted(tpot for _, tpot in seen)
     assert seen[0] < seen[-1]
+
+
+def test_what_a_prompt_takes_from_those_that_decode_on_its_host() -> None:
+    """Its way to its engine is slowed; when it ends, the decodes lose a constant, once."""
+    apart = replace(
+        WORKER, decode=DecodeCost(0.004, 0.0), handoff=HandoffCost(0.0, 1e15), dispatch=0.01
+    )
+    arrivals = [Arrival(0.0, 1, 200), Arrival(0.3, 500, 2), Arrival(2.0, 500, 2)]
+
+    def ends(worker: Performance) -> list[Outcome]:
+        return World(Deployment(worker, 1, 1, placement_mode="always")).run(arrivals)
+
+    first, second, third = ends(apart)
+    shared = replace(apart, contention=Contention(dispatch=3.0, handoff=0.007))
+    slowed, beside, alone = ends(shared)
+    assert slowed.ended_at == pytest.approx(first.ended_at + 0.007)
+    assert beside.ttft == pytest.approx(second.ttft + 0.02)
+    assert (alone.ttft, alone.tpot) == pytest.approx((third.ttft, third.tpot))
