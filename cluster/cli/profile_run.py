@@ -217,19 +217,24 @@ class Run:
         begun = [asyncio.Event() for _ in range(streams)]
 
         async def keep_asking(first_token: asyncio.Event) -> None:
-            while not over.is_set():
-                served.append(await self._ask(to, self._ids(prompt), output, first_token))
+            try:
+                while not over.is_set():
+                    served.append(await self._ask(to, self._ids(prompt), output, first_token))
+            finally:
+                first_token.set()  # nobody waits for one that failed
 
         tasks = [asyncio.create_task(keep_asking(event)) for event in begun]
         try:
-            async with asyncio.timeout(CALL_SECONDS):
-                await asyncio.gather(*(event.wait() for event in begun))
+            await asyncio.gather(*(event.wait() for event in begun))
             yield served
         finally:
             over.set()
             for task in tasks if output > 2 else ():
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
 
     def _ids(self, count: int) -> list[int]:
         return [self._rng.randrange(1, self._vocab) for _ in range(count)]

@@ -10,6 +10,7 @@ look at least every `LOOK_MS`.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -32,4 +33,5 @@ def _wait(condition: Any, timeout_ms: int | None = None) -> None:
         return
     ready = dict(condition.poller.poll(timeout=LOOK_MS))
     if condition.local_notify_socket in ready:
-        condition.local_notify_socket.recv(flags=zmq.NOBLOCK, copy=False)
+        with suppress(zmq.Again):  # of two notices at once it keeps one, and may have counted two
+            condition.local_notify_socket.recv(flags=zmq.NOBLOCK, copy=False)
