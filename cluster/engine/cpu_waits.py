@@ -33,5 +33,5 @@ def _wait(condition: Any, timeout_ms: int | None = None) -> None:
         return
     ready = dict(condition.poller.poll(timeout=LOOK_MS))
     if condition.local_notify_socket in ready:
-        with suppress(zmq.Again):  # of two notices at once it keeps one, and may have counted two
+        with suppress(zmq.Again):  # without a notice it looks all the same
             condition.local_notify_socket.recv(flags=zmq.NOBLOCK, copy=False)
