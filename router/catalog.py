@@ -57,6 +57,10 @@ class Catalog:
             raise Unavailable(f"model {name} has no worker yet that tells its context length")
         return ModelLimits(name, context, vocabulary or tokenizer.vocab_size)
 
+    def step_tokens(self, name: str) -> int:
+        """Tokens that a worker computes in one step."""
+        return self._models[name].max_num_batched_tokens
+
     async def encode(self, name: str, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's token ids. Raises InvalidRequest as `Tokenizer.encode`."""
         return await self._tokenizers[name].encode(prompt)

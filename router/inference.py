@@ -99,6 +99,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     max_model_len=limits.max_model_len,
                     vocab_size=limits.vocab_size,
                     ready=not self._missing(name),
+                    max_step_tokens=self._catalog.step_tokens(name),
                 )
             )
         return inference_pb2.ListModelsResponse(models=models)

@@ -165,7 +165,7 @@ def add_steering(app: typer.Typer, terminal: Terminal, where: Where, token: Wher
         max_prompt: Annotated[int, typer.Option(min=256, help="Longest prompt measured.")] = 8192,
         max_batch: Annotated[int, typer.Option(min=4, help="Largest batch measured.")] = 64,
         shared: Annotated[
-            bool, typer.Option("--shared", help="Workers share cores: one beside the other.")
+            bool, typer.Option("--shared", help="Workers share cores: measure what that costs.")
         ] = False,
         name: Name = None,
         address: Address = None,

@@ -141,9 +141,7 @@ class VllmEngine:
             # takes regular expressions whose every token then costs seconds.
             "structured_outputs_config": {"backend": "guidance"},
             "logits_processors": ["cluster.kv.first_token:FirstTokenProcessor"],
-            "worker_cls": (
-                "cluster.engine.cpu_worker.SeededCpuWorker" if current_platform.is_cpu() else "auto"
-            ),
+            **_processes(),
             "worker_extension_cls": "cluster.kv.worker_extension.PdserveWorkerExtension",
             "kv_transfer_config": KVTransferConfig(
                 kv_connector="PdserveConnector",
@@ -241,6 +239,16 @@ class VllmEngine:
         if self._llm is None:
             raise EngineFailed("the engine is not started")
         return self._llm
+
+
+def _processes() -> dict[str, Any]:
+    """Whose executor and worker; vLLM's own beside GPUs."""
+    if not current_platform.is_cpu():
+        return {"worker_cls": "auto"}
+    return {
+        "worker_cls": "cluster.engine.cpu_worker.SeededCpuWorker",
+        "distributed_executor_backend": "cluster.engine.cpu_executor.CpuExecutor",
+    }
 
 
 def _refusal(request: EngineRequest, error: Exception) -> PdserveError:

@@ -12,16 +12,25 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cluster.errors import InvalidRequest
-from cluster.planner.performance import DecodeCost, HandoffCost, Performance, PrefillCost
+from cluster.planner.performance import (
+    Contention,
+    DecodeCost,
+    HandoffCost,
+    Performance,
+    PrefillCost,
+)
 from cluster.planner.profile import (
     DecodeSample,
     HandoffSample,
     PathSample,
     PrefillSample,
     Profile,
+    SharedSample,
 )
 
 MIN_SAMPLES = 3
+MAX_LOST = 0.9
+"""Of a second beside another worker's step, at most."""
 
 S = TypeVar("S")
 
@@ -59,11 +68,14 @@ def calibrate(start: Performance, profile: Profile) -> Calibration:
             raise InvalidRequest(
                 "profile", f"has {count} {kind} samples, {MIN_SAMPLES} are the least to fit"
             )
+    start = replace(start, chunk=profile.chunk)
     fitted = _fit_decode(_fit_prefill(start, profile.prefill), profile.decode)
     if profile.handoff:
         fitted = _fit_handoff(fitted, profile.handoff)
     if profile.path:
         fitted = _fit_path(fitted, profile.path)
+    if profile.shared:
+        fitted = replace(fitted, contention=_fit_contention(profile.shared))
     prefill_error = _cross_validated(
         profile.prefill,
         lambda rest: _fit_prefill(start, rest),
@@ -79,9 +91,13 @@ def calibrate(start: Performance, profile: Profile) -> Calibration:
 
 
 def _fit_prefill(start: Performance, samples: Sequence[PrefillSample]) -> Performance:
-    rows = [(1.0, float(s.new), float(s.new * (s.new + 2 * s.cached))) for s in samples]
+    steps = [start.prefill_steps(s.new) for s in samples]
+    rows = [
+        (float(n), float(s.new), float(s.new * (s.new + 2 * s.cached)))
+        for n, s in zip(steps, samples, strict=True)
+    ]
     base, per_token, per_pair = fit(rows, [s.seconds for s in samples])
-    floor = min(start.prefill.floor, min(s.seconds for s in samples))
+    floor = min(start.prefill.floor, *(s.seconds / n for n, s in zip(steps, samples, strict=True)))
     return replace(start, prefill=PrefillCost(base, per_token, per_pair, floor))
 
 
@@ -123,6 +139,28 @@ def _fit_path(start: Performance, samples: Sequence[PathSample]) -> Performance:
     return replace(start, dispatch=dispatch, handoff=handoff)
 
 
+def _fit_contention(samples: Sequence[SharedSample]) -> Contention:
+    """Of each second beside another worker's step, a share q is lost, and of decode's steps a
+    constant to each handoff: seconds = alone + q·beside + handoff·handoffs. A step all of which is
+    beside another takes 1/(1 − q) times as long.
+    """
+    lost = {
+        step: _lost([s for s in samples if s.step == step])
+        for step in ("prefill", "decode", "dispatch")
+    }
+    slowed = {step: 1 / (1 - share) for step, (share, _) in lost.items()}
+    return Contention(**slowed, handoff=lost["decode"][1])
+
+
+def _lost(samples: Sequence[SharedSample]) -> tuple[float, float]:
+    """q, and the seconds that a handoff takes; both relative to the samples' seconds."""
+    if not samples:
+        return 0.0, 0.0
+    rows = [[s.beside / s.seconds, s.handoffs / s.seconds] for s in samples]
+    share, handoff = not_negative(rows, [1.0 - s.alone / s.seconds for s in samples])
+    return min(share, MAX_LOST), handoff
+
+
 def _cross_validated(
     samples: Sequence[S],
     fitted: Callable[[Sequence[S]], Performance],
@@ -148,23 +186,29 @@ def quantile(ascending: Sequence[float], q: float) -> float:
 
 
 def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Coefficients ≥ 0 that minimise Σ((row·c − s)/s)². Few columns: every set of them is tried.
+    """Coefficients ≥ 0 that minimise Σ((row·c − s)/s)²."""
+    weighted = [[x / s for x in row] for row, s in zip(rows, seconds, strict=True)]
+    return not_negative(weighted, [1.0] * len(weighted))
+
+
+def not_negative(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
+    """Coefficients ≥ 0 that minimise Σ(row·c − w)². Few columns: every set of them is tried.
 
     The best least-squares fit whose coefficients are all positive, over all subsets of columns, is
     the non-negative optimum; with three columns that is seven tiny systems.
     """
-    weighted = [[x / s for x in row] for row, s in zip(rows, seconds, strict=True)]
-    columns = len(weighted[0])
-    scale = [max(abs(row[c]) for row in weighted) or 1.0 for c in range(columns)]
-    best, best_error = [0.0] * columns, float(len(weighted))
+    columns = len(rows[0])
+    scale = [max(abs(row[c]) for row in rows) or 1.0 for c in range(columns)]
+    best, best_error = [0.0] * columns, sum(w * w for w in wanted)
     for subset in range(1, 1 << columns):
         chosen = [c for c in range(columns) if subset >> c & 1]
-        matrix = [[row[c] / scale[c] for c in chosen] for row in weighted]
-        solution = _normal_equations(matrix)
+        matrix = [[row[c] / scale[c] for c in chosen] for row in rows]
+        solution = _normal_equations(matrix, wanted)
         if solution is None or min(solution) < 0:
             continue
         error = sum(
-            (sum(x * c for x, c in zip(row, solution, strict=True)) - 1.0) ** 2 for row in matrix
+            (sum(x * c for x, c in zip(row, solution, strict=True)) - w) ** 2
+            for row, w in zip(matrix, wanted, strict=True)
         )
         if error < best_error - 1e-12:
             best_error = error
@@ -174,11 +218,13 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float
     return best
 
 
-def _normal_equations(matrix: Sequence[Sequence[float]]) -> list[float] | None:
-    """Least squares against all ones, by Gaussian elimination; None where it is singular."""
+def _normal_equations(
+    matrix: Sequence[Sequence[float]], wanted: Sequence[float]
+) -> list[float] | None:
+    """Least squares by Gaussian elimination; None where it is singular."""
     n = len(matrix[0])
     a = [[sum(r[i] * r[j] for r in matrix) for j in range(n)] for i in range(n)]
-    b = [sum(r[i] for r in matrix) for i in range(n)]
+    b = [sum(r[i] * w for r, w in zip(matrix, wanted, strict=True)) for i in range(n)]
     for i in range(n):
         pivot = max(range(i, n), key=lambda k: abs(a[k][i]))
         if abs(a[pivot][i]) < 1e-12:

@@ -7,8 +7,12 @@ steps has a closed form, which is what makes the simulator fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
+
+StepKind = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,28 @@ class HandoffCost:
 
 
 @dataclass(frozen=True)
+class Contention:
+    """What workers on the same cores take from each other; nothing where each has its own.
+
+    Attributes:
+        prefill, decode: how many times as long a step of either kind takes while another worker's
+            step is under way.
+        dispatch: the same of a request's way to its first token, outside of the steps.
+        handoff: seconds that decode's steps lose when a prompt ends: its first token's way out and
+            its handoff run on their cores, and in their process.
+    """
+
+    prefill: float = 1.0
+    decode: float = 1.0
+    dispatch: float = 1.0
+    handoff: float = 0.0
+
+    def slowed(self, step: StepKind) -> float:
+        """The factor of that kind of step."""
+        return self.prefill if step == "prefill" else self.decode
+
+
+@dataclass(frozen=True)
 class Performance:
     """One worker: a model on its hardware, in its parallel layout.
 
@@ -58,6 +84,8 @@ class Performance:
         gpus: that one worker takes.
         dispatch: seconds to a request's first token that no step takes: the ways between router and
             engine.
+        contention: with the other workers, all of which then share one host.
+        chunk: tokens that one step computes: longer prompts take several; 0: whatever they are.
         label: what it describes, for reports.
     """
 
@@ -71,11 +99,19 @@ class Performance:
     gpus: int = 1
     label: str = ""
     dispatch: float = 0.0
+    contention: Contention = Contention()
+    chunk: int = 0
     whole: Performance | None = None
 
     def prefill_seconds(self, new: int, cached: int = 0) -> float:
-        """One prompt alone in a step: `new` tokens after `cached` ones."""
-        return self.prefill_batch_seconds(((new, cached),))
+        """One prompt alone, in as many steps as it takes: `new` tokens after `cached` ones."""
+        cost, steps = self.prefill, self.prefill_steps(new)
+        tokens = cost.per_token * new + cost.per_pair * new * (new + 2 * cached)
+        return max(cost.floor * steps, cost.base * steps + tokens)
+
+    def prefill_steps(self, new: int) -> int:
+        """In how many steps so many tokens are computed."""
+        return math.ceil(new / self.chunk) if self.chunk and new else 1
 
     def prefill_batch_seconds(self, prompts: Iterable[tuple[int, int]]) -> float:
         """Several prompts, or chunks of them, in one step: (new, cached or computed before)."""

@@ -57,8 +57,32 @@ class PathSample:
 
 
 @dataclass(frozen=True)
+class SharedSample:
+    """Steps of one worker while another worker's ran on the same cores.
+
+    Attributes:
+        step: prefill or decode: their kind; or dispatch, what one request took outside of them.
+        alone: seconds that these steps take with nothing beside them.
+        seconds: they took.
+        beside: seconds of these in which the other worker had a step under way.
+        handoffs: that came to the worker meanwhile.
+    """
+
+    step: str
+    alone: float
+    seconds: float
+    beside: float
+    handoffs: int = 0
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Samples, and the worker they belong to; a profile says nothing about any other."""
+    """Samples, and the worker they belong to; a profile says nothing about any other.
+
+    Attributes:
+        chunk: tokens that a step computes; 0: not known, and every prompt counts as one step.
+        shared: empty where workers have their own cores.
+    """
 
     model: str
     hardware: str
@@ -67,6 +91,8 @@ class Profile:
     decode: tuple[DecodeSample, ...]
     handoff: tuple[HandoffSample, ...] = ()
     path: tuple[PathSample, ...] = ()
+    shared: tuple[SharedSample, ...] = ()
+    chunk: int = 0
 
     def check(self, model: str, hardware: str, tensor_parallel: int) -> None:
         """Raises InvalidRequest unless it was measured on exactly this."""
@@ -97,11 +123,15 @@ class Profile:
                 decode=tuple(DecodeSample(**sample) for sample in values["decode"]),
                 handoff=tuple(HandoffSample(**sample) for sample in values.get("handoff", ())),
                 path=tuple(PathSample(**sample) for sample in values.get("path", ())),
+                shared=tuple(SharedSample(**sample) for sample in values.get("shared", ())),
+                chunk=int(values.get("chunk", 0)),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidRequest("profile", f"is not a profile: {error!r}") from error
-        for sample in (*profile.prefill, *profile.decode, *profile.handoff, *profile.path):
-            _check_sample(sample)
+        for samples in (profile.prefill, profile.decode, profile.handoff, profile.path,
+                        profile.shared):  # fmt: skip
+            for sample in samples:
+                _check_sample(sample)
         return profile
 
 

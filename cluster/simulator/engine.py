@@ -8,14 +8,14 @@ single event: their times are an arithmetic series. An arrival cuts the run at t
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from cluster.planner.performance import Performance
+from cluster.planner.performance import Performance, StepKind
 from cluster.simulator.job import Job
 from cluster.simulator.prefix_cache import PrefixCache
+from cluster.simulator.run import Run
 from router.output import Stage
 
 
@@ -55,7 +55,6 @@ class Engine:
         self.limits = limits
         self.cache = PrefixCache(int(performance.kv_capacity * limits.cache_share / block_tokens))
         self._block_tokens = block_tokens
-        self.next_event = math.inf
         self.busy_seconds = 0.0
         self.free_tokens = performance.kv_capacity
         self.waiting: deque[Job] = deque()
@@ -63,11 +62,14 @@ class Engine:
         self._decoding: list[tuple[int, int, Job]] = []
         self._context = 0
         self._step = 0
-        self._started_at = 0.0
-        self._run_steps = 0
+        self._run = Run()
         self._chunks: list[tuple[Job, int]] = []
         self._landed: list[Job] = []
         self._order = 0
+
+    @property
+    def next_event(self) -> float:
+        return self._run.ends_at
 
     @property
     def batch(self) -> int:
@@ -76,7 +78,23 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return self._run_steps == 0 and not self.waiting and not self.reserving
+        return self._run.steps == 0 and not self.waiting and not self.reserving
+
+    @property
+    def step(self) -> StepKind | None:
+        """What is under way; a step with a prompt in it is a prefill."""
+        if self._run.steps == 0:
+            return None
+        return "prefill" if self._chunks else "decode"
+
+    def set_pace(self, now: float, pace: float) -> bool:
+        """What its steps take from now on, as a multiple; True if that moves the next event."""
+        return self._run.set_pace(now, pace)
+
+    def lose(self, now: float, seconds: float) -> None:
+        """Whatever is under way ends so much later."""
+        if self._run.steps:
+            self._run.lose(now, seconds)
 
     def prefill(self, now: float, job: Job) -> None:
         """Queues a prompt; the job's stage says whether its decode follows here."""
@@ -112,7 +130,7 @@ class Engine:
 
     def wake(self, now: float) -> None:
         """KV was given back from outside: an idle engine tries again."""
-        if self._run_steps == 0 and self.waiting:
+        if self._run.steps == 0 and self.waiting:
             self._begin(now)
 
     def drop(self, now: float, job: Job) -> None:
@@ -135,7 +153,7 @@ class Engine:
 
     def tokens_done(self, now: float, job: Job) -> int:
         """Tokens of a decoding job that have been sampled by now."""
-        done = self._step + (self._steps_by(now) if not self._chunks else 0)
+        done = self._step + (self._run.steps_by(now) if not self._chunks else 0)
         return max(1, min(job.output, job.output - (job.last_step - done)))
 
     def jobs(self) -> list[Job]:
@@ -147,8 +165,8 @@ class Engine:
     def advance(self, now: float) -> Finished:
         """The end of the present run: what it finished; the next run begins."""
         finished = Finished([], [])
-        steps, self._run_steps = self._run_steps, 0
-        self.busy_seconds += now - self._started_at
+        self.busy_seconds += now - self._run.began
+        steps = self._run.end()
         self._step += steps if self.limits.mixes or not self._chunks else 0
         if self.limits.mixes or not self._chunks:
             self._context += steps * len(self._decoding)
@@ -174,7 +192,7 @@ class Engine:
                 if job.cancelled:
                     self.release(job)
                 continue
-            job.prefill_seconds = now - self._started_at
+            job.prefill_seconds = now - self._run.began
             self.cache.put(job.blocks)
             finished.first_tokens.append(job)
             if job.stage is Stage.WHOLE:
@@ -192,36 +210,33 @@ class Engine:
 
     def _poke(self, now: float) -> None:
         """Something new is there: an idle engine starts, a run of decodes is cut."""
-        if self._run_steps == 0:
+        if self._run.steps == 0:
             self._begin(now)
         else:
             self._cut(now)
 
     def _cut(self, now: float) -> None:
-        if self._chunks or self._run_steps <= 1:
-            return
-        done = self._steps_by(now) + 1
-        if done < self._run_steps:
-            self._run_steps = done
-            self.next_event = max(now, self._started_at + self._decode_run(done))
+        if not self._chunks and self._run.steps > 1:
+            self._run.cut(now)
 
     def _begin(self, now: float) -> None:
-        self._started_at = now
         for job in self._landed:
             self._join(job, job.output - (0 if self.limits.repeats_first_token else 1))
         self._landed.clear()
         self._chunks = self._schedule(now)
         if self._chunks:
-            self._run_steps = 1
             batch = len(self._decoding) if self.limits.mixes else 0
             prompts = [(new, job.computed) for job, new in self._chunks]
             context = self._context if batch else 0
-            self.next_event = now + self.performance.mixed_seconds(prompts, batch, context)
+            self._run.begin(now, 1, self.performance.mixed_seconds(prompts, batch, context))
         elif self._decoding:
-            self._run_steps = max(1, self._decoding[0][0] - self._step)
-            self.next_event = now + self._decode_run(self._run_steps)
+            batch = len(self._decoding)
+            cost = self.performance.decode_cost(batch)
+            first = cost.base + cost.per_sequence * batch + cost.per_context * self._context
+            steps = max(1, self._decoding[0][0] - self._step)
+            self._run.begin(now, steps, first, cost.per_context * batch)
         else:
-            self.next_event = math.inf
+            self._run.begin(now, 0, 0.0)
 
     def _schedule(self, now: float) -> list[tuple[Job, int]]:
         chunks: list[tuple[Job, int]] = []
@@ -256,24 +271,3 @@ class Engine:
         job.reserved = job.kv_tokens
         self.free_tokens -= job.reserved
         return True
-
-    def _decode_run(self, steps: int) -> float:
-        """Seconds of so many decode steps from the present batch: Σ a + b·(C + i·B)."""
-        batch = len(self._decoding)
-        cost = self.performance.decode_cost(batch)
-        first = cost.base + cost.per_sequence * batch + cost.per_context * self._context
-        return steps * first + cost.per_context * batch * steps * (steps - 1) / 2
-
-    def _steps_by(self, now: float) -> int:
-        """Whole steps of the present decode run that have ended by `now`."""
-        batch = len(self._decoding)
-        cost = self.performance.decode_cost(batch)
-        first = cost.base + cost.per_sequence * batch + cost.per_context * self._context
-        growth = cost.per_context * batch
-        elapsed = now - self._started_at
-        if growth <= first * 1e-9:
-            steps = elapsed / first if first > 0 else self._run_steps
-        else:
-            b = first - growth / 2
-            steps = (math.sqrt(b * b + 2 * growth * elapsed) - b) / growth
-        return min(self._run_steps, int(steps + 1e-9))

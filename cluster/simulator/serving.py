@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from cluster.errors import InvalidRequest, Unavailable
+from cluster.planner.performance import Contention
 from cluster.simulator.events import Agenda
 from cluster.simulator.job import Attempt, Job
 from cluster.simulator.placing import Placing
@@ -14,6 +15,8 @@ from cluster.simulator.workload import Arrival
 from router.events import Event, Output, WorkerFailed
 from router.output import FinishReason, Stage, WorkerReport
 from router.placement import Target
+
+_ALONE = Contention()
 
 
 class Serving:
@@ -56,6 +59,9 @@ class Serving:
             whole = stage is Stage.WHOLE
             worker.loaded(arrival.prompt, int(whole), job.kv_tokens if whole else 0)
             if seconds := worker.engine.performance.dispatch:
+                others = (w for w in self._workers.values() if w is not worker)
+                if any(other.engine.step for other in others):
+                    seconds *= worker.engine.performance.contention.dispatch
                 self._agenda.after(seconds, lambda: self._arrives(worker, job))
             else:
                 self._arrives(worker, job)
@@ -106,6 +112,27 @@ class Serving:
         self._tell(job.attempt, WorkerFailed(job.attempt.sequence_id, job.stage, error))
 
     def _watch(self, worker: VirtualWorker) -> None:
+        """What it does has changed: so may the pace of those that share its host."""
+        if worker.engine.performance.contention != _ALONE:
+            for moved in self._share_host():
+                self._schedule(moved)
+        self._schedule(worker)
+
+    def _share_host(self) -> list[VirtualWorker]:
+        """Sets every worker's pace by the steps that are under way now; whose next event moved.
+
+        A step is slowed by each other worker's step as much as by one.
+        """
+        now, moved = self._agenda.now, []
+        busy = sum(worker.engine.step is not None for worker in self._workers.values())
+        for worker in self._workers.values():
+            if (step := worker.engine.step) is not None:
+                slowed = worker.engine.performance.contention.slowed(step) - 1.0
+                if worker.engine.set_pace(now, 1.0 + slowed * (busy - 1)):
+                    moved.append(worker)
+        return moved
+
+    def _schedule(self, worker: VirtualWorker) -> None:
         """Advances the engine at its next event, unless that has moved by then."""
         engine, when = worker.engine, worker.engine.next_event
         if when != math.inf:
@@ -195,6 +222,10 @@ class Serving:
         now = self._agenda.now
         source = self._workers[attempt.targets[Stage.PREFILL].worker_id]
         performance = source.engine.performance
+        if lost := performance.contention.handoff:
+            target = self._workers[attempt.targets[Stage.DECODE].worker_id]
+            target.engine.lose(now, lost)
+            self._schedule(target)
         early = decode.grant_at <= (prefill.scheduled_at or 0.0)
         hidden = prefill.prefill_seconds if early else 0.0
         ahead = max(0.0, source.egress_free_at - now)

@@ -183,9 +183,8 @@ async def test_chat_and_token_prompts(cluster: Cluster, stub: Any) -> None:
 
 async def test_list_models(stub: Any) -> None:
     models = (await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=TIMEOUT)).models
-    assert [(m.name, m.max_model_len, m.vocab_size, m.ready) for m in models] == [
-        (MODEL, 20_000, 1000, True)
-    ]
+    told = [(m.name, m.max_model_len, m.vocab_size, m.max_step_tokens, m.ready) for m in models]
+    assert told == [(MODEL, 20_000, 1000, 2048, True)]
 
 
 @pytest.mark.parametrize(

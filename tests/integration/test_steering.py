@@ -177,6 +177,15 @@ async def test_a_profile_finds_the_engines_own_times(tmp_path: Path) -> None:
         assert fitted.performance.prefill_seconds(1024) == pytest.approx(truth, rel=0.2)
         assert any(s.cached for s in measured.prefill) and measured.handoff
         assert measured.path and all(s.before > 0 and s.bytes for s in measured.path)
+        assert measured.chunk == settings.models[0].max_num_batched_tokens
+        assert not measured.shared
+
+        little = profile.Wanted("llama-3.1-8b", "H200", 1, "", 256, 4, out, shared=True)
+        assert await asyncio.to_thread(profile.run, Terminal(), address, TOKEN, little, True) == 0
+        beside = Profile.from_json(out.read_text()).shared
+        assert {sample.step for sample in beside} == {"prefill", "decode", "dispatch"}
+        assert all(sample.beside > 0 for sample in beside)
+        assert any(sample.handoffs for sample in beside)
 
         busy = asyncio.create_task(cluster.generate([1, 2, 3], max_tokens=300))
         await asyncio.sleep(0.3)

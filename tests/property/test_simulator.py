@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.planner.performance import DecodeCost, HandoffCost, Performance, PrefillCost
+from cluster.planner.performance import (
+    Contention,
+    DecodeCost,
+    HandoffCost,
+    Performance,
+    PrefillCost,
+)
 from cluster.simulator.engine import Engine, EngineLimits
 from cluster.simulator.fleet import Deployment
 from cluster.simulator.job import Attempt, Job
@@ -204,3 +210,86 @@ def test_admission_keeps_to_a_pace_as_the_routers_does() -> None:
         return max(outcome.tpot for outcome in outcomes)
 
     assert slowest(bound) <= bound < slowest(math.inf)
+
+
+@settings(max_examples=30, deadline=None)
+@given(workloads, st.sampled_from([(1, 1, 0), (2, 2, 0), (0, 0, 2)]))
+def test_contention_of_one_changes_nothing(
+    arrivals: list[Arrival], split: tuple[int, int, int]
+) -> None:
+    """Sharing a host whose steps do not slow each other is not sharing it."""
+    nearly = replace(WORKER, contention=Contention(1.0 + 1e-12, 1.0))
+    apart = World(Deployment(WORKER, *split), seed=1).run(arrivals)
+    shared = World(Deployment(nearly, *split), seed=1).run(arrivals)
+    assert [o.error for o in shared] == [o.error for o in apart]
+    for mine, other in zip(shared, apart, strict=True):
+        assert mine.ttft == pytest.approx(other.ttft, rel=1e-6)
+        assert mine.tpot == pytest.approx(other.tpot, rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0.0, 0.5),
+    st.integers(200, 8000),
+    st.integers(2, 300),
+    st.floats(1.0, 3.0),
+    st.floats(1.0, 3.0),
+)
+def test_steps_are_slowed_for_as_long_as_the_other_worker_works(
+    at: float, prompt: int, output: int, by_decode: float, by_prefill: float
+) -> None:
+    """A prompt comes at `at`, while the other worker decodes: each has its own work done when its
+    slowed and its unslowed seconds add up to it."""
+    worker = replace(
+        WORKER,
+        handoff=HandoffCost(0.0, 1e15),
+        decode=DecodeCost(0.004, 0.0),
+        contention=Contention(by_decode, by_prefill),
+    )
+    deployment = Deployment(worker, prefill=1, decode=1, placement_mode="always")
+    begins = worker.prefill_seconds(1)
+    first, second = World(deployment, seed=1).run(
+        [Arrival(0.0, 1, output), Arrival(begins + at, prompt, 1)]
+    )
+    decoding, computing = 0.004 * output, worker.prefill_seconds(prompt)
+    if at >= decoding:
+        assert first.ended_at - begins == pytest.approx(decoding)
+        assert second.ttft == pytest.approx(computing)
+        return
+    left = decoding - at  # of the decode's own seconds, when the prompt comes
+    together = min(left * by_prefill, computing * by_decode)
+    assert first.ended_at - begins == pytest.approx(at + together + left - together / by_prefill)
+    assert second.ttft == pytest.approx(together + computing - together / by_decode)
+
+
+def test_more_contention_is_never_faster() -> None:
+    arrivals = poisson(12.0, 6.0, lambda r: (r.randint(1, 3000), r.randint(2, 200)), 4)
+
+    def means(factor: float) -> tuple[float, float]:
+        worker = replace(WORKER, contention=Contention(factor, factor))
+        outcomes = World(Deployment(worker, 1, 1, placement_mode="always"), 1).run(arrivals)
+        count = len(outcomes)
+        return sum(o.ttft for o in outcomes) / count, sum(o.tpot for o in outcomes) / count
+
+    seen = [means(factor) for factor in (1.0, 1.2, 1.5, 2.0)]
+    assert [ttft for ttft, _ in seen] == sorted(ttft for ttft, _ in seen)
+    assert [tpot for _, tpot in seen] == sorted(tpot for _, tpot in seen)
+    assert seen[0] < seen[-1]
+
+
+def test_what_a_prompt_takes_from_those_that_decode_on_its_host() -> None:
+    """Its way to its engine is slowed; when it ends, the decodes lose a constant, once."""
+    apart = replace(
+        WORKER, decode=DecodeCost(0.004, 0.0), handoff=HandoffCost(0.0, 1e15), dispatch=0.01
+    )
+    arrivals = [Arrival(0.0, 1, 200), Arrival(0.3, 500, 2), Arrival(2.0, 500, 2)]
+
+    def ends(worker: Performance) -> list[Outcome]:
+        return World(Deployment(worker, 1, 1, placement_mode="always")).run(arrivals)
+
+    first, second, third = ends(apart)
+    shared = replace(apart, contention=Contention(dispatch=3.0, handoff=0.007))
+    slowed, beside, alone = ends(shared)
+    assert slowed.ended_at == pytest.approx(first.ended_at + 0.007)
+    assert beside.ttft == pytest.approx(second.ttft + 0.02)
+    assert (alone.ttft, alone.tpot) == pytest.approx((third.ttft, third.tpot))

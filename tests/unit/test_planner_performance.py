@@ -17,12 +17,14 @@ from cluster.planner.efficiency import (
 )
 from cluster.planner.hardware import hardware
 from cluster.planner.online import OnlinePerformance
+from cluster.planner.performance import Contention, PrefillCost
 from cluster.planner.profile import (
     DecodeSample,
     HandoffSample,
     PathSample,
     PrefillSample,
     Profile,
+    SharedSample,
 )
 from cluster.planner.roofline import roofline
 from cluster.planner.shape import load_shape, shape_of
@@ -104,6 +106,62 @@ def test_what_no_step_takes_is_found_again() -> None:
     assert found.handoff.latency == pytest.approx(0.012, rel=0.1)
 
 
+def test_prompts_of_several_steps_are_fitted_as_such() -> None:
+    start = replace(roofline(LLAMA, H200), chunk=512)
+    start = replace(start, prefill=PrefillCost(0.02, 5e-5, 1e-9, 0.001))
+    samples = tuple(
+        PrefillSample(n, c, start.prefill_seconds(n, c))
+        for n, c in ((32, 0), (128, 0), (512, 0), (513, 512), (1400, 0), (1900, 100))
+    )
+    profile = replace(MEASURED, prefill=samples, chunk=512)
+    worker = calibrate(roofline(LLAMA, H200), profile).performance
+    assert worker.prefill.base == pytest.approx(0.02)
+    assert worker.prefill_seconds(1400) == pytest.approx(3 * 0.02 + 0.07 + 1400**2 * 1e-9)
+    # Step by step, as the simulator computes it, it is as much.
+    steps = ((512, 0), (512, 512), (376, 1024))
+    assert worker.prefill_seconds(1400) == pytest.approx(
+        sum(worker.prefill_batch_seconds([step]) for step in steps)
+    )
+
+
+def shared(truth: Contention) -> tuple[SharedSample, ...]:
+    """What workers that take this from each other are measured to take."""
+    samples = []
+    for alone, share, handoffs in ((0.5, 0.9, 0), (0.6, 0.5, 30), (1.1, 0.8, 12), (0.9, 0.0, 0)):
+        # Of the seconds, `share` are beside the other worker's steps and pass more slowly.
+        seconds = (alone + truth.handoff * handoffs) / (1 - share * (1 - 1 / truth.decode))
+        samples.append(SharedSample("decode", alone, seconds, share * seconds, handoffs))
+    for alone in (0.03, 0.05, 0.1):
+        samples.append(SharedSample("prefill", alone, alone * truth.prefill, alone * truth.prefill))
+        way = 0.01 * truth.dispatch
+        samples.append(SharedSample("dispatch", 0.01, way, way))
+    return tuple(samples)
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        Contention(),
+        Contention(1.2, 1.6, 1.5, 0.008),
+        Contention(1.0, 1.5),
+        Contention(1.3, 1.0, 1.0, 0.01),
+    ],
+)
+def test_what_workers_take_from_each_other_is_found_again(truth: Contention) -> None:
+    profile = replace(MEASURED, shared=shared(truth))
+    found = calibrate(roofline(LLAMA, H200), profile).performance.contention
+    assert found.prefill == pytest.approx(truth.prefill)
+    assert found.decode == pytest.approx(truth.decode)
+    assert found.dispatch == pytest.approx(truth.dispatch)
+    assert found.handoff == pytest.approx(truth.handoff, abs=1e-9)
+
+
+def test_workers_that_seem_faster_together_take_nothing_from_each_other() -> None:
+    samples = (SharedSample("decode", 1.0, 0.95, 0.9, 4), SharedSample("prefill", 0.1, 0.09, 0.09))
+    worker = calibrate(roofline(LLAMA, H200), replace(MEASURED, shared=samples)).performance
+    assert worker.contention == Contention()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -124,7 +182,9 @@ def test_what_is_no_profile_is_refused(raw: str) -> None:
 
 
 def test_profiles_survive_json_and_refuse_nan() -> None:
-    assert Profile.from_json(MEASURED.to_json()) == MEASURED
+    full = replace(MEASURED, shared=shared(Contention(1.1, 1.2, 1.3, 0.01)), chunk=2048)
+    for profile in (MEASURED, full):
+        assert Profile.from_json(profile.to_json()) == profile
     bad = replace(MEASURED, prefill=(PrefillSample(1, 0, math.nan),))
     with pytest.raises(InvalidRequest, match="nan s"):
         Profile.from_json(bad.to_json())
