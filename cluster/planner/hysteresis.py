@@ -85,10 +85,11 @@ class Hysteresis:
     ) -> Wish:
         """Growth at once, loans after moments, shrinking after `patience`.
 
-        Workers are raised for what is feared and kept for what has `come` within the patience. A
-        fear that did not come true is provided for the longer the less that costs: one worker too
-        many for `down_after`, k for its k-th part, so that no fear costs more worker-seconds than
-        another; but what was started is waited for before it is judged.
+        Workers are raised for what is feared and kept for what has `come` within the patience, as
+        it is told now. A fear that did not come true, or a need that a fall has ended, is provided
+        for the longer the less that costs: one worker too many for `down_after`, k for its k-th
+        part, so that none costs more worker-seconds than another; but what was started is waited
+        for before it is judged.
 
         Two pools that were large one after the other are not both kept at their largest if the
         budget has no room for that: then what was needed of late decides about each, and all

@@ -2,7 +2,8 @@
 
 Two outlooks. What has *come* is the rate at which the targets' share of the requests of late would
 have been served: workers are kept for it. A target is a share of all requests, so a clump of
-arrivals may be missed where those around it make up for it. What is *feared* is that, or the
+arrivals may be missed where those around it make up for it; and what a load has fallen by, over all
+of its latest past and not in one step, has not come again. What is *feared* is that, or the
 highest rate until a worker started now would serve with the forecast's error, and the backlog:
 workers are raised for it. A trend, drawn on, is a fear that the next intervals confirm or not.
 """
@@ -54,8 +55,8 @@ class _Class:
 
     def come(self, span: float, share: float) -> float:
         """The rate that would have served a share of the requests of the last `span` seconds, or of
-        all that is remembered, if that is less: what is missed now may be made up for by then. A
-        fall that goes on is followed: what came before it does not come again soon."""
+        all that is remembered, if that is less: what is missed now may be made up for by then; or
+        of the last `span` seconds less what they have fallen since."""
         since = self.rates[-1][0] - span
         late = [(at, rate) for at, rate in self.rates if at > since]
         spans = ([rate for _, rate in late], [rate for _, rate in self.rates], fallen(late))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from cluster.planner.capacity import Attainment, Load
 from cluster.planner.state import Counts, Shortfall
 
-
 ENDLESS = 10**6
 """Workers: more than any load waits for."""
 ROOM = 0.4
-"""Of what a goal lets miss, so much must be left for waiting: the rest of it no worker can serve."""
+"""The part of what a goal lets miss that must be left for waiting; beside it, prompts too long for
+any worker may be missed."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Sizing:
     """An answer for one mode.
 
     Attributes:
-        counts: with the budget's limit, where that is too little.
+        counts: all of the budget, where that is too little and more would serve more.
         predicted: by class, with these counts.
         enough: every class meets its targets.
     """
@@ -41,7 +41,7 @@ def size_split(load: Load, most: int, minimum: int = 1) -> Sizing | None:
 
     Each pool is to meet √share, so that both together meet the share; then either gives back what
     the other's surplus allows. Where the budget is too small it is used where it helps the worst
-    class most; where any number is, for what many would reach.
+    class most; where no number is enough, as many are taken as serve a share of those they can.
     """
     if most < 2 * minimum:
         return None
