@@ -104,7 +104,10 @@ class ModelConfig(Section):
     ] = 32
     kv_cache_bytes: Annotated[
         int | None,
-        Field(ge=MIB, description="KV cache per worker, bytes; unset: what GPU memory leaves."),
+        Field(
+            ge=MIB,
+            description="KV cache per worker, bytes; unset: what GPU memory leaves, 1 GiB on CPUs.",
+        ),
     ] = None
     max_num_batched_tokens: Annotated[
         int, Field(ge=32, description="Tokens per engine step: the prefill chunk.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from pdserve.v1 import (
 
 STATUS_SECONDS = 10.0
 _NO_SERVER = ("failed to connect", "DNS resolution failed")
+_CREDENTIALS = "; they are PDSERVE_TOKEN's, without which the cluster's host has its own"
+_NO_CREDENTIALS = "; PDSERVE_TOKEN is not set"
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,12 @@ def grpc_errors() -> Iterator[None]:
         yield
     except grpc.aio.AioRpcError as error:
         details = error.details() or error.code().name
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            details += _CREDENTIALS if os.environ.get("PDSERVE_TOKEN") else _NO_CREDENTIALS
         if error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith(_NO_SERVER):
             raise Unavailable(
-                "no router answers at this address: check --address, or `pdserve status`"
+                "no router answers at this address: check --address, or `pdserve status`; one with "
+                "router.tls needs PDSERVE_CA_FILE, one without it none"
             ) from error
         code = error.code().value[0]
         failure: PdserveError = error_from_code(code, details, retryable=False)

@@ -50,7 +50,9 @@ async def _serve(
         try:
             status = await cluster.start()
             router = next(slot for slot in status.slots if slot.kind == "router")
-            terminal.out.print(f"gRPC  {router.grpc_address}\nHTTP  http://{router.http_address}")
+            scheme = "http" if config.router.tls is None else "https"
+            urls = f"gRPC  {router.grpc_address}\nHTTP  {scheme}://{router.http_address}"
+            terminal.out.print(urls, markup=False)
             if router.operator_address != router.grpc_address:
                 terminal.out.print(f"Operator  {router.operator_address}")
             terminal.out.print('try   pdserve generate "…"      stop with Ctrl-C', markup=False)

@@ -21,7 +21,7 @@ from cluster.config import Config
 from cluster.control import interfaces
 from cluster.control.arrival import Landing, check_clock, check_host, land
 from cluster.control.launch import Launch
-from cluster.control.life_log import redirect_output, tail
+from cluster.control.life_log import redirect_output, tail, with_cause
 from cluster.control.orphans import become_subreaper, kill_descendants
 from cluster.control.reconcile import Slot
 from cluster.errors import ConfigError, EngineFailed, PdserveError, Unavailable
@@ -199,7 +199,7 @@ def log_path(launch: Launch, name: str) -> Path:
 def _failure(error: Exception, log: Path) -> Failure:
     permanent = isinstance(error, ConfigError | ImportError)
     if isinstance(error, PdserveError):
-        reason = str(error)
+        reason = with_cause(str(error), log)
     else:
         reason = f"{type(error).__name__}: {first_line(error)}"
     return Failure(reason, permanent, () if isinstance(error, ConfigError) else tuple(tail(log)))

@@ -1,14 +1,18 @@
-"""Where a life's output goes, and its last lines."""
+"""Where a life's output goes, its last lines, and what they say of its end."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 TAIL_LINES = 8
-_TAIL_BYTES = 16_384
+_TAIL_BYTES = 65_536
+_ERROR = re.compile(r"\b\w*(?:Error|Exception): .+")
+_FOLLOWS = re.compile("WorkerProc initialization failed|Engine core initialization failed")
+"""What vLLM says where a process of its own has died, which logged why."""
 
 
 def redirect_output(path: Path) -> None:
@@ -24,9 +28,24 @@ def redirect_output(path: Path) -> None:
 
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
     """The last lines of a log that say something; none if it cannot be read."""
+    return _last(log)[-lines:]
+
+
+def with_cause(reason: str, log: Path) -> str:
+    """`reason`; where vLLM only points to its log there, what the log says instead."""
+    pointer = _FOLLOWS.search(reason)
+    if pointer is None:
+        return reason
+    for line in reversed(_last(log)):
+        if (error := _ERROR.search(line)) and not _FOLLOWS.search(line):
+            return reason[: pointer.start()] + error[0]
+    return reason
+
+
+def _last(log: Path) -> list[str]:
     with suppress(OSError), log.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - _TAIL_BYTES))
         text = file.read().decode(errors="replace")
-        return [line for line in text.splitlines() if line.strip()][-lines:]
+        return [line for line in text.splitlines() if line.strip()]
     return []

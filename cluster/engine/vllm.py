@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _FINISH = {"stop": "stop", "length": "length", "abort": "cancelled", "error": "error"}
 DEATH_POLL_SECONDS = 0.5
+CPU_CACHE_BYTES = 1 << 30
+"""vLLM's own default is a share of all memory: two engines of one host could not start."""
 ENGINE_CORE = "EngineCor"
 """In the core's process name, of which the kernel keeps 15 characters: VLLM::EngineCore."""
 
@@ -118,6 +120,7 @@ class VllmEngine:
     def _engine_args(self) -> AsyncEngineArgs:
         model = self._model
         digest = model_digest(model.path, model.revision, model.engine_args.get("quantization"))
+        cache_bytes = CPU_CACHE_BYTES if current_platform.is_cpu() else None
         chosen: dict[str, Any] = {
             "model": model.path,
             "revision": model.revision,
@@ -129,7 +132,7 @@ class VllmEngine:
             "tensor_parallel_size": model.tensor_parallel_size,
             "enforce_eager": model.enforce_eager,
             "trust_remote_code": model.trust_remote_code,
-            "kv_cache_memory_bytes": model.kv_cache_bytes,
+            "kv_cache_memory_bytes": model.kv_cache_bytes or cache_bytes,
             "enable_prefix_caching": True,
             "disable_hybrid_kv_cache_manager": True,
             "enable_log_requests": False,

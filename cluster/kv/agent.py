@@ -174,3 +174,7 @@ class HandoffAgent:
             torch.cuda.set_stream(torch.cuda.Stream(self._device, priority=-1))
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
+        unfinished = asyncio.all_tasks(self._loop)
+        for task in unfinished:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*unfinished, return_exceptions=True))

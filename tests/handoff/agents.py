@@ -117,7 +117,7 @@ class Side:
             assert result.handoff_id not in self.results, "ended twice"
             self.results[result.handoff_id] = result
 
-    async def until(self, happened: Callable[[], bool], seconds: float = 10.0) -> None:
+    async def until(self, happened: Callable[[], bool], seconds: float = 30.0) -> None:
         async with asyncio.timeout(seconds):
             while True:
                 self.step()

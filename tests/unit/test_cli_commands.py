@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
+
+from cluster.cli.calls import grpc_errors
+from cluster.errors import Unauthenticated
 
 ENV_PATH = os.pathsep.join(filter(None, sys.path))
 
@@ -100,6 +104,7 @@ def test_an_address_where_no_router_listens(pdserve) -> None:  # type: ignore[no
     done = pdserve("generate", "hello", "--address", "127.0.0.1:1")
     assert done.returncode == 1
     assert "no router answers at this address" in done.stderr
+    assert "PDSERVE_CA_FILE" in done.stderr
 
 
 def test_config_check_names_the_field_and_what_was_meant(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -183,3 +188,16 @@ def test_up_refuses_a_model_that_is_not_there_before_starting_anything(
     assert done.returncode == 1
     assert "/no/such/model does not exist" in done.stderr
     assert "store" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [("another", "they are PDSERVE_TOKEN's"), ("", "PDSERVE_TOKEN is not set")],
+)
+def test_credentials_that_are_refused_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, token: str, said: str
+) -> None:
+    monkeypatch.setenv("PDSERVE_TOKEN", token)
+    none = grpc.aio.Metadata()
+    with pytest.raises(Unauthenticated, match=said), grpc_errors():
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNAUTHENTICATED, none, none, "no caller of ours")

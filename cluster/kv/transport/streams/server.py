@@ -95,9 +95,12 @@ class Server:
         tune(sock)
         loop = asyncio.get_running_loop()
         self._open.add(sock)
-        timer = loop.call_later(self._handshake_seconds, self._too_late, sock)
+        timer = loop.call_later(self._handshake_seconds, self._drop, sock)
 
         def begin() -> None:
+            if not _has_said(sock):
+                timer.cancel()
+                return self._drop(sock)
             loop.remove_reader(sock)
             self._open.discard(sock)
             connection = Connection(
@@ -112,7 +115,8 @@ class Server:
 
         loop.add_reader(sock, begin)
 
-    def _too_late(self, sock: socket.socket) -> None:
+    def _drop(self, sock: socket.socket) -> None:
+        """One that has said nothing."""
         if sock in self._open:
             asyncio.get_running_loop().remove_reader(sock)
             self._open.discard(sock)
@@ -153,7 +157,7 @@ class Server:
             self._socket.close()
             self._socket = None
         for sock in list(self._open):
-            self._too_late(sock)
+            self._drop(sock)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -161,6 +165,14 @@ class Server:
             await asyncio.wait(tasks)
         for connection in list(self._connections):
             connection.close("the worker stops")
+
+
+def _has_said(sock: socket.socket) -> bool:
+    """A socket that can be read has bytes for us, and not its end."""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 def tune(sock: socket.socket) -> None:
