@@ -31,14 +31,18 @@ class _Needs:
 
     Attributes:
         feared: for the forecast at its highest, and the backlog.
-        excess: workers by which that was more than what had come.
         measured: it is a need, and not what merely was there at first.
+        strange: nothing says yet whether it is too many.
     """
 
     at: float
     feared: Counts
-    excess: int
     measured: bool = True
+    strange: bool = False
+
+    def excess(self, come: Counts) -> int:
+        """Workers by which it is more than what has come; at least one."""
+        return 1 if self.strange else max(1, self.feared.total - come.total)
 
 
 class Hysteresis:
@@ -81,10 +85,11 @@ class Hysteresis:
     ) -> Wish:
         """Growth at once, loans after moments, shrinking after `patience`.
 
-        Workers are raised for what is feared and kept for what has `come` within the patience. A
-        fear that did not come true is provided for the longer the less that costs: one worker too
-        many for `down_after`, k for its k-th part, so that no fear costs more worker-seconds than
-        another; but what was started is waited for before it is judged.
+        Workers are raised for what is feared and kept for what has `come` within the patience, as
+        it is told now. A fear that did not come true, or a need that a fall has ended, is provided
+        for the longer the less that costs: one worker too many for `down_after`, k for its k-th
+        part, so that none costs more worker-seconds than another; but what was started is waited
+        for before it is judged.
 
         Two pools that were large one after the other are not both kept at their largest if the
         budget has no room for that: then what was needed of late decides about each, and all
@@ -93,16 +98,15 @@ class Hysteresis:
         policy = self.policy
         if not self._needs:
             first = _converted(have, needed)
-            excess = 1 if self._strange else max(1, first.total - come.total)
-            self._needs.append(_Needs(now, first, excess, measured=False))
+            self._needs.append(_Needs(now, first, measured=False, strange=self._strange))
             self._strange = False
-        self._needs.append(_Needs(now, needed, max(1, needed.total - come.total)))
+        self._needs.append(_Needs(now, needed))
         soon, late = self._damping * 1.5 * policy.cold_start, self.patience
         while self._needs[0].at < now - late:
             self._needs.popleft()
         keep, lend, total = _largest(needed, come), needed, max(needed.total, come.total)
         for each in self._needs:
-            if each.at >= now - max(soon, late / each.excess):
+            if each.at >= now - max(soon, late / each.excess(come)):
                 keep, total = _largest(keep, each.feared), max(total, each.feared.total)
             if each.measured and each.at > now - LEND_STEPS * policy.interval:
                 lend = _largest(lend, each.feared)

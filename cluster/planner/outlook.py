@@ -2,7 +2,8 @@
 
 Two outlooks. What has *come* is the rate at which the targets' share of the requests of late would
 have been served: workers are kept for it. A target is a share of all requests, so a clump of
-arrivals may be missed where those around it make up for it. What is *feared* is that, or the
+arrivals may be missed where those around it make up for it; and what a load has fallen by, over all
+of its latest past and not in one step, has not come again. What is *feared* is that, or the
 highest rate until a worker started now would serve with the forecast's error, and the backlog:
 workers are raised for it. A trend, drawn on, is a fear that the next intervals confirm or not.
 """
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from statistics import fmean
 
 from cluster.planner.demand import Demand, Lengths, RecentLengths
 from cluster.planner.forecast import Forecast
@@ -23,6 +26,10 @@ SAMPLE = 96
 """Requests of a class that its lengths are planned with."""
 REMEMBERED = 720
 """Intervals whose rates are kept: an hour of 5 s each."""
+PARTS = 12
+"""Of the rates of late, by which a fall is told."""
+FALLING = 0.65
+"""The share of pairs of parts that a fall goes through; a single step down makes 0.62 at most."""
 
 
 @dataclass
@@ -48,10 +55,12 @@ class _Class:
 
     def come(self, span: float, share: float) -> float:
         """The rate that would have served a share of the requests of the last `span` seconds, or of
-        all that is remembered, if that is less: what is missed now may be made up for by then."""
+        all that is remembered, if that is less: what is missed now may be made up for by then; or
+        of the last `span` seconds less what they have fallen since."""
         since = self.rates[-1][0] - span
-        late = rate_serving((rate for at, rate in self.rates if at > since), share)
-        return min(late, rate_serving((rate for _, rate in self.rates), share))
+        late = [(at, rate) for at, rate in self.rates if at > since]
+        spans = ([rate for _, rate in late], [rate for _, rate in self.rates], fallen(late))
+        return min(rate_serving(rates, share) for rates in spans)
 
 
 class Outlook:
@@ -121,6 +130,23 @@ def rate_serving(rates: Iterable[float], share: float) -> float:
             return wanted / left
         wanted -= rate
     return ordered[-1] if ordered else 0.0  # only rounding was still wanted
+
+
+def fallen(rates: Sequence[tuple[float, float]]) -> list[float]:
+    """Rates, given with their times, lowered by what their trend has fallen since.
+
+    Of their means over `PARTS` equal parts, `FALLING` of all pairs fall at least as steeply: more
+    than any one step down makes, or than noise does. As they are where that is no fall, and where
+    they are too few.
+    """
+    plain = [rate for _, rate in rates]
+    ends = [len(rates) * part // PARTS for part in range(PARTS + 1)]
+    parts = [rates[start:end] for start, end in pairwise(ends) if end > start]
+    means = [(fmean(at for at, _ in part), fmean(rate for _, rate in part)) for part in parts]
+    slopes = sorted((b - a) / (t - s) for (s, a), (t, b) in combinations(means, 2) if t > s)
+    if len(means) < PARTS or not slopes or (slope := slopes[int(FALLING * len(slopes))]) >= 0:
+        return plain
+    return [max(0.0, rate + slope * (rates[-1][0] - at)) for at, rate in rates]
 
 
 def _backlog_rate(

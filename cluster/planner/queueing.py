@@ -39,6 +39,8 @@ def erlang_c(servers: int, load: float) -> float:
     blocked = 1.0
     for k in range(1, servers + 1):  # Erlang B, by its stable recursion
         blocked = load * blocked / (k + load * blocked)
+        if k > load and blocked < 1e-15:
+            return 0.0
     return blocked / (1 - load / servers * (1 - blocked))
 
 

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from cluster.planner.capacity import Attainment, Load
 from cluster.planner.state import Counts, Shortfall
 
+ENDLESS = 10**6
+"""Workers: more than any load waits for."""
+ROOM = 0.4
+"""The part of what a goal lets miss that must be left for waiting; beside it, prompts too long for
+any worker may be missed."""
+
 
 @dataclass(frozen=True)
 class Sizing:
     """An answer for one mode.
 
     Attributes:
-        counts: with the budget's limit, where that is too little.
+        counts: all of the budget, where that is too little and more would serve more.
         predicted: by class, with these counts.
         enough: every class meets its targets.
     """
@@ -35,18 +41,20 @@ def size_split(load: Load, most: int, minimum: int = 1) -> Sizing | None:
 
     Each pool is to meet √share, so that both together meet the share; then either gives back what
     the other's surplus allows. Where the budget is too small it is used where it helps the worst
-    class most.
+    class most; where no number is enough, as many are taken as serve a share of those they can.
     """
     if most < 2 * minimum:
         return None
+    goals = _goals(load, load.split(ENDLESS, ENDLESS))
+    both = {kind: each.both for kind, each in goals.items()}
 
     def ttft_met(prefill: int) -> bool:
         met = load.split(prefill, most)
-        return all(a.ttft >= math.sqrt(load.targets[k].share) for k, a in met.items())
+        return all(a.ttft >= goals[k].ttft for k, a in met.items())
 
     def tpot_met(decode: int) -> bool:
         met = load.split(most, decode)
-        return all(a.tpot >= math.sqrt(load.targets[k].share) for k, a in met.items())
+        return all(a.tpot >= goals[k].tpot for k, a in met.items())
 
     prefill = _fewest(ttft_met, minimum, most - minimum)
     decode = _fewest(tpot_met, minimum, most - minimum)
@@ -54,14 +62,18 @@ def size_split(load: Load, most: int, minimum: int = 1) -> Sizing | None:
         return _best_split(load, most, minimum)
     for fewer_prefill, fewer_decode in ((1, 0), (0, 1)):
         p, d = prefill - fewer_prefill, decode - fewer_decode
-        if min(p, d) >= minimum and _meets(load, load.split(p, d)):
+        if min(p, d) >= minimum and _reaches(both, load.split(p, d)):
             prefill, decode = p, d
     return _sizing(load, Counts(prefill=prefill, decode=decode), load.split(prefill, decode))
 
 
 def size_whole(load: Load, most: int, minimum: int = 1) -> Sizing:
     """The fewest aggregated workers, or all that the budget has."""
-    fewest = _fewest(lambda workers: _meets(load, load.whole(workers)), minimum, most)
+    goals = {
+        kind: _within(load.targets[kind].share, each.both, load.targets[kind].share)
+        for kind, each in load.whole(ENDLESS).items()
+    }
+    fewest = _fewest(lambda workers: _reaches(goals, load.whole(workers)), minimum, most)
     workers = most if fewest is None else fewest
     return _sizing(load, Counts(both=workers), load.whole(workers))
 
@@ -114,6 +126,32 @@ def _fewest(enough: Callable[[int], bool], low: int, high: int) -> int | None:
         else:
             low = middle + 1
     return low
+
+
+def _goals(load: Load, endless: Mapping[str, Attainment]) -> dict[str, Attainment]:
+    """By class, what two pools are sized for: √share each; where no number of workers reaches that,
+    √share of those whom it can serve, and the other pool makes up for it as far as it can."""
+    goals = {}
+    for kind, most in endless.items():
+        share = load.targets[kind].share
+        each = math.sqrt(share)
+        ttft, tpot = _within(each, most.ttft, each), _within(each, most.tpot, each)
+        if ttft < each:
+            tpot = _within(share / ttft, most.tpot, each)
+        elif tpot < each:
+            ttft = _within(share / tpot, most.ttft, each)
+        goals[kind] = Attainment(ttft, tpot)
+    return goals
+
+
+def _within(goal: float, most: float, share: float) -> float:
+    """The goal, or where the `most` that can be leaves it no room, a share of that: else all the
+    budget would go for what it cannot reach. If nothing can be reached it stays the goal."""
+    return goal if not most or goal <= most - ROOM * (1 - goal) else share * most
+
+
+def _reaches(goals: Mapping[str, float], predicted: Mapping[str, Attainment]) -> bool:
+    return all(each.both >= goals[kind] for kind, each in predicted.items())
 
 
 def _meets(load: Load, predicted: Mapping[str, Attainment]) -> bool:

@@ -13,7 +13,7 @@ from cluster.planner.demand import Lengths
 from cluster.planner.forecast import Holt
 from cluster.planner.hardware import hardware
 from cluster.planner.hysteresis import Hysteresis
-from cluster.planner.outlook import Outlook, rate_serving
+from cluster.planner.outlook import PARTS, Outlook, fallen, rate_serving
 from cluster.planner.roofline import roofline
 from cluster.planner.shape import load_shape
 from cluster.planner.state import ClassTargets, Counts, Observed, Policy, Traffic
@@ -24,14 +24,16 @@ CALM = Counts(both=2)
 
 
 def kept_for(feared: Counts, come: Counts) -> float:
-    """Seconds for which more than the calm's workers are kept after one such moment."""
+    """Seconds for which more than the calm's workers are kept after one such moment; what came is
+    told for `down_after`."""
     steady = Hysteresis(POLICY)
     steady.wish(0.0, CALM, CALM, CALM, {}, True, [])
     steady.wish(300.0, feared, come, feared, {}, True, [])
     now = 300.0
     while now < 1000.0:
         now += POLICY.interval
-        if steady.wish(now, CALM, CALM, feared, {}, True, []).keep == CALM:
+        told = come if now <= 300.0 + POLICY.down_after else CALM
+        if steady.wish(now, CALM, told, feared, {}, True, []).keep == CALM:
             return now - POLICY.interval - 300.0
     return now
 
@@ -107,6 +109,49 @@ def test_what_came_is_what_comes_once_the_load_has_been_less_for_long() -> None:
     steps = round(POLICY.down_after / POLICY.interval)
     assert come_after([10.0] * 100 + [1.0] * (steps - 5)) > 5.0
     assert come_after([10.0] * 100 + [1.0] * steps) <= 1.0
+
+
+def test_a_need_that_the_fall_has_ended_is_kept_no_longer_than_a_fear() -> None:
+    """It had come when it was needed; that the load falls since makes it so many too many."""
+    steady, excess = Hysteresis(POLICY), 3
+    needed = Counts(both=CALM.total + excess)
+    steady.wish(0.0, CALM, CALM, CALM, {}, True, [])
+    steady.wish(300.0, needed, needed, needed, {}, True, [])
+    kept = {
+        after: steady.wish(300.0 + after, CALM, CALM, needed, {}, True, []).keep
+        for after in (POLICY.down_after / excess, POLICY.down_after / excess + POLICY.interval)
+    }
+    assert list(kept.values()) == [needed, CALM]
+
+
+def test_a_fall_that_goes_on_is_followed() -> None:
+    """From forty to ten over ten minutes: what came two minutes ago does not come again."""
+    rng, fall = random.Random(7), [40.0 - 0.25 * step for step in range(120)]
+    plain = come_after(fall)
+    assert 0.94 * fall[-1] < plain < 1.05 * fall[-1]
+    noisy = [max(0.0, rng.gauss(rate, 1.5)) for rate in fall]
+    assert 0.9 * fall[-1] < come_after(noisy) < 1.5 * fall[-1]
+    assert fallen(list(enumerate(fall[::-1]))) == fall[::-1]  # a rise is no fall
+
+
+@pytest.mark.parametrize("high", range(1, 36))
+def test_one_step_down_is_no_fall(high: int) -> None:
+    rates = [(POLICY.interval * step, 9.0 if step < high else 2.0) for step in range(36)]
+    assert fallen(rates) == [rate for _, rate in rates]
+
+
+def test_what_swings_is_no_fall() -> None:
+    """Half of the time nothing, in turns of a minute: what came before comes again."""
+    minute = round(60 / POLICY.interval)
+    turns = ([20.0] * minute + [2.0] * minute) * 6
+    assert come_after(turns) > 17.0
+
+
+def test_of_few_rates_no_fall_is_told() -> None:
+    falling = [(5.0 * step, 30.0 - step) for step in range(PARTS)]
+    assert fallen(falling[:-1]) == [rate for _, rate in falling[:-1]]
+    assert fallen(falling) == pytest.approx([falling[-1][1]] * PARTS)
+    assert fallen([(0.0, 5.0)] * PARTS) == [5.0] * PARTS  # a clock that stands
 
 
 def test_workers_of_another_mode_are_kept_no_longer_than_a_fear() -> None:

@@ -111,3 +111,49 @@ def test_out_of_reach_is_said_with_how_much() -> None:
     assert missed.metric == "tpot"
     assert 0.001 < missed.excess < 0.05
     assert sizing.counts.total == 16
+
+
+def with_endless(share: float, rate: float = 2.0, goal: float = 0.9) -> Load:
+    """A share of the prompts is so long that no worker computes them within 1 s."""
+    long = round(100 * share)
+    lengths = (Lengths(20_000, 100),) * long + (Lengths(1000, 100),) * (100 - long)
+    targets = ClassTargets(1.0, 0.1, goal)
+    return Load(WORKER, {"": Demand(rate, lengths)}, {"": targets}, chunk=1024)
+
+
+@pytest.mark.parametrize("share", [0.04, 0.08, 0.12, 0.3, 0.9])
+def test_prompts_that_no_worker_computes_in_time_do_not_take_the_budget(share: float) -> None:
+    """Workers for the others are enough; and the share is met where that is possible at all."""
+    demand = with_endless(share)
+    for sizing in (size_split(demand, 200), size_whole(demand, 200)):
+        assert sizing is not None
+        assert sizing.counts.total <= 3 * demand.prefill_work + 4
+        met = sizing.predicted[""]
+        assert met.both >= (0.9 if share < 0.06 else 0.9 * (1 - share))
+        assert sizing.enough == (met.both >= 0.9)
+
+
+def test_where_every_prompt_is_too_long_the_budget_is_used() -> None:
+    assert size_whole(with_endless(1.0), 12).counts.total == 12
+    split = size_split(with_endless(1.0), 12)
+    assert split is not None
+    assert split.counts.total == 12
+
+
+def test_more_than_the_budget_can_serve_takes_all_of_it_whatever_is_too_long() -> None:
+    split = size_split(with_endless(0.12, rate=60.0), 8)
+    assert split is not None
+    assert split.counts.total == 8
+    assert not split.enough
+    assert size_whole(with_endless(0.12, rate=60.0), 8).counts.total == 8
+
+
+def test_a_high_share_is_not_given_up_for_a_few() -> None:
+    """One in a thousand is too long; ninety-nine in a hundred are still to be met."""
+    lengths = (Lengths(20_000, 100),) + (Lengths(1000, 100),) * 999
+    targets = {"": ClassTargets(1.0, 0.1, 0.99)}
+    demand = Load(WORKER, {"": Demand(2.0, lengths)}, targets, chunk=1024)
+    split = size_split(demand, 200)
+    assert split is not None
+    assert split.enough
+    assert size_whole(demand, 200).enough
