@@ -18,8 +18,6 @@ from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
 LOOK_MS = 1
 
-_idle_wait = SpinCondition.wait
-
 
 def leave_cores_to_others() -> None:
     """From now on no reader of this process spins."""
@@ -28,10 +26,8 @@ def leave_cores_to_others() -> None:
 
 def _wait(condition: Any, timeout_ms: int | None = None) -> None:
     """As `SpinCondition.wait`, which spins while the last read is not long ago."""
-    if time.monotonic() > condition.last_read + condition.busy_loop_s:
-        _idle_wait(condition, timeout_ms)
-        return
-    ready = dict(condition.poller.poll(timeout=LOOK_MS))
+    soon = time.monotonic() <= condition.last_read + condition.busy_loop_s
+    ready = dict(condition.poller.poll(LOOK_MS if soon else timeout_ms))
     if condition.local_notify_socket in ready:
         with suppress(zmq.Again):  # without a notice it looks all the same
             condition.local_notify_socket.recv(flags=zmq.NOBLOCK, copy=False)
