@@ -91,9 +91,8 @@ class Hysteresis:
         part, so that none costs more worker-seconds than another; but what was started is waited
         for before it is judged.
 
-        Two pools that were large one after the other are not both kept at their largest if the
-        budget has no room for that: then what was needed of late decides about each, and all
-        together are as many as any one moment needed.
+        Two pools that were large one after the other are not both kept at their largest: what was
+        needed of late decides about each, and all together are as many as any one moment needed.
         """
         policy = self.policy
         if not self._needs:
@@ -110,9 +109,10 @@ class Hysteresis:
                 keep, total = _largest(keep, each.feared), max(total, each.feared.total)
             if each.measured and each.at > now - LEND_STEPS * policy.interval:
                 lend = _largest(lend, each.feared)
-        if keep.total > policy.max_workers:
-            keep = lend if lend.total <= policy.max_workers else needed
-            keep = _filled(keep, have, min(total, policy.max_workers))
+        limit = min(total, policy.max_workers)
+        if keep.total > limit:
+            keep = lend if lend.total <= limit else needed
+            keep = _filled(keep, have, limit)
         # Until every worker has a role of this mode, all of them are wanted in it.
         other = have.prefill or have.decode if _mode(needed) else have.both
         # The roles that they get are settled once: needs that waver meanwhile would have one turned

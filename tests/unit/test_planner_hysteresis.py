@@ -177,9 +177,10 @@ def test_a_pool_that_a_person_holds_goes_before_what_the_other_one_needs() -> No
     assert wish.keep.decode == 2
 
 
-def test_pools_that_were_large_in_turn_lend_but_do_not_shrink() -> None:
-    """Together their largest needs are over the budget; each moment's fitted it."""
-    steady = Hysteresis(replace(POLICY, budget={"default": 4}))
+@pytest.mark.parametrize("budget", [4, 16])
+def test_pools_that_were_large_in_turn_lend_but_do_not_shrink(budget: int) -> None:
+    """No moment needed more than four, whatever the budget has room for."""
+    steady = Hysteresis(replace(POLICY, budget={"default": budget}))
     prompts, answers = Counts(prefill=3, decode=1), Counts(prefill=1, decode=3)
     steady.wish(0.0, prompts, prompts, prompts, {}, True, [])
     calm = Counts(prefill=1, decode=1)
