@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import os
 import traceback
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,10 @@ class Failure:
     log_tail: tuple[str, ...]
 
 
-class _LifeActor:
+class _LifeActor(ABC):
     def __init__(self, launch: Launch, slot: Slot, incarnation: str) -> None:
         self._log = log_path(launch, slot.slot_id)
-        redirect_output(self._log)
+        self._former = redirect_output(self._log)
         become_subreaper()
         if launch.omp_num_threads is None:
             os.environ.pop("OMP_NUM_THREADS", None)
@@ -88,7 +89,7 @@ class _LifeActor:
                 print(error, flush=True)
             else:
                 traceback.print_exc()
-            return _failure(error, self._log)
+            return _failure(error, self._log, self._former)
         return None
 
     async def reload(self, config: Config) -> None:
@@ -116,8 +117,8 @@ class _LifeActor:
         finally:
             self._stopped.set()
 
-    async def _serve(self, landing: Landing) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _serve(self, landing: Landing) -> None: ...
 
     async def _land(self) -> Landing:
         """Checks this host, unless it is the one on which `pdserve up` has done so already."""
@@ -196,10 +197,10 @@ def log_path(launch: Launch, name: str) -> Path:
     return folder / f"pdserve-{launch.config.name}-{name}.log"
 
 
-def _failure(error: Exception, log: Path) -> Failure:
+def _failure(error: Exception, log: Path, former: int) -> Failure:
     permanent = isinstance(error, ConfigError | ImportError)
     if isinstance(error, PdserveError):
-        reason = with_cause(str(error), log)
+        reason = with_cause(str(error), log, former)
     else:
         reason = f"{type(error).__name__}: {first_line(error)}"
     return Failure(reason, permanent, () if isinstance(error, ConfigError) else tuple(tail(log)))

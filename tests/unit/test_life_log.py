@@ -21,15 +21,22 @@ Exception: WorkerProc initialization failed due to an exception in a background 
 def test_where_vllm_points_to_its_log_the_log_is_read(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     log.write_text(LOG)
-    said = with_cause(STARTED + FOLLOWED, log)
+    said = with_cause(STARTED + FOLLOWED, log, 0)
     assert said == STARTED + "ValueError: too little memory: free some"
+
+
+def test_a_former_lifes_error_is_not_this_ones(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    log.write_text(LOG)
+    former = log.stat().st_size
+    assert with_cause(STARTED + FOLLOWED, log, former) == STARTED + FOLLOWED
 
 
 def test_other_reasons_stay_as_they_are(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     log.write_text(LOG)
-    assert with_cause("no such model", log) == "no such model"
-    assert with_cause(STARTED + FOLLOWED, tmp_path / "none.log") == STARTED + FOLLOWED
+    assert with_cause("no such model", log, 0) == "no such model"
+    assert with_cause(STARTED + FOLLOWED, tmp_path / "none.log", 0) == STARTED + FOLLOWED
 
 
 def test_the_last_lines_that_say_something(tmp_path: Path) -> None:
