@@ -12,6 +12,7 @@ from typing import NamedTuple
 from h2.connection import ConnectionState, H2Connection
 from h2.exceptions import FrameTooLargeError
 from h2.stream import StreamInputs, StreamState
+from h2.windows import WindowManager
 
 from cluster.rpc.outgoing import DATA, END_STREAM, FRAME
 
@@ -44,13 +45,35 @@ def parts(protocol: H2Connection, data: bytes) -> Iterator[Data | bytes]:
         if at > start:
             yield data[start:at]
             start = at
-        if not _at_a_frame(protocol) or not _count(protocol, stream_id, size, flags):
+            if not _at_a_frame(protocol):
+                continue
+        if not _count(protocol, stream_id, size, flags):
             at = end
             continue
         yield Data(stream_id, data[at + FRAME.size : end], bool(flags))
         start = at = end
     if start < len(data):
         yield data[start:]
+
+
+def taken(protocol: H2Connection, stream_id: int, size: int) -> bool:
+    """So many bytes of a stream were taken: counts them as h2 does. False, and nothing is counted,
+    where the peer is to hear of it: that is h2's."""
+    stream = protocol.streams.get(stream_id)
+    if stream is None:
+        return False
+    whole, own = protocol._inbound_flow_control_window_manager, stream._inbound_window_manager
+    if _would_tell(whole, size) or _would_tell(own, size):
+        return False
+    whole._bytes_processed += size
+    own._bytes_processed += size
+    return True
+
+
+def _would_tell(window: WindowManager, size: int) -> bool:
+    """The window is empty, or half of it was taken."""
+    taken = window._bytes_processed + size
+    return window.current_window_size == 0 or taken >= window.max_window_size // 2
 
 
 def check_unfinished(protocol: H2Connection) -> None:
@@ -78,18 +101,19 @@ def _count(protocol: H2Connection, stream_id: int, size: int, flags: int) -> boo
     if stream is None or flags not in (0, END_STREAM):
         return False
     machine = stream.state_machine
-    windows = protocol._inbound_flow_control_window_manager, stream._inbound_window_manager
+    whole, own = protocol._inbound_flow_control_window_manager, stream._inbound_window_manager
     if (
         protocol.state_machine.state not in _UP
         or machine.state not in _HEARS
         or not machine.headers_received
         or machine.trailers_received
         or stream._expected_content_length is not None
-        or any(size > window.current_window_size for window in windows)
+        or size > whole.current_window_size
+        or size > own.current_window_size
     ):
         return False
-    for window in windows:
-        window.window_consumed(size)
+    whole.current_window_size -= size
+    own.current_window_size -= size
     if flags:
         machine.process_input(StreamInputs.RECV_END_STREAM)
     return True

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.rpc.limits import Limits
-from cluster.rpc.plain_data import Data, parts
+from cluster.rpc.plain_data import Data, parts, taken
 from cluster.rpc.protocol import server_side
 
 LIMITS = Limits(1 << 20, 10, window_bytes=1 << 18)
@@ -100,3 +100,33 @@ def test_it_comes_to_the_same(
             del data[stream]
     assert seen.state(both) == expected.state(alone)
     assert both.data_to_send() == alone.data_to_send()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([1, 3]), st.integers(0, 16_384), st.booleans())))
+def test_bytes_that_were_taken_count_as_h2_counts_them(
+    frames: list[tuple[int, int, bool]],
+) -> None:
+    """Also when they are taken late, and where the client is owed word of it."""
+    client = H2Connection(H2Configuration(client_side=True))
+    client.initiate_connection()
+    alone, both = begun(), begun()
+    for stream in (1, 3):
+        client.send_headers(stream, HEADERS)
+    owed: list[tuple[int, int]] = []
+    for stream, size, now in frames:
+        if size <= client.local_flow_control_window(stream):
+            client.send_data(stream, bytes(size))
+            owed.append((stream, size))
+        raw = client.data_to_send()
+        alone.receive_data(raw)
+        both.receive_data(raw)
+        while now and owed:
+            stream, size = owed.pop(0)
+            alone.acknowledge_received_data(size, stream)
+            if not taken(both, stream, size):
+                both.acknowledge_received_data(size, stream)
+        assert Seen().state(both) == Seen().state(alone)
+        said = alone.data_to_send()
+        assert both.data_to_send() == said
+        client.receive_data(said)
