@@ -90,9 +90,9 @@ class OutputBuffer:
             PdserveError: the request has failed.
         """
         # Only where waiting brings a delta that can go with the one that is there.
-        if self._pace is not None and (wait := self._pace.ask()) > self._gap:
-            if self._taken and self._end is None:
-                await asyncio.sleep(wait)
+        wait = self._pace.ask() if self._pace is not None else 0.0
+        if wait > self._gap and self._taken and self._end is None:
+            await asyncio.sleep(wait)
         while not self._runs and self._end is None:
             self._wake.clear()
             self._idle = True

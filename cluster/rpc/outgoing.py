@@ -9,7 +9,7 @@ from collections.abc import Callable
 FRAME = struct.Struct(">BHBBI")
 """A frame's header: 24 bits of length, type, flags, stream."""
 MESSAGE = struct.Struct(">BHBBIBI")
-"""The same, of DATA, and the prefix of the message that is all of it: whether packed, its length."""
+"""The same, of DATA, and what stands before a message: whether it is packed, and its length."""
 PREFIX_SIZE = MESSAGE.size - FRAME.size
 DATA, HEADERS = 0, 1
 END_STREAM, END_HEADERS = 1, 4

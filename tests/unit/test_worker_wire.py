@@ -54,5 +54,5 @@ def test_columns_that_do_not_fit_together_are_no_message(column: str) -> None:
     steps = [SequenceStep("a", 3, [7], "x"), SequenceStep("b", 4, [8], "y")]
     message = worker_message(steps, None, 0.0).plain
     del getattr(message, column)[1:]
-    with pytest.raises(ValueError, match="announced|shorter|longer"):
+    with pytest.raises(ValueError, match=r"announced|shorter|longer"):
         list(plain_tokens(message))
