@@ -195,13 +195,8 @@ class Dispatch:
                 if link := self._workers.link(worker):
                     link.cancel(sequence)
             case PromptComputed():
-                # The first token leaves at the end of this turn: then comes whom it made room for.
-                asyncio.get_running_loop().call_soon(self._prompt_computed, running)
-
-    def _prompt_computed(self, running: Running) -> None:
-        if self._requests.get(running.key) is running:
-            self._observer.prompt_computed(running)
-            self.gate.first_token(running.key, self._placer.uncached(running.key))
+                self._observer.prompt_computed(running)
+                self.gate.first_token(running.key, self._placer.uncached(running.key))
 
     def _place(self, running: Running, place: Place) -> None:
         if running.request.ended:
