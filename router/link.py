@@ -41,7 +41,7 @@ Listener = Callable[[Output | WorkerFailed], None]
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Open:
     """A sequence on the stream that has not ended."""
 

@@ -21,7 +21,7 @@ class Contradiction(PdserveError):
     """A worker's output does not continue what the client already has. Reaches it as INTERNAL."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Source:
     """How far one worker's output of a sequence has come."""
 
