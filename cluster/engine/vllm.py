@@ -43,8 +43,8 @@ _FINISH = {"stop": "stop", "length": "length", "abort": "cancelled", "error": "e
 DEATH_POLL_SECONDS = 0.5
 CPU_CACHE_BYTES = 1 << 30
 """vLLM's own default is a share of all memory: two engines of one host could not start."""
-ENGINE_CORE = "EngineCor"
-"""In the core's process name, of which the kernel keeps 15 characters: VLLM::EngineCore."""
+ENGINE_CORE = "EngineCore"
+"""In the title of the core's process."""
 
 
 class VllmEngine:
@@ -202,7 +202,7 @@ class VllmEngine:
         for rank, held in enumerate(ranks):
             resident[f"engine worker {rank}"] = held["resident_bytes"]
         for child in psutil.Process().children(recursive=True):
-            if child.pid not in known and ENGINE_CORE in child.name():
+            if child.pid not in known and ENGINE_CORE in " ".join(child.cmdline()):
                 resident["engine core"] = child.memory_info().rss
         entries = tuple(
             PinnedKv(e["handoff_id"], e["reason"], e["blocks"], e["bytes"], e["lease_left"])
