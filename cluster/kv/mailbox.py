@@ -22,6 +22,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._received = threading.Event()
         self._finished = Finished()
         self._results: list[HandoffResult] = []
         self._granted: list[str] = []
@@ -42,6 +43,12 @@ class Mailbox:
             self._finished.recving.add(request)
             if failed:
                 self._finished.failed.add(request)
+        self._received.set()
+
+    def wait_received(self, seconds: float) -> None:
+        """Until `received` is called, or was since the last wait, or so long."""
+        self._received.wait(seconds)
+        self._received.clear()
 
     def result(self, result: HandoffResult) -> None:
         with self._lock:

@@ -30,14 +30,21 @@ class Seal:
     def __init__(self) -> None:
         self.seen = bytearray()
         self.began = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
 
     def add(self, pieces: Sequence[memoryview]) -> None:
         for piece in pieces:
             self.seen += piece
-        self.began.set()
+        self._loop.call_soon_threadsafe(self.began.set)
 
     def end(self) -> bytes:
         return END
+
+
+def sets(event: asyncio.Event) -> Callable[[Sequence[memoryview]], None]:
+    """From any thread."""
+    loop = asyncio.get_running_loop()
+    return lambda _: loop.call_soon_threadsafe(event.set) and None
 
 
 def reader(go_on: Callable[[], None]) -> Reader:
@@ -138,7 +145,7 @@ async def test_a_reading_that_is_broken_off_leaves_the_memory_alone() -> None:
         assert isinstance(message, Incoming)
         memory, began = bytearray(message.left), asyncio.Event()
         views = Views([memoryview(memory)])
-        reading = asyncio.create_task(message.read_into(views, None, lambda _: began.set()))
+        reading = asyncio.create_task(message.read_into(views, None, sets(began)))
         await began.wait()
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -162,7 +169,7 @@ async def test_a_connection_that_breaks_is_let_go_by_its_threads(reads: bool) ->
                 message = await stream.receive()
                 assert isinstance(message, Incoming)
                 memory = Views([memoryview(bytearray(message.left))])
-                await message.read_into(memory, None, lambda _: begun.set())
+                await message.read_into(memory, None, sets(begun))
             else:
                 seal = Seal()
                 sending = send(stream, bytearray(PAYLOAD), seal)
@@ -193,9 +200,6 @@ class Never(Seal):
     """Of a message whose end does not come."""
 
     size = 20 << 20
-
-    def end(self) -> bytes:
-        raise ConnectionError
 
 
 async def test_a_thread_that_has_nothing_to_do_ends(monkeypatch: pytest.MonkeyPatch) -> None:

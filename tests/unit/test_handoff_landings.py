@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,7 @@ def test_a_step_is_planned_with_what_has_landed(
     )
     monkeypatch.setattr(Scheduler, "schedule", lambda self, throttle: seen.append("planned"))
     scheduler = landings.HandoffScheduler.__new__(landings.HandoffScheduler)
+    scheduler.requests = {}
     agent.mailbox.received("whole", failed=False)
     agent.mailbox.received("broken", failed=True)
     agent.mailbox.sent("pushed")
@@ -106,6 +108,38 @@ def test_a_step_is_planned_with_what_has_landed(
     assert seen == [("landed", {"whole"}), "planned", "planned"]
     left = agent.mailbox.take_finished()
     assert (left.recving, left.failed, left.sending) == ({"broken"}, {"broken"}, {"pushed"})
+
+
+@pytest.mark.parametrize(
+    ("statuses", "waits"),
+    [
+        ([], False),
+        (["WAITING_FOR_REMOTE_KVS"], True),
+        (["WAITING_FOR_REMOTE_KVS", "RUNNING"], False),
+        (["WAITING_FOR_REMOTE_KVS", "WAITING"], False),
+        (["FINISHED_LENGTH_CAPPED"], False),
+    ],
+)
+def test_only_an_engine_whose_requests_all_wait_for_handoffs_waits(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, statuses: list[str], waits: bool
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(agent.mailbox, "wait_received", waited.append)
+    monkeypatch.setattr(Scheduler, "schedule", lambda self, throttle: None)
+    scheduler = landings.HandoffScheduler.__new__(landings.HandoffScheduler)
+    requests = [SimpleNamespace(status=RequestStatus[status]) for status in statuses]
+    scheduler.requests = dict(enumerate(requests))  # type: ignore[arg-type]
+    scheduler.schedule()
+    assert waited == [landings.WAIT_SECONDS] * waits
+
+
+def test_a_wait_ends_with_what_comes_and_with_what_had_come() -> None:
+    mailbox = Mailbox()
+    mailbox.received("before", failed=True)
+    mailbox.wait_received(60)
+    threading.Timer(0.01, lambda: mailbox.received("meanwhile", failed=False)).start()
+    mailbox.wait_received(60)
+    assert mailbox.take_landed() == {"meanwhile"}
 
 
 @pytest.mark.parametrize(

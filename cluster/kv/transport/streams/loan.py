@@ -1,9 +1,9 @@
-"""Socket calls on threads of their own, for payloads whose memory stays put.
+"""Payloads between sockets and memory that stays put, on threads of their own.
 
-A system call that moves a payload gives Python's lock away for as long as it copies. On a thread of
-its own it copies the next part while the loop sums the last one up and does all else; a socket's
-rate is then that of the copying alone. Only whoever owns the memory until the thread is out of it
-may have it lent: a cache's blocks may be another's in the next moment.
+A system call that moves a payload gives Python's lock away for as long as it copies, and so does a
+checksum. One thread copies, another one sums up what has been copied, and the loop does all else: a
+socket's rate is then that of the copying alone. Only whoever owns the memory until the threads are
+out of it may have it lent: a cache's blocks may be another's in the next moment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import queue
 import select
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 from cluster.kv.transport.streams.views import Views
 
@@ -26,17 +27,17 @@ IDLE_SECONDS = 30.0
 
 
 class Loan:
-    """A run of bytes that a thread moves between a socket and memory. Lives on a loop.
+    """A run of bytes that threads move between a socket and memory. Lives on a loop.
 
     Args:
         move: the socket's call: moves some of the pieces' bytes, and returns how many.
         ready: the socket's event (of `select.poll`) after which it moves more.
-        moved: called on the loop for each part, in order.
-        back: called on the loop once, when the thread touches neither any more; with why the socket
-            is of no more use, or nothing.
+        passed: called on a thread with what has just been moved, in order.
+        back: called on the loop once, when no thread touches the socket or the memory any more;
+            with the bytes moved, and why the socket is of no more use, or nothing.
 
     Attributes:
-        stopped: before all was moved.
+        stopped: before all was moved, perhaps.
         returned: done when `back` is called.
     """
 
@@ -46,15 +47,16 @@ class Loan:
         move: Callable[[Sequence[memoryview]], int],
         ready: int,
         views: Views,
-        moved: Callable[[int], None],
-        back: Callable[[str], None],
+        passed: Callable[[Sequence[memoryview]], None],
+        back: Callable[[int, str], None],
     ) -> None:
         self._sock = sock
         self._move = move
         self._ready = ready
         self._views = views
-        self._moved = moved
+        self._passed = passed
         self._back = back
+        self._moved = 0
         self._loop = asyncio.get_running_loop()
         self.stopped = False
         self.returned: asyncio.Future[None] = self._loop.create_future()
@@ -63,18 +65,9 @@ class Loan:
         """No further part is begun."""
         self.stopped = True
 
-    def run(self) -> None:
-        """On the thread."""
-        why = ""
-        try:
-            self._run()
-        except OSError as error:
-            why = f"the connection broke: {error}"
-        except EOFError:
-            why = "the peer closed the connection"
-        self._tell(self._return, why)
-
-    def _run(self) -> None:
+    def parts(self) -> Iterator[list[memoryview]]:
+        """Moves, part by part, on a thread. Raises OSError, and EOFError where the peer has
+        closed the connection."""
         poll = select.poll()
         poll.register(self._sock, self._ready)
         while self._views.left and not self.stopped:
@@ -85,23 +78,29 @@ class Loan:
                 continue
             if not size:
                 raise EOFError
-            self._views.advance(size)
-            self._tell(self._moved, size)
+            yield self._views.take(size)
 
-    def _tell(self, call: Callable[..., None], *args: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(call, *args)
-        except RuntimeError:  # the loop is closed: nobody waits
-            self.stopped = True
+    def sum_up(self, part: Sequence[memoryview]) -> None:
+        """On another thread."""
+        self._passed(part)
+        self._moved += sum(map(len, part))
+
+    def give_back(self, why: str) -> None:
+        """On that thread, too, behind the last part."""
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._return, why)
 
     def _return(self, why: str) -> None:
         self.returned.set_result(None)
-        self._back(why)
+        self._back(self._moved, why)
+
+
+_Moved = tuple[Loan, list[memoryview] | None, str]
 
 
 class Porter:
-    """The thread of one direction of a connection: begins with the first loan, and ends when none
-    has come for a while."""
+    """The threads of one direction of a connection: they begin with the first loan, and end when
+    none has come for a while."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -115,11 +114,32 @@ class Porter:
             self._loans.put(loan)
             if not self._working:
                 self._working = True
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+                moved: queue.SimpleQueue[_Moved | None] = queue.SimpleQueue()
+                for work in (self._carry, self._sum_up):
+                    threading.Thread(
+                        target=work, args=(moved,), name=self._name, daemon=True
+                    ).start()
 
-    def _work(self) -> None:
+    def _carry(self, moved: queue.SimpleQueue[_Moved | None]) -> None:
         while (loan := self._next()) is not None:
-            loan.run()
+            why = ""
+            try:
+                for part in loan.parts():
+                    moved.put((loan, part, ""))
+            except OSError as error:
+                why = f"the connection broke: {error}"
+            except EOFError:
+                why = "the peer closed the connection"
+            moved.put((loan, None, why))
+        moved.put(None)
+
+    def _sum_up(self, moved: queue.SimpleQueue[_Moved | None]) -> None:
+        while (item := moved.get()) is not None:
+            loan, part, why = item
+            if part is None:
+                loan.give_back(why)
+            else:
+                loan.sum_up(part)
 
     def _next(self) -> Loan | None:
         try:

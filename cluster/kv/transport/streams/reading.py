@@ -75,7 +75,8 @@ class Incoming:
             allowed: called in the very turn of the loop in which memory is written to, each time;
                 what it raises ends the reading, and no byte is written any more. None: the memory
                 is the caller's own until this returns.
-            landed: called with the memory that has just been written to, in order.
+            landed: called with the memory that has just been written to, in order; on a thread,
+                perhaps, where the memory is the caller's own.
 
         Raises:
             ValueError: the memory is of another size.
@@ -123,23 +124,33 @@ class Incoming:
 
     def filled(self, size: int) -> None:
         """So many bytes have been read into `room`."""
-        self._came([] if self._views is None else self._views.take(size), size)
+        assert self._views is not None
+        self.landed(self._views.take(size))
+        self._came(size)
+
+    def moved(self, size: int) -> None:
+        """So many bytes have been read into `room`, and `landed` was called with them."""
+        if self._views is not None:
+            self._views.take(size)
+        self._came(size)
+
+    def landed(self, pieces: Sequence[memoryview]) -> None:
+        """These bytes are where they belong."""
+        if self._landed is not None:
+            self._landed(pieces)
 
     def feed(self, data: memoryview) -> int:
         """Takes bytes that have been read; returns how many: none while it waits."""
         if self.waits:
             return 0
         size = min(len(data), self.left)
-        filled: list[memoryview] = []
         if self.room(size):
             assert self._views is not None
-            filled = self._views.fill(data[:size])
-        self._came(filled, size)
+            self.landed(self._views.fill(data[:size]))
+        self._came(size)
         return size
 
-    def _came(self, filled: list[memoryview], size: int) -> None:
-        if self._landed is not None:
-            self._landed(filled)
+    def _came(self, size: int) -> None:
         self.left -= size
         if not self.left and self._done is not None and not self._done.done():
             self._done.set_result(None)

@@ -144,15 +144,13 @@ class Receiving:
     def _lend(self, coming: Incoming, room: list[memoryview]) -> None:
         """A thread reads what goes there, and nothing behind it."""
 
-        def moved(size: int) -> None:
+        def back(size: int, why: str) -> None:
+            self.loan = coming.loan = None
             if self._over:
                 return
-            coming.filled(size)
+            coming.moved(size)
             self._taker.count(size)
             self._framing.came(size)
-
-        def back(why: str) -> None:
-            self.loan = coming.loan = None
             if why:
                 return self._broke(why)
             self._taker.fed()
@@ -164,7 +162,7 @@ class Receiving:
             lambda pieces: self._sock.recvmsg_into(pieces)[0],
             select.POLLIN,
             Views(room),
-            moved,
+            coming.landed,
             back,
         )
         self._porter.take(self.loan)

@@ -50,28 +50,36 @@ class Frame:
     @property
     def lendable(self) -> bool:
         """Threads may read what has not been sent, and it is worth one."""
-        return (
-            self.outgoing is not None and self.outgoing.lendable and self._part.left >= LEND_BYTES
-        )
+        lendable = self.outgoing is not None and self.outgoing.lendable
+        return lendable and not self._head and self._part.left >= LEND_BYTES
 
     def rest(self) -> list[memoryview]:
-        """All that has not been sent."""
-        return [self._head, *self._part.front(self._part.left)]
+        """All that has not been sent of the message."""
+        return self._part.front(self._part.left)
 
     def front(self) -> list[memoryview]:
         """What goes to the socket next."""
+        if self._head and self.outgoing is not None and self.outgoing.lendable:
+            return [self._head]
         part = self._part.front(CHUNK_BYTES)
         return [self._head, *part] if self._head else part
 
     def sent(self, size: int) -> None:
         """So much of it has been taken."""
+        part = self._took(size)
+        if self.outgoing is not None:
+            self.outgoing.passed(part)
+
+    def carried(self, size: int) -> None:
+        """The same, and `outgoing` has seen it pass."""
+        self._took(size)
+
+    def _took(self, size: int) -> list[memoryview]:
         if self._head:
             head = min(size, len(self._head))
             self._head = self._head[head:]
             size -= head
-        part = self._part.take(size)
-        if self.outgoing is not None:
-            self.outgoing.passed(part)
+        return self._part.take(size)
 
     def blank(self) -> None:
         """What has not been sent of the message leaves as zeros: the peer has to skip something."""
@@ -173,13 +181,13 @@ class Sending:
                 size = self._sock.sendmsg(frame.front())
             except (BlockingIOError, InterruptedError):
                 return True
-            self._took(frame, size)
+            frame.sent(size)
             turn -= size
+            self._look(frame)
         return True
 
-    def _took(self, frame: Frame, size: int) -> None:
-        """The socket has so much more of the frame."""
-        frame.sent(size)
+    def _look(self, frame: Frame) -> None:
+        """It may have left."""
         if not frame.left:
             self._frame = None
             self._sent()
@@ -189,12 +197,14 @@ class Sending:
         assert frame.outgoing is not None
         outgoing = frame.outgoing
 
-        def back(why: str) -> None:
+        def back(size: int, why: str) -> None:
             self.loan = outgoing.loan = None
+            frame.carried(size)
             if why:
                 return self._broke(why)
             if loan.stopped:
                 frame.blank()
+            self._look(frame)
             self.pump()
 
         self.loan = outgoing.loan = loan = Loan(
@@ -202,7 +212,7 @@ class Sending:
             self._sock.sendmsg,
             select.POLLOUT,
             Views(frame.rest()),
-            lambda size: self._took(frame, size),
+            outgoing.passed,
             back,
         )
         self._porter.take(loan)
