@@ -18,7 +18,6 @@ from vllm.v1.request import RequestStatus
 
 from cluster.kv.connector.near import agent_nearby
 
-
 WAIT_SECONDS = 0.002
 """An engine that has nothing to compute before something lands waits so long before it looks for
 other requests. vLLM has it sleep for a millisecond after each look, whatever lands meanwhile."""
