@@ -77,11 +77,12 @@ class Lives:
         self.grpc_address = self._lives[-1].ready.read_text()
 
     def stop(self) -> None:
-        """Ends every life, the router first, and what it started."""
+        """Ends every life and what it started."""
         for life in reversed(self._lives):
             assert life.process.stdin is not None
             with suppress(BrokenPipeError):
                 life.process.stdin.close()
+        for life in self._lives:
             with suppress(subprocess.TimeoutExpired):
                 life.process.wait(STOP_SECONDS)
             with suppress(ProcessLookupError):

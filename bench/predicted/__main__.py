@@ -27,11 +27,12 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bench.gpu.machine import cards, packages
-from bench.predicted.clients import Clients
+from bench.predicted.clients import Clients, Seen
 from bench.predicted.clusters import START_SECONDS, Cluster, demo, on_cards
 from bench.predicted.record import Load, Ran, Record, order
 from bench.predicted.rows import table
@@ -126,11 +127,18 @@ def measure(
                           if (load.workload, load.rate) == (workload, rate))  # fmt: skip
                 record.loads[at] = replace(record.loads[at], again=seen)
             record.save()
-            say(f"{workload} at {rate:.1f}/s: {len(seen)} requests, "
-                f"{sum(bool(s.error) for s in seen)} failed, at most "
-                f"{max(s.late for s in seen) * 1e3:.0f} ms late")  # fmt: skip
+            say(f"{workload} at {rate:.1f}/s: {told(seen)}")
     finally:
         clients.close()
+
+
+def told(seen: Sequence[Seen]) -> str:
+    failed, late = sum(bool(s.error) for s in seen), max(s.late for s in seen)
+    over = sorted({s.transport for s in seen} - {""})
+    return (
+        f"{len(seen)} requests, {failed} failed, at most {late * 1e3:.0f} ms late, handed off over "
+        f"{' and '.join(over) or 'nothing'}"
+    )
 
 
 def ran(config: Config, gpu: str, setting: Setting) -> Ran:

@@ -34,7 +34,7 @@ class Seen:
     Attributes:
         at: since the load's start: when it was due.
         late: how long after that it was sent.
-        transfer, bytes: of its handoff.
+        transfer, bytes, transport: of its handoff.
         came: at the client: tenths of milliseconds from its sending to the first message with
             tokens, and from each to the next.
         error: empty for a success.
@@ -49,6 +49,7 @@ class Seen:
     phases: tuple[float, ...] = ()
     transfer: float = 0.0
     bytes: int = 0
+    transport: str = ""
     came: tuple[int, ...] = ()
     error: str = ""
 
@@ -136,5 +137,6 @@ async def _one(stub: Any, request: Any, arrival: Arrival, begins: float) -> Seen
         tuple(round(getattr(report.phases, f"{name}_seconds"), 6) for name in PHASES),
         round(report.handoff.transfer_seconds, 6),
         report.handoff.bytes,
+        report.handoff.transport,
         tuple(round((b - a) * 1e4) for a, b in pairwise(stamps)),
     )
