@@ -141,7 +141,8 @@ class VllmEngine:
             # takes regular expressions whose every token then costs seconds.
             "structured_outputs_config": {"backend": "guidance"},
             "logits_processors": ["cluster.kv.first_token:FirstTokenProcessor"],
-            **_processes(),
+            **_processes(model.tensor_parallel_size),
+            "scheduler_cls": "cluster.kv.connector.landings.make_scheduler",
             "worker_extension_cls": "cluster.kv.worker_extension.PdserveWorkerExtension",
             "kv_transfer_config": KVTransferConfig(
                 kv_connector="PdserveConnector",
@@ -241,13 +242,14 @@ class VllmEngine:
         return self._llm
 
 
-def _processes() -> dict[str, Any]:
+def _processes(ranks: int) -> dict[str, Any]:
     """Whose executor and worker; vLLM's own beside GPUs."""
     if not current_platform.is_cpu():
         return {"worker_cls": "auto"}
     return {
         "worker_cls": "cluster.engine.cpu_worker.SeededCpuWorker",
-        "distributed_executor_backend": "cluster.engine.cpu_executor.CpuExecutor",
+        "distributed_executor_backend": "cluster.engine.cpu_executor."
+        + ("CpuExecutor" if ranks == 1 else "CpuExecutorOfSeveral"),
     }
 
 

@@ -18,7 +18,7 @@ class Finished:
 
 
 class Mailbox:
-    """Filled by the agent, emptied by the engine once a step. Thread-safe."""
+    """Filled by the agent, emptied by the engine as it steps. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,6 +51,13 @@ class Mailbox:
         with self._lock:
             finished, self._finished = self._finished, Finished()
             return finished
+
+    def take_landed(self) -> set[str]:
+        """Of the finished ones only the requests whose blocks are verified."""
+        with self._lock:
+            landed = self._finished.recving - self._finished.failed
+            self._finished.recving -= landed
+            return landed
 
     def take_granted(self) -> list[str]:
         with self._lock:
