@@ -19,7 +19,7 @@ from cluster.rpc.alive import Alive
 from cluster.rpc.headers import Headers
 from cluster.rpc.limits import Limits
 from cluster.rpc.outgoing import END_HEADERS, END_STREAM, HEADERS, PREFIX_SIZE, Outgoing
-from cluster.rpc.plain_data import Data, check_unfinished, parts, taken
+from cluster.rpc.plain_data import Data, Grown, check_unfinished, parts, taken
 from cluster.rpc.sending import Flow
 
 LINGER_SECONDS = 5.0
@@ -70,6 +70,9 @@ class Endpoint(asyncio.Protocol, ABC):
         """The peer sends nothing more on the stream; it may be gone."""
 
     @abstractmethod
+    def _call(self, stream_id: int) -> Pumped | None: ...
+
+    @abstractmethod
     def _all_calls(self) -> Iterable[Pumped]: ...
 
     # --- the transport's side -------------------------------------------------------------------
@@ -109,6 +112,9 @@ class Endpoint(asyncio.Protocol, ABC):
                     self._data(part.stream_id, part.data, len(part.data))
                     if part.last:
                         self._half_closed(part.stream_id)
+                    continue
+                if isinstance(part, Grown):
+                    self._window_grown(part.stream_id)
                     continue
                 received = self._h2.receive_data(part)
                 # The peer counts by its new settings once it has our word for them: that goes
@@ -214,6 +220,13 @@ class Endpoint(asyncio.Protocol, ABC):
         """Closes at once."""
         if self._transport is not None:
             self._transport.abort()
+
+    def _window_grown(self, stream_id: int) -> None:
+        """The peer takes more on the stream; 0: on the connection."""
+        if not stream_id:
+            self._grown = True
+        elif call := self._call(stream_id):
+            call.pump()
 
     def _pump(self) -> None:
         for call in list(self._all_calls()):
