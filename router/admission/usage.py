@@ -41,6 +41,7 @@ class Bounds:
 class _Used:
     prefill_tokens: float = 0.0
     kv_tokens: float = 0.0
+    output_tokens: float = 0.0
     sequences: int = 0
     requests: int = 0
     paces: Bounds = field(default_factory=Bounds)
@@ -49,6 +50,7 @@ class _Used:
         """Counts it in (1) or out (-1)."""
         self.prefill_tokens += sign * running.prefill_tokens
         self.kv_tokens += sign * running.offer.cost
+        self.output_tokens += sign * running.offer.output_tokens
         self.sequences += sign * running.offer.completions
         self.requests += sign
         (self.paces.add if sign > 0 else self.paces.remove)(running.offer.tpot_seconds)
@@ -97,6 +99,22 @@ class Usage:
             and used.kv_tokens + offer.cost <= limit.kv_tokens
             and used.sequences + offer.completions <= min(limit.sequences, paced)
         )
+
+    def room_wait(self, offer: Offer, tokens: int, capacity: Capacity) -> float:
+        """Seconds until so many more tokens of requests like `offer` find room to decode.
+
+        By Little's law: what fills a room has left it after as long as one of it decodes.
+        """
+        used = self._used.get(offer.model)
+        if used is None or (self._batch and offer.slo_class is not SloClass.BATCH):
+            return 0.0  # Batch gives its place back.
+        sequences = used.sequences + tokens * offer.completions / offer.cost
+        places = min(capacity.sequences, capacity.paced(used.paces.strictest))
+        over = max((used.kv_tokens + tokens) / capacity.kv_tokens, sequences / places) - 1.0
+        if over <= 0:
+            return 0.0
+        each = used.output_tokens / used.sequences
+        return over * each * capacity.step_seconds(used.sequences)
 
     def start(self, now: float, offer: Offer, capacity: Capacity) -> None:
         prompt = min(offer.prompt_tokens, capacity.prefill_worker_tokens)

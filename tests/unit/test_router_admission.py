@@ -232,6 +232,37 @@ def test_starts_that_waited_for_nothing_say_nothing_of_the_pace() -> None:
         desk.core.offer(now, offer("b", start_by=now + 3.5))
 
 
+def full_desk(step_seconds: float, slo_class: SloClass = STANDARD) -> Desk:
+    """A pool of ten places that filled at once, each for 100 tokens."""
+    capacity = Capacity(sequences=10, step_seconds=lambda sequences: step_seconds)
+    desk = Desk(capacity, max_running=100, batch_share=1.0)
+    fills = [offer(f"r{i}", slo_class, output_tokens=100) for i in range(10)]
+    assert len(desk.come(*fills)) == 10
+    return desk
+
+
+def test_a_pool_that_filled_quickly_empties_no_sooner_than_its_decodes_end() -> None:
+    desk = full_desk(0.1)  # one in ten ends a second
+    desk.come(offer("a", output_tokens=100, start_by=2.1))
+    with pytest.raises(Overloaded, match=r"would wait 2.0 s"):
+        desk.core.offer(0, offer("b", output_tokens=100, start_by=3.9))
+    desk.core.offer(0, offer("b", output_tokens=100, start_by=4.1))
+
+
+def test_a_pool_full_of_batch_work_empties_at_once() -> None:
+    desk = full_desk(0.1, BATCH)
+    desk.core.offer(0, offer("now", start_by=0.1))
+    assert [type(effect) for effect in desk.pump()] == [Yield, Admit]
+
+
+def test_what_a_prompt_is_expected_to_take_counts_before_any_was_seen() -> None:
+    desk = Desk(Capacity(prefill_seconds=lambda tokens: tokens * 1e-3))
+    desk.come(offer("running"))
+    desk.come(offer("long", prompt_tokens=1000, start_by=4.0))
+    assert desk.pump(2.9) == []
+    assert [type(effect) for effect in desk.pump(3.0)] == [Refuse]
+
+
 def test_a_newcomer_that_is_due_sooner_does_not_make_others_late() -> None:
     desk, now = paced_desk()
     desk.come(*(offer(f"a{i}", start_by=now + 6.5) for i in range(3)), now=now)

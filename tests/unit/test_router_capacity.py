@@ -44,8 +44,8 @@ def test_capacity_is_that_of_the_ready_workers() -> None:
         worker("decode", model="other"),
         worker("both"),
     ]
-    assert capacity(MODEL, workers, 1) == Capacity(600, 200, 1600, 16)
-    assert capacity(MODEL, workers, 2) == Capacity(300, 200, 1600, 16)
+    assert capacity(MODEL, workers, 1) == Capacity(600, 200, 1600, 16, decode_workers=2)
+    assert capacity(MODEL, workers, 2) == Capacity(300, 200, 1600, 16, decode_workers=2)
     assert capacity(MODEL, workers, 9).prefill_tokens == 200
 
 
@@ -94,6 +94,18 @@ def test_decodes_that_keep_a_bound_per_token() -> None:
     assert paces.within("m", 0.1) == pytest.approx(PACE_HEADROOM * 0.1 * 1000, rel=0.03)
     assert paces.within("m", math.inf) == math.inf
     assert paces.within("other", 0.1) == math.inf
+
+
+def test_what_prompts_and_steps_take_is_expected_as_placement_learned_it() -> None:
+    seen = fleet("prefill", "decode", "decode")
+    learn_steps(seen, 1, 1e-3)
+    learn_steps(seen, 2, 3e-3)
+    seen.saw_prefill(0, 1000, 0.7)
+    expected = Paces(seen, "always").of(Capacity(), "m")
+    assert expected.prefill_seconds(1000) == pytest.approx(0.7, rel=0.01)
+    assert expected.step_seconds(64) == pytest.approx(32 * (1e-3 + 3e-3) / 2, rel=0.03)
+    nobody = Paces(seen, "always").of(Capacity(), "other")
+    assert nobody.prefill_seconds(1000) == nobody.step_seconds(64) == 0.0
 
 
 def test_a_bound_that_cannot_be_kept_bounds_nothing() -> None:

@@ -137,6 +137,31 @@ def test_split_where_a_long_prompt_would_stall_many() -> None:
     assert ids(decide(made, demand))[2] is not None  # nobody is there to be stalled
 
 
+def test_the_share_of_prompts_is_known_though_a_worker_was_seen_for_seconds_only() -> None:
+    made = two_of_each()
+    for now in range(4):
+        made.busy(float(now))
+        for slot, seconds in ((0, 0.6), (1, 0.2)):
+            made.take(float(now), Share(slot, Stage.PREFILL, 1000, 100.0, seconds))
+    assert made.busy(4.0)[:2] == pytest.approx([0.46, 0.15], abs=0.02)  # one second counts as idle
+
+
+def test_prompts_that_come_in_large_lumps_are_the_greater_risk_to_a_decode() -> None:
+    made = two_of_each()
+    lumps = ((0, 2.0, 1), (1, 0.02, 100))  # as much of either's time
+    for slot, seconds, times in lumps:
+        for _ in range(times):
+            share = Share(slot, Stage.PREFILL, 1000, 100.0, seconds)
+            made.take(0.0, share)
+            made.release(0.0, share)
+    demand = replace(DEMAND, tpot_seconds=0.025)
+    by_id = {name: made.slot_of(Target(name, "x")) for name, _ in PAIRS}
+    made.busy(-9.0)
+    costs = RowCosts(made).of(0.0, demand, by_id)
+    assert costs.whole_tpot[0] == pytest.approx(costs.whole_tpot[1])
+    assert costs.whole[0] > costs.whole[1] + 0.2
+
+
 def test_whole_on_decode_when_the_prefill_pool_is_saturated() -> None:
     made = fleet(worker("p0", "prefill"), worker("d0", "decode"))
     put(made, 0, Stage.PREFILL, 5.0)
