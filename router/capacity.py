@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cluster.config import Config, ModelConfig
 from cluster.store.records import WorkerRecord
-from router.admission.offers import Capacity, Offer, SloClass
+from router.admission.offers import Capacity, SloClass
 from router.admission.policy import Limits, Policy, TenantPolicy
 from router.fleet import Fleet
 from router.placement import Mode

@@ -110,6 +110,9 @@ class ColumnCosts:
         of_ttft = (ttft + kv_wait) * per_ttft
         of_ttft += MISS * (of_ttft > 1.0)
         harm = fleet.drag[rows] * per_tpot
+        stricter = fleet.strictest[rows] < demand.tpot_seconds
+        if stricter.any():
+            harm += MISS * (stricter & (alone > TPOT_HEADROOM * fleet.strictest[rows]))
         prefill = of_ttft + work * self._crowding * per_ttft
         decode = tpot[1] + harm
         if fleet.penalised or demand.avoid:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from router.bounds import Bounds
 from router.breaker import Breaker
 from router.held import HeldTokens
 from router.output import Stage
 from router.placement import Target, WorkerView
 from router.prefix_index import PrefixIndex
+from router.share import Share
 from router.speeds import Speeds
 
 RATE_SECONDS = 10.0
@@ -37,26 +38,8 @@ FIRST_OUTPUT_TOKENS = 256.0
 _FLOATS = (
     "backlog", "queue", "progress_at", "work", "work_at", "decodes", "context", "kv_used",
     "kv_tokens", "incoming", "penalty", "pace", "slower", "drag", "since", "lumps",
+    "strictest",
 )  # fmt: skip
-
-
-@dataclass
-class Share:
-    """What one sequence puts on one worker.
-
-    Attributes:
-        seconds: predicted prefill work; 0 on decode.
-        answered: its first token has come.
-        batch: sequences that decoded there when it began.
-    """
-
-    slot: int
-    stage: Stage
-    prompt: int
-    output: float
-    seconds: float = 0.0
-    answered: bool = False
-    batch: float = 0.0
 
 
 class Fleet:
@@ -76,6 +59,7 @@ class Fleet:
         penalty: added to the cost, large while it is ejected.
         pace: seconds of a decode step with one sequence more; slower: what one more again adds;
             drag: that, for all who decode there together.
+        strictest: target per token among those who decode there; infinite if none does.
     """
 
     backlog: NDArray[np.float64]
@@ -94,6 +78,7 @@ class Fleet:
     drag: NDArray[np.float64]
     since: NDArray[np.float64]
     lumps: NDArray[np.float64]
+    strictest: NDArray[np.float64]
 
     def __init__(self, prefix_blocks: int = 10_000) -> None:
         self.index = PrefixIndex(prefix_blocks)
@@ -103,6 +88,7 @@ class Fleet:
         self._free: list[int] = []
         for name in _FLOATS:
             setattr(self, name, np.zeros(0))
+        self._bounds: dict[int, Bounds] = {}
         self.speeds = Speeds()
         self.output_tokens: dict[str, float] = {}
         self.breakers: dict[str, Breaker] = {}
@@ -119,7 +105,8 @@ class Fleet:
         self.size = max(self.size, slot + 1)
         for name in _FLOATS:
             getattr(self, name)[slot] = 0.0
-        self.since[slot] = np.inf
+        self.since[slot] = self.strictest[slot] = np.inf
+        self._bounds[slot] = Bounds()
         self.speeds.join(slot, self._of_model(view.model))
         self._repace(slot)
         self.breakers.setdefault(view.model, Breaker()).join(slot)
@@ -184,6 +171,8 @@ class Fleet:
             self.incoming[slot] += 1
         share.batch = float(self.decodes[slot])
         self.decodes[slot] += 1
+        self._bounds[slot].add(share.tpot)
+        self.strictest[slot] = self._bounds[slot].strictest
         self.context[slot] += share.prompt + share.output / 2
         self.kv_used[slot] += share.prompt + share.output
         self._repace(slot)
@@ -238,6 +227,8 @@ class Fleet:
             self.kv_used[slot] -= share.prompt
             return
         self.decodes[slot] -= 1
+        self._bounds[slot].remove(share.tpot)
+        self.strictest[slot] = self._bounds[slot].strictest
         self.context[slot] -= share.prompt + share.output / 2
         self.kv_used[slot] -= share.prompt + share.output
         self._repace(slot)

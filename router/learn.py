@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from router.demand import DecodeStep, PrefillStep
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.output import CompletionReport, Stage
 from router.placement import Candidate
+from router.share import Share
 
 MAX_BUSY_SHARE = 0.5
 """Of a worker's time that prompts take: beside more, a decode's pace says little of its own."""
@@ -98,17 +100,20 @@ def _lives(fleet: Fleet, share: Share, chosen: Candidate) -> bool:
     return view is not None and view.target in (plan.prefill, plan.decode, plan.whole)
 
 
-def shares_of(chosen: Candidate, prompt_tokens: int, output: float) -> dict[Stage, Share]:
+def shares_of(
+    chosen: Candidate, prompt_tokens: int, output: float, tpot: float = math.inf
+) -> dict[Stage, Share]:
     """What a decision puts on its workers.
 
     Args:
         output: tokens that the completion is expected to take.
+        tpot: its target per token, seconds.
     """
     first, rest = chosen.slots
     seconds = chosen.prefill_seconds
     if chosen.plan.whole is not None:
-        return {Stage.WHOLE: Share(first, Stage.WHOLE, prompt_tokens, output, seconds)}
+        return {Stage.WHOLE: Share(first, Stage.WHOLE, prompt_tokens, output, seconds, tpot=tpot)}
     shares = {Stage.PREFILL: Share(first, Stage.PREFILL, prompt_tokens, output, seconds)}
     if chosen.plan.decode is not None:
-        shares[Stage.DECODE] = Share(rest, Stage.DECODE, prompt_tokens, output)
+        shares[Stage.DECODE] = Share(rest, Stage.DECODE, prompt_tokens, output, tpot=tpot)
     return shares

@@ -41,11 +41,12 @@ class RowCosts:
         if not 0 <= now - self._busy_at < BUSY_SECONDS or len(self._busy) != n:
             busy, lumps = fleet.load(now)
             self._busy, self._lumps, self._busy_at = busy.tolist(), lumps.tolist(), now
-        backlogs, queues, progress, drags, paces, incoming, used, fits, decodes = (
+        backlogs, queues, progress, drags, paces, incoming, used, fits, decodes, stricts = (
             column[:n].tolist()
             for column in (
                 fleet.backlog, fleet.queue, fleet.progress_at, fleet.drag, fleet.pace,
                 fleet.incoming, fleet.kv_used, fleet.kv_tokens, fleet.decodes,
+                fleet.strictest,
             )
         )  # fmt: skip
         lacking = [used[i] + (prompt + output - fits[i]) for i in range(n)]
@@ -82,6 +83,8 @@ class RowCosts:
             of_tpot = pace * per_tpot + MISS * _risk(left / deviation)
             of_split = split_tpot * per_tpot + MISS * _risk((left - gap) / deviation)
             harm = drags[i] * per_tpot
+            if stricts[i] < demand.tpot_seconds:
+                harm += MISS * (paces[i] > TPOT_HEADROOM * stricts[i])
             prefill = of_ttft + work * crowding * per_ttft
             decode = of_split + harm
             if penalties is not None:

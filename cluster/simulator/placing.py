@@ -13,11 +13,12 @@ from cluster.simulator.workload import Arrival
 from router.admission.offers import Capacity
 from router.capacity import Paces
 from router.events import Place
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.joint import JointPlacement
 from router.learn import shares_of
 from router.output import Stage
 from router.placement import Demand, Mode, Plan, Unplaced, WorkerView
+from router.share import Share
 
 LEARNED_SIZES = [2.0**k for k in range(4, 16)]
 LEARNED_BATCHES = [2.0**k for k in range(9)]

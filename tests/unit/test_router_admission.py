@@ -19,6 +19,7 @@ from router.admission.pace import (
 )
 from router.admission.policy import Limits, Policy, TenantPolicy
 from router.admission.queue import ClassQueue
+from router.bounds import MAX_BOUNDS, Bounds
 
 INTERACTIVE, STANDARD, BATCH = SloClass
 
@@ -299,6 +300,43 @@ def test_decodes_keep_the_strictest_pace_among_them() -> None:
     assert desk.leave("strict", 3) == ["p7"]
     whenever = [offer(f"w{i}") for i in range(3)]
     assert desk.come(*whenever, now=4) == ["w0", "w1"]  # those that run keep their bound
+
+
+def test_a_strict_request_costs_others_one_worker_at_most() -> None:
+    paces = {0.01: 8.0, 0.1: 40.0}  # of four workers: two each, and ten
+    capacity = Capacity(paced=lambda seconds: paces[seconds], decode_workers=4)
+    desk = Desk(capacity, max_running=100)
+    assert desk.come(offer("strict", tpot_seconds=0.01)) == ["strict"]
+    others = [offer(f"o{i}", tpot_seconds=0.1) for i in range(40)]
+    assert len(desk.come(*others)) == 31  # one beside it, and ten on each of the rest
+    desk.leave("strict")
+    assert (desk.core.running, desk.core.queued) == (40, 0)
+
+
+def test_strict_requests_wait_for_a_worker_and_do_not_starve() -> None:
+    paces = {0.01: 2.0, 0.1: 10.0}
+    endless = dict.fromkeys(SloClass, math.inf)
+    capacity = Capacity(paced=lambda seconds: paces[seconds])
+    desk = Desk(capacity, max_running=100, patience_seconds=endless)
+    assert len(desk.come(*(offer(f"o{i}", tpot_seconds=0.1) for i in range(10)))) == 10
+    assert desk.come(offer("strict", INTERACTIVE, tpot_seconds=0.01, start_by=20.0)) == []
+    # Others that come pass it for 5 s; from then on it is next.
+    desk.come(*(offer(f"n{i}", tpot_seconds=0.1) for i in range(20)), now=6.0)
+    for i in range(8):
+        assert desk.leave(f"o{i}", 7.0 + i) == []
+    assert desk.leave("o8", 16.0) == ["strict"]
+
+
+def test_bounds_of_all_sorts_are_kept_apart_up_to_a_number() -> None:
+    bounds = Bounds()
+    asked = [0.001 * (i + 1) for i in range(3 * MAX_BOUNDS)]
+    for seconds in asked:
+        bounds.add(seconds, 2)
+    assert len(list(bounds)) == MAX_BOUNDS
+    assert sum(count for _, count in bounds) == 2 * len(asked)
+    for seconds in reversed(asked):
+        bounds.remove(seconds, 2)
+    assert (list(bounds), bounds.strictest) == ([], math.inf)
 
 
 def test_batch_takes_a_share_of_the_pace_and_yields_it() -> None:

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.costs import ColumnCosts
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.joint import JointPlacement
+from router.learn import shares_of
 from router.output import Stage
 from router.placement import Candidate, Decision, Demand, Mode, Target, Unplaced, WorkerView
 from router.row_costs import RowCosts
+from router.share import Share
 
 DEMAND = Demand("m", 1000, 100, decodes=True)
 
@@ -160,6 +162,24 @@ def test_prompts_that_come_in_large_lumps_are_the_greater_risk_to_a_decode() -> 
     costs = RowCosts(made).of(0.0, demand, by_id)
     assert costs.whole_tpot[0] == pytest.approx(costs.whole_tpot[1])
     assert costs.whole[0] > costs.whole[1] + 0.2
+
+
+def test_a_strict_one_has_a_small_batch_and_keeps_it() -> None:
+    made = two_of_each()
+    for batch in (1, 2, 4, 8, 16, 32, 64):
+        for slot in range(4):
+            made.saw_step(slot, batch, 2e-3 * batch)
+    put(made, 2, Stage.DECODE, times=6)
+    strict = replace(DEMAND, tpot_seconds=0.01)
+    decision = decide(made, strict, "always")
+    assert ids(decision)[1] == "d1"
+    (share,) = (s for s in shares_of(decision.chosen, 1000, 100.0, 0.01).values() if s.slot == 3)
+    made.take(0.0, share)
+    put(made, 3, Stage.DECODE, times=2)
+    assert made.decodes[3] < made.decodes[2]
+    assert ids(decide(made, mode="always"))[1] == "d0"  # one more there, and it would be late
+    made.release(0.0, share)
+    assert ids(decide(made, mode="always"))[1] == "d1"
 
 
 def test_whole_on_decode_when_the_prefill_pool_is_saturated() -> None:
