@@ -102,11 +102,8 @@ class ColumnCosts:
         left[0] = window * (1.0 - self._busy) - output * alone
         left[1] = left[0] - gap
         left /= np.sqrt(self._lumps * window + (UNSURE * window) ** 2)
-        missed = 1.0 / (1.0 + np.exp(LOGISTIC * np.clip(left, -SURE, SURE)))
-        tpot = np.empty((2, n))
-        tpot[0] = pace
-        tpot[1] = split_tpot = pace + gap * (1.0 / output)
-        tpot = tpot * per_tpot + MISS * missed
+        missed = MISS / (1.0 + np.exp(np.minimum(left, SURE) * LOGISTIC))
+        split_tpot = pace + gap * (1.0 / output)
         of_ttft = (ttft + kv_wait) * per_ttft
         of_ttft += MISS * (of_ttft > 1.0)
         harm = fleet.drag[rows] * per_tpot
@@ -114,13 +111,13 @@ class ColumnCosts:
         if stricter.any():
             harm += MISS * (stricter & (alone > TPOT_HEADROOM * fleet.strictest[rows]))
         prefill = of_ttft + work * self._crowding * per_ttft
-        decode = tpot[1] + harm
+        decode = split_tpot * per_tpot + missed[1] + harm
         if fleet.penalised or demand.avoid:
             penalty = self._penalty(demand, by_id)
             prefill += penalty
             decode += penalty
         stall = work * fleet.decodes[rows] * (per_tpot / output)
-        whole = prefill + tpot[0] + harm + stall
+        whole = prefill + pace * per_tpot + missed[0] + harm + stall
         return Costs(ttft, uncached, work, prefill, split_tpot, decode, pace, whole)
 
     def _work(self, demand: Demand, n: int) -> tuple[Floats, Floats, Floats]:

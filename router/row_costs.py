@@ -111,4 +111,4 @@ class RowCosts:
 
 def _risk(left: float) -> float:
     """That a target is missed which so many standard deviations are left to."""
-    return 1.0 / (1.0 + math.exp(LOGISTIC * min(SURE, max(-SURE, left))))
+    return 1.0 / (1.0 + math.exp(LOGISTIC * min(SURE, left)))
