@@ -20,6 +20,9 @@ AVOIDED = 1e3
 BUSY_SECONDS = 0.05
 """So old may the workers' shares of time be."""
 
+BURSTS = 1.6
+"""Prompts come in bursts: so much more than on average they may slow a decode beside them."""
+
 TPOT_HEADROOM = 0.75
 """Of the target: a pace counts as missed from there on, because those who come later slow it."""
 
@@ -87,7 +90,8 @@ class ColumnCosts:
         carried = fleet.drag[rows] * (uncached * (1.0 / CHUNK_TOKENS) + 1.0)
         ttft = np.maximum(backlog - begun, 0.0) + work + carried
         alone = fleet.pace[rows]
-        pace = alone + alone * self._crowding
+        crowded = alone * self._crowding
+        pace = alone + crowded
         gap = moved * (fleet.incoming[rows] + 1.0)
         lacking = fleet.kv_used[rows] + (prompt + output - fleet.kv_tokens[rows])
         kv_wait: Floats | float = 0.0
@@ -106,18 +110,19 @@ class ColumnCosts:
         split_tpot = pace + gap * (1.0 / output)
         of_ttft = (ttft + kv_wait) * per_ttft
         of_ttft += MISS * (of_ttft > 1.0)
+        bursts = crowded * (BURSTS * per_tpot)
         harm = fleet.drag[rows] * per_tpot
         stricter = fleet.strictest[rows] < demand.tpot_seconds
         if stricter.any():
             harm += MISS * (stricter & (alone > TPOT_HEADROOM * fleet.strictest[rows]))
         prefill = of_ttft + work * self._crowding * per_ttft
-        decode = split_tpot * per_tpot + missed[1] + harm
+        decode = split_tpot * per_tpot + bursts + missed[1] + harm
         if fleet.penalised or demand.avoid:
             penalty = self._penalty(demand, by_id)
             prefill += penalty
             decode += penalty
         stall = work * fleet.decodes[rows] * (per_tpot / output)
-        whole = prefill + pace * per_tpot + missed[0] + harm + stall
+        whole = prefill + pace * per_tpot + bursts + missed[0] + harm + stall
         return Costs(ttft, uncached, work, prefill, split_tpot, decode, pace, whole)
 
     def _work(self, demand: Demand, n: int) -> tuple[Floats, Floats, Floats]:

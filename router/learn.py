@@ -15,6 +15,11 @@ from router.share import Share
 MAX_BUSY_SHARE = 0.5
 """Of a worker's time that prompts take: beside more, a decode's pace says little of its own."""
 
+MAX_LEARNED_BUSY = 0.9
+"""As `MAX_BUSY_SHARE`, for what placement goes by: near 1 the share left to decodes is what rounding
+makes of it, and a worker whose steps seem to take a tenth draws sequences that then miss their
+targets."""
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -64,11 +69,11 @@ def learn(
         fleet.saw_prefill(first.slot, seen.uncached, seen.prefill)
     gaps = seen.tokens - 2
     if rest is not None and _lives(fleet, rest, chosen):
-        if gaps > 0 and seen.decode > 0:
+        busy = float(fleet.busy(now)[rest.slot])
+        if gaps > 0 and seen.decode > 0 and busy < MAX_LEARNED_BUSY:
             # What prompts on the same worker take from its decodes is counted apart.
-            alone = 1.0 - float(fleet.busy(now)[rest.slot])
             batch = 1.0 + (rest.batch + max(0.0, float(fleet.decodes[rest.slot]))) / 2
-            fleet.saw_step(rest.slot, batch, seen.decode / gaps * alone)
+            fleet.saw_step(rest.slot, batch, seen.decode / gaps * (1.0 - busy))
         if seen.exposed is not None:
             fleet.saw_exposed(rest.slot, seen.moved, seen.exposed)
     fleet.saw_output(model, seen.tokens)

@@ -7,6 +7,7 @@ import math
 
 from router.costs import (
     AVOIDED,
+    BURSTS,
     BUSY_SECONDS,
     CHUNK_TOKENS,
     LOGISTIC,
@@ -69,7 +70,8 @@ class RowCosts:
             carried = drags[i] * (uncached * (1.0 / CHUNK_TOKENS) + 1.0)
             ttft = max(backlogs[i] - begun, 0.0) + work + carried
             crowding = self._busy[i] / (1.0 - self._busy[i])
-            pace = paces[i] + paces[i] * crowding
+            crowded = paces[i] * crowding
+            pace = paces[i] + crowded
             gap = moved * (incoming[i] + 1.0)
             kv_wait = 0.0
             if some_lack:
@@ -80,8 +82,9 @@ class RowCosts:
             split_tpot = pace + gap * (1.0 / output)
             left = window * (1.0 - self._busy[i]) - output * paces[i]
             deviation = math.sqrt(self._lumps[i] * window + unsure)
-            of_tpot = pace * per_tpot + MISS * _risk(left / deviation)
-            of_split = split_tpot * per_tpot + MISS * _risk((left - gap) / deviation)
+            bursts = crowded * (BURSTS * per_tpot)
+            of_tpot = pace * per_tpot + bursts + MISS * _risk(left / deviation)
+            of_split = split_tpot * per_tpot + bursts + MISS * _risk((left - gap) / deviation)
             harm = drags[i] * per_tpot
             if stricts[i] < demand.tpot_seconds:
                 harm += MISS * (paces[i] > TPOT_HEADROOM * stricts[i])
