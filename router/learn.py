@@ -16,9 +16,8 @@ MAX_BUSY_SHARE = 0.5
 """Of a worker's time that prompts take: beside more, a decode's pace says little of its own."""
 
 MAX_LEARNED_BUSY = 0.9
-"""As `MAX_BUSY_SHARE`, for what placement goes by: near 1 the share left to decodes is what rounding
-makes of it, and a worker whose steps seem to take a tenth draws sequences that then miss their
-targets."""
+"""As `MAX_BUSY_SHARE`, for what placement goes by. Near 1 the share that decodes have left is what
+rounding makes of it; a worker whose steps seem to take a tenth draws what then comes late."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from router.costs import ColumnCosts
 from router.fleet import Fleet
 from router.joint import JointPlacement
-from router.learn import shares_of
+from router.learn import Observed, learn, shares_of
 from router.output import Stage
 from router.placement import Candidate, Decision, Demand, Mode, Target, Unplaced, WorkerView
 from router.row_costs import RowCosts
@@ -162,6 +162,36 @@ def test_prompts_that_come_in_large_lumps_are_the_greater_risk_to_a_decode() -> 
     costs = RowCosts(made).of(0.0, demand, by_id)
     assert costs.whole_tpot[0] == pytest.approx(costs.whole_tpot[1])
     assert costs.whole[0] > costs.whole[1] + 0.2
+
+
+def test_what_decodes_take_is_not_learned_beside_prompts_that_leave_them_no_time() -> None:
+    made = two_of_each()
+    decision = decide(made, mode="never")
+    slot = decision.chosen.slots[0]
+    shares = shares_of(decision.chosen, 1000, 50.0)
+    made.take(0.0, shares[Stage.WHOLE])
+    seen = Observed(1000, 1000, 0.1, tokens=52, decode=50 * 0.08)
+    learn(made, 0.0, "m", decision.chosen, shares, seen)
+    known = made.speeds.step.one(1.5, slot)
+    assert known == pytest.approx(0.08, rel=0.1)
+    put(made, slot, Stage.PREFILL, 10.0)
+    assert made.busy(0.0)[slot] > 0.9
+    learn(made, 0.0, "m", decision.chosen, shares, seen)
+    assert made.speeds.step.one(1.5, slot) == known
+
+
+def test_who_has_not_decoded_yet_is_expected_to_be_as_those_of_its_model_who_have() -> None:
+    made = two_of_each()
+    other = made.join(worker("q0", "prefill", model="other"))
+    before = made.pace.copy()
+    for slot in (2, 3):
+        for _ in range(30):
+            made.saw_step(slot, 1.0, 0.04 * slot)
+    made.saw_step(0, 1.0, 0.3)
+    made.tick(10.0)
+    assert made.pace[0] == pytest.approx(0.3)  # it was seen
+    assert made.pace[1] == pytest.approx((0.3 * 0.08 * 0.12) ** (1 / 3), rel=0.01)
+    assert made.pace[other] == before[other]
 
 
 def test_a_strict_one_has_a_small_batch_and_keeps_it() -> None:
