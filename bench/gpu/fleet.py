@@ -190,6 +190,16 @@ class Fleet:
 
 def environment(spec: EngineSpec, caches: Path, base: dict[str, str]) -> dict[str, str]:
     """Of an engine process; compile caches of its own, so that engines may start at once."""
+    chosen = surroundings(spec.gpus, caches)
+    if not spec.gpus:
+        chosen |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(spec.threads)}
+    if spec.port:
+        chosen["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(spec.port)
+    return base | chosen
+
+
+def surroundings(cards: tuple[int, ...], caches: Path) -> dict[str, str]:
+    """What any process with an engine in it is told."""
     chosen = {
         "HF_HUB_OFFLINE": "1",
         "NCCL_NVLS_ENABLE": "0",
@@ -200,10 +210,6 @@ def environment(spec: EngineSpec, caches: Path, base: dict[str, str]) -> dict[st
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
-    if spec.gpus:
-        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.gpus))
-    else:
-        chosen |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(spec.threads)}
-    if spec.port:
-        chosen["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(spec.port)
-    return base | chosen
+    if cards:
+        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cards))
+    return chosen

@@ -61,10 +61,27 @@ TINY: dict[str, Any] = {
 
 
 def write(config: dict[str, Any], folder: Path) -> Path:
-    """A model folder without weights and without a tokenizer."""
+    """A model folder without weights; `write_tokenizer` adds a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def write_tokenizer(config: dict[str, Any], folder: Path) -> None:
+    """A tokenizer of bytes for a model folder; the rest of the vocabulary are made-up words."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    ends = {config["bos_token_id"]: "<s>", config["eos_token_id"]: "</s>"}
+    letters = iter(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    names = {i: ends.get(i) or next(letters, f"Ġ{i}") for i in range(config["vocab_size"])}
+    core = Tokenizer(BPE({name: i for i, name in names.items()}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(list(ends.values()))
+    core.save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
 
 
 def kv_bytes_per_token(config: dict[str, Any]) -> int:

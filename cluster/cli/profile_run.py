@@ -156,9 +156,14 @@ class Run:
             ]
 
     async def _batch(self, to: grpc.aio.Channel, prompts: Sequence[list[int]]) -> list[Served]:
-        wanted = DECODE_TOKENS + TOKENS_A_SEQUENCE * len(prompts)
-        output = min(wanted, self._max_len - len(prompts[0]) - 1)
-        return await asyncio.gather(*(self._ask(to, ids, output) for ids in prompts))
+        """With more tokens each, and anew, where the first ones ended before the last ones ran."""
+        most = self._max_len - len(prompts[0]) - 1
+        output = min(DECODE_TOKENS + TOKENS_A_SEQUENCE * len(prompts), most)
+        while True:
+            batch = await asyncio.gather(*(self._ask(to, ids, output) for ids in prompts))
+            if output == most or steps_within(batch) is not None:
+                return batch
+            output = min(2 * output, most)
 
     async def _beside_each_other(self, to: grpc.aio.Channel) -> None:
         for batch, context in SHARED_DECODES:

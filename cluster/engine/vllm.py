@@ -43,8 +43,8 @@ _FINISH = {"stop": "stop", "length": "length", "abort": "cancelled", "error": "e
 DEATH_POLL_SECONDS = 0.5
 CPU_CACHE_BYTES = 1 << 30
 """vLLM's own default is a share of all memory: two engines of one host could not start."""
-ENGINE_CORE = "EngineCor"
-"""In the core's process name, of which the kernel keeps 15 characters: VLLM::EngineCore."""
+ENGINE_CORE = "EngineCore"
+"""In the title of the core's process."""
 
 
 class VllmEngine:
@@ -141,7 +141,8 @@ class VllmEngine:
             # takes regular expressions whose every token then costs seconds.
             "structured_outputs_config": {"backend": "guidance"},
             "logits_processors": ["cluster.kv.first_token:FirstTokenProcessor"],
-            **_processes(),
+            **_processes(model.tensor_parallel_size),
+            "scheduler_cls": "cluster.kv.connector.landings.make_scheduler",
             "worker_extension_cls": "cluster.kv.worker_extension.PdserveWorkerExtension",
             "kv_transfer_config": KVTransferConfig(
                 kv_connector="PdserveConnector",
@@ -201,7 +202,7 @@ class VllmEngine:
         for rank, held in enumerate(ranks):
             resident[f"engine worker {rank}"] = held["resident_bytes"]
         for child in psutil.Process().children(recursive=True):
-            if child.pid not in known and ENGINE_CORE in child.name():
+            if child.pid not in known and ENGINE_CORE in " ".join(child.cmdline()):
                 resident["engine core"] = child.memory_info().rss
         entries = tuple(
             PinnedKv(e["handoff_id"], e["reason"], e["blocks"], e["bytes"], e["lease_left"])
@@ -241,13 +242,14 @@ class VllmEngine:
         return self._llm
 
 
-def _processes() -> dict[str, Any]:
+def _processes(ranks: int) -> dict[str, Any]:
     """Whose executor and worker; vLLM's own beside GPUs."""
     if not current_platform.is_cpu():
         return {"worker_cls": "auto"}
     return {
         "worker_cls": "cluster.engine.cpu_worker.SeededCpuWorker",
-        "distributed_executor_backend": "cluster.engine.cpu_executor.CpuExecutor",
+        "distributed_executor_backend": "cluster.engine.cpu_executor."
+        + ("CpuExecutor" if ranks == 1 else "CpuExecutorOfSeveral"),
     }
 
 

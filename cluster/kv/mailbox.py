@@ -18,10 +18,11 @@ class Finished:
 
 
 class Mailbox:
-    """Filled by the agent, emptied by the engine once a step. Thread-safe."""
+    """Filled by the agent, emptied by the engine as it steps. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._received = threading.Event()
         self._finished = Finished()
         self._results: list[HandoffResult] = []
         self._granted: list[str] = []
@@ -42,6 +43,12 @@ class Mailbox:
             self._finished.recving.add(request)
             if failed:
                 self._finished.failed.add(request)
+        self._received.set()
+
+    def wait_received(self, seconds: float) -> None:
+        """Until `received` is called, or was since the last wait, or so long."""
+        self._received.wait(seconds)
+        self._received.clear()
 
     def result(self, result: HandoffResult) -> None:
         with self._lock:
@@ -51,6 +58,13 @@ class Mailbox:
         with self._lock:
             finished, self._finished = self._finished, Finished()
             return finished
+
+    def take_landed(self) -> set[str]:
+        """Of the finished ones only the requests whose blocks are verified."""
+        with self._lock:
+            landed = self._finished.recving - self._finished.failed
+            self._finished.recving -= landed
+            return landed
 
     def take_granted(self) -> list[str]:
         with self._lock:

@@ -16,7 +16,7 @@ from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.cluster.running import RunningCluster, generate, registered
 
 RESTART_SECONDS = 200.0
-ENGINE_CORE = "EngineCor"  # of VLLM::EngineCore the kernel keeps 15 characters
+ENGINE_CORE = "EngineCore"  # in the title of its process
 PREFILL, DECODE = "recall-tiny-prefill-0", "recall-tiny-decode-0"
 
 
@@ -84,7 +84,8 @@ def test_a_dead_worker_is_replaced_and_its_streams_go_on(
     read(other, 20)
     process = psutil.Process(before.pid)
     if victim == "its engine":
-        process = next(p for p in process.children(recursive=True) if ENGINE_CORE in p.name())
+        engines = process.children(recursive=True)
+        process = next(p for p in engines if ENGINE_CORE in " ".join(p.cmdline()))
     family = psutil.Process(before.pid).children(recursive=True)
     process.kill()
     if worker_id == DECODE:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
+from cluster.kv.connector.near import agent_nearby
 from cluster.kv.connector.stats import HandoffStats
 from cluster.kv.connector.step import StepMetadata
 from cluster.kv.credit import CreditBook
@@ -205,12 +206,22 @@ class SchedulerSide:
             and not prefill.failed
         )
         token = request.output_token_ids[0] if goes_on else None
-        self._sent.append(Release(prefill.params.handoff_id, token))
+        self._release(Release(prefill.params.handoff_id, token))
         if not prefill.offered_blocks:
             self.credit.end(prefill.params.handoff_id)
             return False
         self._unsent[request.request_id] = prefill.params.handoff_id
         return True
+
+    def _release(self, release: Release) -> None:
+        """At once if the agent is near and knows of all that came before, which goes with steps:
+        a request with a first token has had them."""
+        agent = agent_nearby()
+        if agent is None or release.first_token_id is None:
+            self._sent.append(release)
+        else:
+            sender = agent.sender
+            agent.post(lambda: sender.release(release))
 
     def stats(self) -> HandoffStats | None:
         """The credit book's view, if it has changed."""

@@ -10,6 +10,7 @@ import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from cluster.kv.agent import HandoffAgent
+from cluster.kv.connector import near
 from cluster.kv.connector.describe import describe
 from cluster.kv.connector.step import StepMetadata
 from cluster.kv.doorkeeper import Terms
@@ -104,6 +105,8 @@ class WorkerSide:
             TransportOptions(**config.transport),
         )
         self.agent.start()
+        if geometry.ranks == 1:
+            near.announce(self.agent)
 
     def begin_step(self, step: StepMetadata) -> None:
         """Passes on what the scheduler's half decided, before the step's compute."""
@@ -191,4 +194,5 @@ class WorkerSide:
 
     def stop(self) -> None:
         if self.agent is not None:
+            near.forget()
             self.agent.stop()

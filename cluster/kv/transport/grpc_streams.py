@@ -81,15 +81,23 @@ class GrpcOutbound:
 
     async def send_pieces(self, run: BlockRun, pieces: Sequence[memoryview], seed: int) -> None:
         """Sends a payload from where it lies, which must be host memory."""
-        size = sum(map(len, pieces))
-        seal = ChecksumSeal(PassingSum(size, seed))
-        with _refused():
-            await self._stream.send_sealed(blocks_header(run, size), pieces, seal)
+        await self._send_payload(run, pieces, seed, lendable=False)
 
     async def send_blocks(
         self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
     ) -> None:
-        await self.send_pieces(run, [memoryview(buffer.payload.numpy())], seed)
+        await self._send_buffer(run, buffer, seed)
+
+    async def _send_buffer(self, run: BlockRun, buffer: Buffer, seed: int) -> None:
+        await self._send_payload(run, [memoryview(buffer.payload.numpy())], seed, lendable=True)
+
+    async def _send_payload(
+        self, run: BlockRun, pieces: Sequence[memoryview], seed: int, lendable: bool
+    ) -> None:
+        size = sum(map(len, pieces))
+        seal = ChecksumSeal(PassingSum(size, seed))
+        with _refused():
+            await self._stream.send_sealed(blocks_header(run, size), pieces, seal, lendable)
 
     async def reached(self, filled: Fence) -> None:
         raise AssertionError("nothing is queued on a device")
@@ -175,7 +183,7 @@ class StagedOutbound(GrpcOutbound):
         await self._milestones.reached(filled)
         if before is not None:
             await before
-        await self.send_pieces(run, [memoryview(slot.payload.numpy())], seed)
+        await self._send_buffer(run, slot, seed)
 
     def _give_back(self, slot: Slot, filled: Fence | None) -> None:
         self._milestones.then(filled, lambda _: self._staging.give_back(slot))
@@ -240,6 +248,15 @@ class GrpcInbound:
         allowed: Callable[[], None],
         seed: int,
     ) -> None:
+        await self._read(coming, pieces, allowed, seed)
+
+    async def _read(
+        self,
+        coming: Coming,
+        pieces: Sequence[memoryview],
+        allowed: Callable[[], None] | None,
+        seed: int,
+    ) -> None:
         passing, end = PassingSum(coming.size, seed), bytearray(CHECKSUM_BYTES)
         try:
             views = Views([*pieces, memoryview(end)])
@@ -251,7 +268,7 @@ class GrpcInbound:
     async def fetch(self, coming: Coming, seed: int) -> Blocks:
         slot = await self._memory.take(coming.size)
         try:
-            await self.read(coming, [memoryview(slot.payload.numpy())], lambda: None, seed)
+            await self._read(coming, [memoryview(slot.payload.numpy())], None, seed)
         except BaseException:
             self._memory.give_back(slot)
             raise

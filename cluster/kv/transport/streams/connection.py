@@ -17,6 +17,7 @@ import h2.events as events
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 
+from cluster.kv.transport.streams.loan import settle
 from cluster.kv.transport.streams.protocol import (
     BEGIN,
     END_STREAM,
@@ -31,8 +32,7 @@ from cluster.kv.transport.streams.protocol import (
 from cluster.kv.transport.streams.reading import BadMessage, Broken, Incoming, Reader
 from cluster.kv.transport.streams.receiving import Receiving
 from cluster.kv.transport.streams.sending import Sending
-from cluster.kv.transport.streams.stream import Outgoing, Seal, Stream
-from cluster.kv.transport.streams.views import Views
+from cluster.kv.transport.streams.stream import Outgoing, Stream
 
 RESETS_A_SECOND = 1000
 """Streams that a peer may open only to cancel them; see CVE-2023-44487."""
@@ -115,18 +115,17 @@ class Connection:
             self._h2.send_headers(stream.id, BEGIN)
             self._sending.pump()
 
-    async def send(
-        self, stream: Stream, message: Views, seal: Seal | None = None, plain: int = 0
-    ) -> None:
-        """Behind what the stream has sent before; see `Outgoing`. Raises Broken."""
-        outgoing = Outgoing(stream, message, None, seal, plain)
+    async def send(self, outgoing: Outgoing) -> None:
+        """Behind what its stream has sent before. Raises Broken."""
         self._sending.put(outgoing)
         try:
             await outgoing.done
         except asyncio.CancelledError:
             if self._sending.drop(outgoing):
-                self.reset(stream)  # half a message is never followed by anything
+                self.reset(outgoing.stream)  # half a message is never followed by anything
             raise
+        finally:
+            await settle(outgoing.loan)
 
     def finish(self, stream: Stream, status: int, message: str) -> None:
         """A server's end of a stream, behind what it has sent."""
@@ -257,7 +256,7 @@ class Connection:
         self.broken = why
         self._receiving.close()
         self._sending.close(why)
-        self._sock.close()
+        self._close_socket()
         if not self.ready.done():
             self.ready.set_exception(Broken(why))
         for stream in list(self.streams.values()):
@@ -265,6 +264,16 @@ class Connection:
             del self.streams[stream.id]
             stream.closed()
         self._closed(self)
+
+    def _close_socket(self) -> None:
+        """Once no thread is at it: its number may be another's right afterwards."""
+        loans = [loan for loan in (self._sending.loan, self._receiving.loan) if loan is not None]
+        if not loans:
+            return self._sock.close()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        both = asyncio.gather(*(loan.returned for loan in loans))
+        both.add_done_callback(lambda _: self._sock.close())
 
 
 def _texts(headers: Iterable[tuple[Any, Any]]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from cluster.kv.transport.streams.loan import Loan, settle
 from cluster.kv.transport.streams.protocol import PREFIX
 from cluster.kv.transport.streams.views import Views
 
@@ -40,6 +41,7 @@ class Incoming:
         size: of the message.
         head: its first bytes.
         left: bytes that have not come.
+        loan: a thread that reads them.
     """
 
     def __init__(self, size: int, head: bytes, go_on: Callable[[], None]) -> None:
@@ -52,6 +54,12 @@ class Incoming:
         self._landed: Landed | None = None
         self._skipped = False
         self._done: asyncio.Future[None] | None = None
+        self.loan: Loan | None = None
+
+    @property
+    def lendable(self) -> bool:
+        """Threads may write to the memory that the rest goes to."""
+        return self._views is not None and self._allowed is None
 
     @property
     def waits(self) -> bool:
@@ -59,14 +67,16 @@ class Incoming:
         return self._views is None and not self._skipped
 
     async def read_into(
-        self, pieces: Views, allowed: Callable[[], None], landed: Landed | None = None
+        self, pieces: Views, allowed: Callable[[], None] | None, landed: Landed | None = None
     ) -> None:
-        """Reads the rest into memory of its size.
+        """Reads the rest into memory of its size, which is written to no more however it ends.
 
         Args:
             allowed: called in the very turn of the loop in which memory is written to, each time;
-                what it raises ends the reading, and no byte is written any more.
-            landed: called with the memory that has just been written to, in order.
+                what it raises ends the reading, and no byte is written any more. None: the memory
+                is the caller's own until this returns.
+            landed: called with the memory that has just been written to, in order; on a thread,
+                perhaps, where the memory is the caller's own.
 
         Raises:
             ValueError: the memory is of another size.
@@ -81,26 +91,32 @@ class Incoming:
             await self._done
         finally:
             self.skip()
+            await settle(self.loan)
 
     def skip(self) -> None:
         """What is still to come is not wanted."""
         if self.left and not self._skipped:
-            self._skipped, self._views = True, None
+            self._unwanted()
             self._go_on()
 
     def fail(self, error: Exception) -> None:
         """Nothing more will come."""
-        self._views, self._skipped = None, True
+        self._unwanted()
         if self._done is not None and not self._done.done():
             self._done.set_exception(error)
+
+    def _unwanted(self) -> None:
+        self._skipped, self._views = True, None
+        if self.loan is not None:
+            self.loan.stop()
 
     def room(self, limit: int) -> list[memoryview]:
         """Where the next bytes go, `limit` at most; none if they are not wanted."""
         if self._views is None:
             return []
-        assert self._allowed is not None
         try:
-            self._allowed()
+            if self._allowed is not None:
+                self._allowed()
         except Exception as refusal:
             self.fail(refusal)
             return []
@@ -109,23 +125,32 @@ class Incoming:
     def filled(self, size: int) -> None:
         """So many bytes have been read into `room`."""
         assert self._views is not None
-        self._came(self._views.take(size), size)
+        self.landed(self._views.take(size))
+        self._came(size)
+
+    def moved(self, size: int) -> None:
+        """So many bytes have been read into `room`, and `landed` was called with them."""
+        if self._views is not None:
+            self._views.take(size)
+        self._came(size)
+
+    def landed(self, pieces: Sequence[memoryview]) -> None:
+        """These bytes are where they belong."""
+        if self._landed is not None:
+            self._landed(pieces)
 
     def feed(self, data: memoryview) -> int:
         """Takes bytes that have been read; returns how many: none while it waits."""
         if self.waits:
             return 0
         size = min(len(data), self.left)
-        filled: list[memoryview] = []
         if self.room(size):
             assert self._views is not None
-            filled = self._views.fill(data[:size])
-        self._came(filled, size)
+            self.landed(self._views.fill(data[:size]))
+        self._came(size)
         return size
 
-    def _came(self, filled: list[memoryview], size: int) -> None:
-        if self._landed is not None:
-            self._landed(filled)
+    def _came(self, size: int) -> None:
         self.left -= size
         if not self.left and self._done is not None and not self._done.done():
             self._done.set_result(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from typing import Protocol
 from h2.exceptions import ProtocolError
 
 from cluster.kv.transport.streams.framing import Frames, Framing
+from cluster.kv.transport.streams.loan import LEND_BYTES, Loan, Porter
 from cluster.kv.transport.streams.reading import Incoming
+from cluster.kv.transport.streams.views import Views
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,9 @@ class Receiving:
     Args:
         preface: a client's comes first.
         broke: called with the reason when the socket is of no more use.
+
+    Attributes:
+        loan: a thread reads from the socket.
     """
 
     def __init__(
@@ -69,10 +75,12 @@ class Receiving:
         self._held = b""
         self._reading = False
         self._over = False
+        self._porter = Porter("kv-receive")
+        self.loan: Loan | None = None
 
     def start(self) -> None:
         """Reads from now on."""
-        if not self._reading and not self._over:
+        if not self._reading and not self._over and self.loan is None:
             self._reading = True
             self._loop.add_reader(self._sock, self._readable)
 
@@ -83,14 +91,14 @@ class Receiving:
             self._loop.call_soon(self._take_held)
 
     def close(self) -> None:
-        """Reads no more."""
+        """Reads no more, but for what a thread is at."""
         self._over = True
-        if self._reading:
-            self._reading = False
-            self._loop.remove_reader(self._sock)
+        if self.loan is not None:
+            self.loan.stop()
+        self._stop_reading()
 
     def _take_held(self) -> None:
-        if not self._reading and not self._over:
+        if not self._reading and not self._over and self.loan is None:
             held, self._held = self._held, b""
             self.start()
             self._feed(memoryview(held))
@@ -112,6 +120,9 @@ class Receiving:
         more = 0
         if coming is not None and coming.left:
             more = min(coming.left, self._framing.data_left)
+            if coming.lendable and more >= LEND_BYTES:
+                self._lend(coming, coming.room(more))
+                return 0
             room = coming.room(min(more, CHUNK_BYTES))
         held = sum(map(len, room))
         scratch = _scratch.memory
@@ -130,6 +141,37 @@ class Receiving:
             self._feed(scratch[: size - placed], placed)
         return size
 
+    def _lend(self, coming: Incoming, room: list[memoryview]) -> None:
+        """A thread reads what goes there, and nothing behind it."""
+
+        def back(size: int, why: str) -> None:
+            self.loan = coming.loan = None
+            if self._over:
+                return
+            coming.moved(size)
+            self._taker.count(size)
+            self._framing.came(size)
+            if why:
+                return self._broke(why)
+            self._taker.fed()
+            self.start()
+
+        self._stop_reading()
+        self.loan = coming.loan = Loan(
+            self._sock,
+            lambda pieces: self._sock.recvmsg_into(pieces)[0],
+            select.POLLIN,
+            Views(room),
+            coming.landed,
+            back,
+        )
+        self._porter.take(self.loan)
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._sock)
+
     def _feed(self, data: memoryview, placed: int = 0) -> None:
         try:
             if placed:
@@ -141,6 +183,5 @@ class Receiving:
             return self._broke("the peer broke the protocol")
         if len(left) and not self._over:
             self._held = bytes(left)
-            self._reading = False
-            self._loop.remove_reader(self._sock)
+            self._stop_reading()
         self._taker.fed()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from h2.connection import H2Connection
 
+from cluster.kv.transport.streams.loan import LEND_BYTES, Loan, Porter
 from cluster.kv.transport.streams.protocol import data_header
 from cluster.kv.transport.streams.reading import Broken
 from cluster.kv.transport.streams.stream import Outgoing, Stream
@@ -45,20 +47,39 @@ class Frame:
     def left(self) -> int:
         return len(self._head) + self._part.left
 
+    @property
+    def lendable(self) -> bool:
+        """Threads may read what has not been sent, and it is worth one."""
+        lendable = self.outgoing is not None and self.outgoing.lendable
+        return lendable and not self._head and self._part.left >= LEND_BYTES
+
+    def rest(self) -> list[memoryview]:
+        """All that has not been sent of the message."""
+        return self._part.front(self._part.left)
+
     def front(self) -> list[memoryview]:
         """What goes to the socket next."""
+        if self._head and self.outgoing is not None and self.outgoing.lendable:
+            return [self._head]
         part = self._part.front(CHUNK_BYTES)
         return [self._head, *part] if self._head else part
 
     def sent(self, size: int) -> None:
         """So much of it has been taken."""
+        part = self._took(size)
+        if self.outgoing is not None:
+            self.outgoing.passed(part)
+
+    def carried(self, size: int) -> None:
+        """The same, and `outgoing` has seen it pass."""
+        self._took(size)
+
+    def _took(self, size: int) -> list[memoryview]:
         if self._head:
             head = min(size, len(self._head))
             self._head = self._head[head:]
             size -= head
-        part = self._part.take(size)
-        if self.outgoing is not None:
-            self.outgoing.passed(part)
+        return self._part.take(size)
 
     def blank(self) -> None:
         """What has not been sent of the message leaves as zeros: the peer has to skip something."""
@@ -72,6 +93,9 @@ class Sending:
 
     Args:
         broke: called with the reason when the socket is of no more use.
+
+    Attributes:
+        loan: a thread sends to the socket.
     """
 
     def __init__(
@@ -87,6 +111,8 @@ class Sending:
         self._waiting = False
         self._busy = False
         self._over = False
+        self._porter = Porter("kv-send")
+        self.loan: Loan | None = None
 
     def say(self, frame: bytes) -> None:
         """A frame that is not DATA, packed by hand; leaves with the next `pump`."""
@@ -109,7 +135,10 @@ class Sending:
         """The pieces of a sealed message are read no more. What is left of another goes: it is its
         own, and with zeros in it might mean something."""
         if outgoing.sealing and self._frame is not None and self._frame.outgoing is outgoing:
-            self._frame.blank()
+            if self.loan is None:
+                self._frame.blank()
+            else:
+                self.loan.stop()  # the rest is blank when it is known how much of it there is
 
     def forget(self, stream: Stream) -> None:
         """Nothing of a stream leaves any more, but for the rest of a frame that has begun."""
@@ -123,7 +152,7 @@ class Sending:
         if self._busy or self._over:
             return
         self._collect()
-        if not self._waiting and not self._over:
+        if not self._waiting and not self._over and self.loan is None:
             self._send()
 
     def _send(self) -> None:
@@ -145,16 +174,48 @@ class Sending:
             frame = self._frame = self._frame or self._next()
             if frame is None:
                 return False
+            if frame.lendable:
+                self._lend(frame)
+                return False
             try:
                 size = self._sock.sendmsg(frame.front())
             except (BlockingIOError, InterruptedError):
                 return True
             frame.sent(size)
             turn -= size
-            if not frame.left:
-                self._frame = None
-                self._sent()
+            self._look(frame)
         return True
+
+    def _look(self, frame: Frame) -> None:
+        """It may have left."""
+        if not frame.left:
+            self._frame = None
+            self._sent()
+
+    def _lend(self, frame: Frame) -> None:
+        """A thread sends the frame, and nothing behind it."""
+        assert frame.outgoing is not None
+        outgoing = frame.outgoing
+
+        def back(size: int, why: str) -> None:
+            self.loan = outgoing.loan = None
+            frame.carried(size)
+            if why:
+                return self._broke(why)
+            if loan.stopped:
+                frame.blank()
+            self._look(frame)
+            self.pump()
+
+        self.loan = outgoing.loan = loan = Loan(
+            self._sock,
+            self._sock.sendmsg,
+            select.POLLOUT,
+            Views(frame.rest()),
+            outgoing.passed,
+            back,
+        )
+        self._porter.take(loan)
 
     def _wait(self, more: bool) -> None:
         if more and not self._waiting:
@@ -213,8 +274,10 @@ class Sending:
                 return
 
     def close(self, why: str) -> None:
-        """Nothing leaves any more."""
+        """Nothing leaves any more, but for what a thread is at."""
         self._over = True
+        if self.loan is not None:
+            self.loan.stop()
         if self._waiting:
             self._loop.remove_writer(self._sock)
         for outgoing in self._queue:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cluster.kv.transport.streams.loan import Loan
 from cluster.kv.transport.streams.protocol import PREFIX
 from cluster.kv.transport.streams.reading import Broken, Incoming, Message, Reader
 from cluster.kv.transport.streams.views import Views
@@ -48,19 +49,24 @@ class Stream:
             raise Broken("the stream has ended")
         views = [piece if isinstance(piece, memoryview) else memoryview(piece) for piece in pieces]
         prefix = PREFIX.pack(0, sum(map(len, views)))
-        await self._connection.send(self, Views([memoryview(prefix), *views]))
+        await self._connection.send(Outgoing(self, Views([memoryview(prefix), *views])))
 
-    async def send_sealed(self, head: bytes, pieces: Sequence[memoryview], seal: Seal) -> None:
+    async def send_sealed(
+        self, head: bytes, pieces: Sequence[memoryview], seal: Seal, lendable: bool = False
+    ) -> None:
         """The same with an end that is made of the pieces while they leave. However it ends, the
         pieces are read no more.
 
         Args:
             head: before the pieces; none of the seal's.
+            lendable: the pieces are the caller's own until this returns, so that a thread may read
+                them.
         """
         if self.over:
             raise Broken("the stream has ended")
         start = PREFIX.pack(0, len(head) + sum(map(len, pieces)) + seal.size) + head
-        await self._connection.send(self, Views([memoryview(start), *pieces]), seal, len(start))
+        message = Views([memoryview(start), *pieces])
+        await self._connection.send(Outgoing(self, message, None, seal, len(start), lendable))
 
     async def receive(self) -> Message | None:
         """The next message; None after the last one.
@@ -76,7 +82,7 @@ class Stream:
         if not isinstance(message, Incoming):
             return message
         rest = bytearray(message.left)
-        await message.read_into(Views([memoryview(rest)]), lambda: None)
+        await message.read_into(Views([memoryview(rest)]), None)
         return message.head + bytes(rest)
 
     def begin(self) -> None:
@@ -135,9 +141,11 @@ class Outgoing:
     Args:
         seal: makes the message's end.
         plain: so many bytes at the front are none of the seal's.
+        lendable: a thread may read the message.
 
     Attributes:
         act: instead of a message.
+        loan: a thread that sends of it.
     """
 
     def __init__(
@@ -147,12 +155,15 @@ class Outgoing:
         act: Callable[[], None] | None = None,
         seal: Seal | None = None,
         plain: int = 0,
+        lendable: bool = False,
     ) -> None:
         self.stream = stream
         self.views = views
         self.act = act
         self._seal = seal
         self._plain = plain
+        self.lendable = lendable
+        self.loan: Loan | None = None
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(lambda _: self.done.cancelled() or self.done.exception())
 

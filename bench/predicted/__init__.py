@@ -1,0 +1,1 @@
+"""Predicted against measured; `python -m bench.predicted`."""
