@@ -135,7 +135,7 @@ def test_a_curve_within_a_bound(seconds: list[float], sizes: list[int], bound: f
     for size, took in zip(sizes, seconds, strict=False):
         curves.observe(0, size, took)
     largest = float(curves.within(bound, np.array([0]))[0])
-    # With the knots: a curve that falls again is above a bound at one of them, and little beside it.
+    # With the knots: a curve that falls again is above a bound at one of them, and near it only.
     tried = np.union1d(2.0 ** np.linspace(0.0, 10.0, 200), 2.0 ** np.arange(11))
     for size in tried:
         if size <= largest:
