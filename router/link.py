@@ -21,9 +21,10 @@ from cluster.ticket import TicketSigner
 from pdserve.v1 import worker_pb2
 from router import worker_wire as wire
 from router.events import Output, WorkerFailed
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.output import Stage
 from router.placement import Target, WorkerView
+from router.share import Share
 from router.worker_wire import SequenceStart
 
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.1, 5.0
