@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from cluster.kv.generations import Stamp
 from cluster.kv.geometry import Route
+from cluster.kv.handoff import HandoffResult
 from cluster.kv.milestones import Fence
 from cluster.kv.transport.seam import Peer
 
@@ -61,3 +64,20 @@ class Order:
     route: Route
     peer: Peer
     plain: bool
+
+
+def result_of(handoff_id: str, sent: Sequence[Sent], error: str) -> HandoffResult:
+    """Prefill's part of a handoff that has ended just now, over all routes of a rank."""
+    result = HandoffResult(handoff_id, "prefill", error, ended_at=time.monotonic())
+    if not sent:
+        return result
+    return replace(
+        result,
+        transport=sent[0].transport,
+        bytes=sum(s.bytes for s in sent),
+        frames=sum(s.frames for s in sent),
+        held_tokens=min(s.held_tokens for s in sent),
+        granted_at=max(s.granted_at for s in sent),
+        first_frame_at=min((s.first_frame_at for s in sent if s.frames), default=0.0),
+        last_frame_at=max(s.last_frame_at for s in sent),
+    )

@@ -59,6 +59,11 @@ class Push:
         self._when_read.append(call)
         self._changed.set()
 
+    @property
+    def unread(self) -> bool:
+        """Somebody waits for what was added to be read."""
+        return bool(self._when_read)
+
     def _all_read(self) -> None:
         calls, self._when_read = self._when_read, []
         for call in calls:

@@ -12,16 +12,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cluster.errors import HandoffRefused
 from cluster.kv.generations import Generations, Stamp
 from cluster.kv.geometry import KvGeometry, routes, same_blocks
-from cluster.kv.handoff import HandoffParams, HandoffResult
+from cluster.kv.handoff import HandoffParams
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.orders import Order, Ready
+from cluster.kv.orders import Order, Ready, result_of
 from cluster.kv.paged import PagedCache
 from cluster.kv.push import Push
 from cluster.kv.transport.seam import Peer, Transport
@@ -183,6 +183,14 @@ class Sender:
         if not pushes:
             call()
 
+    def fail_unread(self, handoff_ids: Iterable[str]) -> None:
+        """What was to be read by now, and has not been, will never be sent."""
+        for handoff_id in handoff_ids:
+            handoff = self._handoffs.get(handoff_id)
+            if handoff is not None and any(push.unread for push in handoff.pushes):
+                log.warning("handoff %s is called off: decode takes it too slowly", handoff_id)
+                self._call_off(handoff)
+
     def live(self) -> set[str]:
         """Handoffs that pin blocks."""
         return {handoff.id for handoff in self._handoffs.values() if handoff.pinned}
@@ -244,8 +252,6 @@ class Sender:
                     self._milestones,
                 )
             )
-        if not pushes:
-            self._granted(handoff)  # nothing of this rank is wanted
         return pushes
 
     def _granted(self, handoff: _Handoff) -> None:
@@ -266,7 +272,8 @@ class Sender:
         for push in handoff.pushes:
             push.ready.clear()
         self._ledger.note(handoff.id, f"push ended: {error or 'acknowledged'}", time.monotonic())
-        self._mailbox.result(_result(handoff, error))
+        sent = [push.sent for push in handoff.pushes]
+        self._mailbox.result(result_of(handoff.id, sent, error))
         self._let_go(handoff)
 
     def _let_go(self, handoff: _Handoff) -> None:
@@ -281,20 +288,3 @@ class Sender:
 def _first(group: ExceptionGroup[HandoffRefused]) -> HandoffRefused:
     inner = group.exceptions[0]
     return _first(inner) if isinstance(inner, ExceptionGroup) else inner
-
-
-def _result(handoff: _Handoff, error: str) -> HandoffResult:
-    result = HandoffResult(handoff.id, "prefill", error, ended_at=time.monotonic())
-    sent = [push.sent for push in handoff.pushes]
-    if not sent:
-        return result
-    return replace(
-        result,
-        transport=sent[0].transport,
-        bytes=sum(s.bytes for s in sent),
-        frames=sum(s.frames for s in sent),
-        held_tokens=min(s.held_tokens for s in sent),
-        granted_at=max(s.granted_at for s in sent),
-        first_frame_at=min((s.first_frame_at for s in sent if s.frames), default=0.0),
-        last_frame_at=max(s.last_frame_at for s in sent),
-    )

@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
+from h2.connection import H2Connection
 
 from cluster.kv.transport.streams.client import Channel
+from cluster.kv.transport.streams.protocol import PREFIX, request
 from cluster.kv.transport.streams.reading import Broken, Incoming, Reader
 from cluster.kv.transport.streams.server import Server
 from cluster.kv.transport.streams.stream import Stream
@@ -35,7 +37,8 @@ class Seal:
     def add(self, pieces: Sequence[memoryview]) -> None:
         for piece in pieces:
             self.seen += piece
-        self._loop.call_soon_threadsafe(self.began.set)
+        if self.seen:
+            self._loop.call_soon_threadsafe(self.began.set)
 
     def end(self) -> bytes:
         return END
@@ -134,6 +137,29 @@ async def test_a_payload_that_is_called_off_is_read_no_more() -> None:
         assert len(seen) < len(PAYLOAD)
 
 
+async def test_one_that_is_called_off_before_it_began_to_leave_is_still_a_message() -> None:
+    """Zeros alone would be millions of empty ones."""
+    taken: list[int] = []
+    broke = asyncio.Event()
+
+    async def take(stream: Stream) -> None:
+        with pytest.raises(Broken):
+            while (message := await stream.receive_whole()) is not None:
+                taken.append(len(message))
+        broke.set()
+
+    async with peers(take) as channel, asyncio.timeout(30):
+        stream = await channel.open(PATH)
+        sending = send(stream, bytearray(PAYLOAD), Seal())
+        await asyncio.sleep(0)  # a thread has been told to begin, and has hardly had the time
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        await broke.wait()
+        assert taken == []
+        await goes_on(channel)
+
+
 async def test_a_reading_that_is_broken_off_leaves_the_memory_alone() -> None:
     async def take(stream: Stream) -> None:
         await stream.send(PAYLOAD)
@@ -218,3 +244,85 @@ async def test_a_thread_that_has_nothing_to_do_ends(monkeypatch: pytest.MonkeyPa
             await asyncio.sleep(0.2)
         assert await stream.receive_whole() == b"taken"
         await until(lambda: not porters() - before)
+
+
+async def test_threads_let_go_of_what_they_have_moved() -> None:
+    async def take(stream: Stream) -> None:
+        await stream.receive_whole()
+
+    def free() -> bool:
+        """Nobody looks at the memory any more."""
+        try:
+            memory.append(0)
+        except BufferError:
+            return False
+        return True
+
+    async with peers(take) as channel, asyncio.timeout(30):
+        memory, stream = bytearray(PAYLOAD), await channel.open(PATH)
+        sending = send(stream, memory, Seal())
+        await sending
+        stream.cancel()
+        del sending, stream
+        await until(free)
+
+
+class Refuses(Seal):
+    def add(self, pieces: Sequence[memoryview]) -> None:
+        if any(map(len, pieces)):
+            raise ArithmeticError("no sum")
+
+
+async def test_a_thread_that_fails_breaks_the_connection() -> None:
+    async def take(stream: Stream) -> None:
+        with pytest.raises(Broken):
+            await stream.receive_whole()
+
+    async with peers(take) as channel, asyncio.timeout(30):
+        stream = await channel.open(PATH)
+        with pytest.raises(Broken, match="not summed up: no sum"):
+            await send(stream, bytearray(PAYLOAD), Refuses())
+
+
+async def test_a_process_that_may_have_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def take(stream: Stream) -> None:
+        with pytest.raises(Broken):
+            await stream.receive_whole()
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with peers(take) as channel, asyncio.timeout(30):
+        stream = await channel.open(PATH)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(Broken, match="can't start new thread"):
+                await send(stream, bytearray(PAYLOAD), Seal())
+
+
+async def test_a_peer_that_breaks_the_protocol_behind_a_payload_is_closed() -> None:
+    """It says how long its call is, and sends more."""
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def take(stream: Stream) -> None:
+        with pytest.raises(Broken):
+            while await stream.receive_whole() is not None:
+                pass
+        ended.set_result(None)
+
+    async with peers(take) as channel, asyncio.timeout(30):
+        host, _, port = channel._address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        protocol = H2Connection()
+        protocol.initiate_connection()
+        writer.write(protocol.data_to_send())
+        while protocol.max_outbound_frame_size < 2 << 20:
+            protocol.receive_data(await reader.read(65536))
+        headers = request(channel._address, PATH)
+        protocol.send_headers(1, [*headers, ("content-length", "5")])
+        protocol.send_data(1, PREFIX.pack(0, 2 << 20) + bytes(2 << 20), end_stream=True)
+        writer.write(protocol.data_to_send())
+        while await reader.read(65536):
+            pass
+        await ended
+        writer.close()

@@ -32,7 +32,7 @@ SECRET_ENV = "PDSERVE_KV_SECRET"
 
 
 READ_SECONDS = 1.0
-"""A step waits no longer for its blocks to be read; whatever takes them then fails the handoff."""
+"""A step waits no longer for its blocks to be read: handoffs that take longer are called off."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,8 @@ class WorkerSide:
         sender, read = self.agent.sender, threading.Event()
         handoffs = [offer.handoff_id for offer, _ in self._step.offers]
         self.agent.post(lambda: sender.when_read(handoffs, read.set))
-        read.wait(READ_SECONDS)
+        if not read.wait(READ_SECONDS):
+            self.agent.post(lambda: sender.fail_unread(handoffs))
 
     def _written(self, layer: int) -> None:
         self._step.written.add(layer)

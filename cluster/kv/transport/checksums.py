@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import xxhash
 
+from cluster.kv.transport.frames import CHECKSUM_BYTES, blocks_checksum
 from cluster.kv.transport.streams.views import Views
 
 _MASK = (1 << 64) - 1
@@ -44,6 +45,20 @@ class PassingSum:
 
     def value(self) -> int:
         return int(self._digest.intdigest())
+
+
+class ChecksumSeal:
+    """The end of a frame of blocks, for a payload that is being sent. Memory that changes between
+    its sending and its sum makes another sum; that it had changed before, generations tell."""
+
+    size = CHECKSUM_BYTES
+
+    def __init__(self, passing: PassingSum) -> None:
+        self._passing = passing
+        self.add = passing.add
+
+    def end(self) -> bytes:
+        return blocks_checksum(self._passing.value())
 
 
 class DeviceSum:

@@ -19,7 +19,7 @@ from cluster.kv.transport.grpc_streams import (
     StagedOutbound,
 )
 from cluster.kv.transport.seam import Peer, Serve
-from cluster.kv.transport.staging import HostMemory, PinnedMemory, Staging
+from cluster.kv.transport.staging import HostMemory, PinnedMemory, Share, Staging
 from cluster.kv.transport.streams.client import Channel
 from cluster.kv.transport.streams.reading import Broken, Reader
 from cluster.kv.transport.streams.server import Method, Server
@@ -27,7 +27,7 @@ from cluster.kv.transport.streams.stream import Stream
 from cluster.ports import ANY, take
 
 SERVICE = "pdserve.v1.KvTransfer"
-STAGED_BYTES = 128 << 20
+STAGED_BYTES = 256 << 20
 """Pinned memory for payloads under way from or to a device, each way."""
 WHOLE_BYTES = CONTROL_BYTES
 """Payloads of longer messages are read when it is known where they go."""
@@ -111,7 +111,8 @@ class GrpcTransport:
         stream = await self.call(peer.address, "Push")
         if self._out is None:
             return GrpcOutbound(stream, self.frame_bytes)
-        return StagedOutbound(stream, self.frame_bytes, self._out, self.milestones, self._mark)
+        share = Share(self._out)
+        return StagedOutbound(stream, self.frame_bytes, share, self.milestones, self._mark)
 
     async def call(self, address: str, method: str) -> Stream:
         """A stream to a peer, on the channel whose turn it is.

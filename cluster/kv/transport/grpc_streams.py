@@ -13,7 +13,7 @@ import torch
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.transport.checksums import PassingSum, host_checksum
+from cluster.kv.transport.checksums import ChecksumSeal, PassingSum, host_checksum
 from cluster.kv.transport.frames import (
     CHECKSUM_BYTES,
     Abort,
@@ -23,7 +23,6 @@ from cluster.kv.transport.frames import (
     Frame,
     Open,
     Reply,
-    blocks_checksum,
     blocks_header,
     decode_checksum,
     decode_frame,
@@ -33,7 +32,7 @@ from cluster.kv.transport.frames import (
     encode_reply,
 )
 from cluster.kv.transport.seam import Buffer
-from cluster.kv.transport.staging import HostMemory, PinnedMemory, Slot, Staging
+from cluster.kv.transport.staging import HostMemory, PinnedMemory, Share, Slot, Staging
 from cluster.kv.transport.streams.reading import Broken, Incoming
 from cluster.kv.transport.streams.stream import Stream
 from cluster.kv.transport.streams.views import Views
@@ -49,20 +48,6 @@ class HostBuffer:
     """Memory of one payload's own."""
 
     payload: torch.Tensor
-
-
-class ChecksumSeal:
-    """The end of a frame of blocks, for a payload that is being sent. Memory that changes between
-    its sending and its sum makes another sum; that it had changed before, generations tell."""
-
-    size = CHECKSUM_BYTES
-
-    def __init__(self, passing: PassingSum) -> None:
-        self._passing = passing
-        self.add = passing.add
-
-    def end(self) -> bytes:
-        return blocks_checksum(self._passing.value())
 
 
 class GrpcOutbound:
@@ -147,7 +132,7 @@ class StagedOutbound(GrpcOutbound):
         self,
         stream: Stream,
         frame_bytes: int,
-        staging: Staging,
+        staging: Staging | Share,
         milestones: Milestones,
         mark: Callable[[], Fence | None],
     ) -> None:

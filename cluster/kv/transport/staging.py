@@ -63,8 +63,8 @@ class Staging:
 
 
 class Share:
-    """One link's slots of a staging memory: never all of them, so that a peer that stands still
-    keeps not every other one waiting."""
+    """One link's or push's slots of a staging memory: never all of them, so that a peer that stands
+    still keeps not every other one waiting."""
 
     def __init__(self, staging: Staging) -> None:
         self._staging = staging

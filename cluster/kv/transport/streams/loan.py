@@ -9,6 +9,7 @@ out of it may have it lent: a cache's blocks may be another's in the next moment
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import select
 import socket
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from cluster.kv.transport.streams.views import Views
+
+log = logging.getLogger(__name__)
 
 LEND_BYTES = 1 << 20
 """Less is not worth a thread's wake-up."""
@@ -57,6 +60,7 @@ class Loan:
         self._passed = passed
         self._back = back
         self._moved = 0
+        self._failure = ""
         self._loop = asyncio.get_running_loop()
         self.stopped = False
         self.returned: asyncio.Future[None] = self._loop.create_future()
@@ -82,17 +86,27 @@ class Loan:
 
     def sum_up(self, part: Sequence[memoryview]) -> None:
         """On another thread."""
-        self._passed(part)
         self._moved += sum(map(len, part))
+        if not self._failure:
+            try:
+                self._passed(part)
+            except Exception as error:
+                log.exception("a payload was not summed up")
+                self._failure = f"a payload was not summed up: {error}"
+                self.stop()
 
     def give_back(self, why: str) -> None:
         """On that thread, too, behind the last part."""
+        why = self._failure or why
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._return, why)
 
     def _return(self, why: str) -> None:
+        back = self._back
+        # Whoever is called refers to the loan: the memory would stay until that circle is found.
+        del self._back, self._passed, self._move, self._views
         self.returned.set_result(None)
-        self._back(self._moved, why)
+        back(self._moved, why)
 
 
 _Moved = tuple[Loan, list[memoryview] | None, str]
@@ -111,35 +125,35 @@ class Porter:
     def take(self, loan: Loan) -> None:
         """One at a time."""
         with self._lock:
-            self._loans.put(loan)
             if not self._working:
+                try:
+                    self._start()
+                except RuntimeError as error:
+                    log.error("a payload is not moved: %s", error)
+                    return loan.give_back(f"a payload is not moved: {error}")
                 self._working = True
-                moved: queue.SimpleQueue[_Moved | None] = queue.SimpleQueue()
-                for work in (self._carry, self._sum_up):
-                    threading.Thread(
-                        target=work, args=(moved,), name=self._name, daemon=True
-                    ).start()
+            self._loans.put(loan)
+
+    def _start(self) -> None:
+        """Raises RuntimeError if the process may have no more threads."""
+        moved: queue.SimpleQueue[_Moved | None] = queue.SimpleQueue()
+        for work in (self._sum_up, self._carry):
+            try:
+                threading.Thread(target=work, args=(moved,), name=self._name, daemon=True).start()
+            except RuntimeError:
+                moved.put(None)
+                raise
 
     def _carry(self, moved: queue.SimpleQueue[_Moved | None]) -> None:
         while (loan := self._next()) is not None:
-            why = ""
-            try:
-                for part in loan.parts():
-                    moved.put((loan, part, ""))
-            except OSError as error:
-                why = f"the connection broke: {error}"
-            except EOFError:
-                why = "the peer closed the connection"
-            moved.put((loan, None, why))
+            _carry(loan, moved)
+            del loan  # and with it the memory, while there is nothing to do
         moved.put(None)
 
     def _sum_up(self, moved: queue.SimpleQueue[_Moved | None]) -> None:
         while (item := moved.get()) is not None:
-            loan, part, why = item
-            if part is None:
-                loan.give_back(why)
-            else:
-                loan.sum_up(part)
+            _sum_up(*item)
+            del item
 
     def _next(self) -> Loan | None:
         try:
@@ -148,6 +162,28 @@ class Porter:
             with self._lock:
                 self._working = not self._loans.empty()
                 return self._loans.get() if self._working else None
+
+
+def _carry(loan: Loan, moved: queue.SimpleQueue[_Moved | None]) -> None:
+    why = ""
+    try:
+        for part in loan.parts():
+            moved.put((loan, part, ""))
+    except EOFError:
+        why = "the peer closed the connection"
+    except OSError as error:
+        why = f"the connection broke: {error}"
+    except Exception as error:
+        log.exception("a payload was not moved")
+        why = f"a payload was not moved: {error}"
+    moved.put((loan, None, why))
+
+
+def _sum_up(loan: Loan, part: list[memoryview] | None, why: str) -> None:
+    if part is None:
+        loan.give_back(why)
+    else:
+        loan.sum_up(part)
 
 
 async def settle(loan: Loan | None) -> None:

@@ -150,11 +150,10 @@ class Receiving:
                 return
             coming.moved(size)
             self._taker.count(size)
-            self._framing.came(size)
             if why:
                 return self._broke(why)
-            self._taker.fed()
             self.start()
+            self._feed(memoryview(b""), size)
 
         self._stop_reading()
         self.loan = coming.loan = Loan(

@@ -82,10 +82,12 @@ class Frame:
         return self._part.take(size)
 
     def blank(self) -> None:
-        """What has not been sent of the message leaves as zeros: the peer has to skip something."""
+        """What has not been sent of the pieces leaves as zeros: the peer has to skip something.
+        What stands before them, which says how much that is, leaves as it is."""
+        start = self._part.take(self.outgoing.plain) if self.outgoing is not None else []
         left, self.outgoing = self._part.left, None
         whole, rest = divmod(left, len(_ZEROS))
-        self._part = Views([_ZEROS] * whole + [_ZEROS[:rest]])
+        self._part = Views([*start, *[_ZEROS] * whole, _ZEROS[:rest]])
 
 
 class Sending:

@@ -145,6 +145,7 @@ class Outgoing:
 
     Attributes:
         act: instead of a message.
+        plain: of those bytes, how many have not been sent.
         loan: a thread that sends of it.
     """
 
@@ -161,7 +162,7 @@ class Outgoing:
         self.views = views
         self.act = act
         self._seal = seal
-        self._plain = plain
+        self.plain = plain
         self.lendable = lendable
         self.loan: Loan | None = None
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -184,9 +185,9 @@ class Outgoing:
         """These bytes of it have just been given to the socket."""
         if self._seal is None:
             return
-        if self._plain:
+        if self.plain:
             rest = Views(pieces)
-            self._plain -= sum(map(len, rest.take(self._plain)))
+            self.plain -= sum(map(len, rest.take(self.plain)))
             pieces = rest.take(rest.left)
         self._seal.add(pieces)
 
