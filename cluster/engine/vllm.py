@@ -110,6 +110,8 @@ class VllmEngine:
             num_blocks=self._num_blocks,
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
+            plans_ahead=bool(config.scheduler_config.async_scheduling),
+            graph_tokens=config.compilation_config.max_cudagraph_capture_size or 0,
         )
 
     def _open(self) -> AsyncLLM:
