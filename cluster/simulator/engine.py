@@ -20,6 +20,7 @@ from cluster.planner.performance import Launch, Performance, StepKind
 from cluster.simulator.job import Job
 from cluster.simulator.prefix_cache import PrefixCache
 from cluster.simulator.run import Run
+from cluster.simulator.step import Finished, Step, start, tokens_of
 from router.output import Stage
 
 
@@ -43,23 +44,6 @@ class EngineLimits:
     repeats_first_token: bool = True
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A step of prompts that is started, and its chunks; seconds of the clock."""
-
-    chunks: list[tuple[Job, int]]
-    began: float
-    computed_at: float
-
-
-@dataclass
-class Finished:
-    """What a run of steps brought about, in the order in which it is told."""
-
-    first_tokens: list[Job]
-    ended: list[Job]
-
-
 class Engine:
     """One worker's engine. `next_event` is when `advance` wants to be called."""
 
@@ -79,7 +63,7 @@ class Engine:
         self._chunks: list[tuple[Job, int]] = []
         self._began = 0.0
         self._decodes = False
-        self._started: _Step | None = None
+        self._started: Step | None = None
         self._landed: list[Job] = []
         self._order = 0
 
@@ -251,7 +235,7 @@ class Engine:
         self._decodes = self.limits.mixes or not self._chunks
         if self._chunks:
             batch = len(self._decoding) if self.limits.mixes else 0
-            prompts = _tokens(self._chunks)
+            prompts = tokens_of(self._chunks)
             context = self._context if batch else 0
             self._run.begin(now, 1, self.performance.mixed_seconds(prompts, batch, context))
         elif self._decoding:
@@ -267,14 +251,8 @@ class Engine:
         """Starts what waits, and lets the run end when the step that was started before is told."""
         before, chunks = self._started, self._schedule(now) if not self._decoding else []
         self._chunks, self._began = (before.chunks, before.began) if before else ([], now)
-        self._started, self._decodes = None, False
-        free_at = ends_at = max(now, before.computed_at) if before else now
-        if chunks:
-            prompts, performance = _tokens(chunks), self.performance
-            free_at = max(free_at + performance.computing_seconds(prompts),
-                          now + performance.prefill_batch_seconds(prompts))  # fmt: skip
-            self._started = _Step(chunks, now, free_at)
-            ends_at = max(ends_at, now + launch.seconds(sum(new for _, new in chunks)))
+        self._decodes = False
+        self._started, ends_at = start(self.performance, launch, now, before, chunks)
         self._run.begin(now, 1 if before or chunks else 0, ends_at - now)
 
     def _schedule(self, now: float) -> list[tuple[Job, int]]:
@@ -312,8 +290,3 @@ class Engine:
         job.reserved = job.kv_tokens
         self.free_tokens -= job.reserved
         return True
-
-
-def _tokens(chunks: list[tuple[Job, int]]) -> list[tuple[int, int]]:
-    """Of each chunk that was just planned: new, cached or computed before."""
-    return [(new, job.computed + job.planned - new) for job, new in chunks]
