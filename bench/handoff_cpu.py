@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="2,16,128,512", help="MiB, comma-separated")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds per size")
     parser.add_argument(
-        "--frame", type=int, default=8, help="MiB of our payloads (8, as configured by default)"
+        "--frame", type=int, default=16, help="MiB of our payloads (16, as configured by default)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()

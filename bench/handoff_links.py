@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--max-ctas", type=int, help="thread blocks of a transfer over NCCL (it decides)"
     )
-    parser.add_argument("--frame", type=int, default=8, help="MiB of a payload over gRPC (8)")
+    parser.add_argument("--frame", type=int, default=16, help="MiB of a payload over gRPC (16)")
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
     rows = []

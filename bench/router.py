@@ -4,11 +4,12 @@
 
 Simulated engines on one core, the system under test alone on another; the clients share the
 engines' core, so that what is measured is the system's own CPU time. Loads: paced, each token a
-message; fours, as many tokens, four a message; saturated, the engines as fast as they can; busy,
-short requests at 60 % of the rate that the system serves when as many as `--streams` are always
-under way (gRPC only). The time to first token is
-taken on workers of their own that are always free, by the same kind of client through the system
-and past it, in turns: past it one engine serves the request whole, through pdserve two do.
+message; tens, the same at ten tokens a second of every stream; fours, as many tokens as paced, four
+a message; saturated, the engines as fast as they can; busy, short requests at 60 % of the rate that
+the system serves when as many as `--streams` are always under way (gRPC only). The time to first
+token is taken on workers of their own that are always free, by the same kind of client through the
+system and past it, in turns: past it one engine serves the request whole, through pdserve two do.
+What the router alone adds is over what the same two workers take without one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 
 from bench.streams.busy import measure_busy
 from bench.streams.clients import Client, GrpcClient, HttpClient
+from bench.streams.hops import HopsClient
 from bench.streams.light import LightClient
-from bench.streams.measure import Row, measure
+from bench.streams.measure import Probes, Row, measure
 from bench.streams.processes import Process
 from bench.streams.setting import PROBE, Disaggregate, Load
 from cluster.store.embedded import EmbeddedStore
@@ -34,8 +36,8 @@ STREAMS = (1, 100)
 TOKENS_PER_SECOND = 2500.0
 """Of a paced load with a hundred streams or more: what clients on one core can take singly."""
 
-SATURATED_GAP, BUSY_GAP = 1e-4, 0.02
-LOADS = ("paced", "fours", "saturated", "busy")
+GAPS = {"tens": 0.1, "saturated": 1e-4, "busy": 0.02}
+LOADS = ("paced", "tens", "fours", "saturated", "busy")
 
 
 def load_of(kind: str, streams: int, disaggregate: Disaggregate = "always") -> Load:
@@ -43,8 +45,7 @@ def load_of(kind: str, streams: int, disaggregate: Disaggregate = "always") -> L
     gap = max(0.01, streams / TOKENS_PER_SECOND)
     if kind == "fours":
         return Load(streams, 4 * gap, disaggregate, tokens_per_output=4)
-    gap = {"saturated": SATURATED_GAP, "busy": BUSY_GAP}.get(kind, gap)
-    return Load(streams, gap, disaggregate)
+    return Load(streams, GAPS.get(kind, gap), disaggregate)
 
 
 def start(system: str, load: Load, store_url: str, urls: dict[str, list[str]]) -> Process:
@@ -63,11 +64,12 @@ def client_of(system: str, process: Process) -> Client:
     return HttpClient(process.said["http"])
 
 
-def past_client(system: str, workers: Process) -> Client:
-    """The same kind of client, on a bare worker."""
+def probes_of(system: str, process: Process, workers: Process) -> Probes:
+    through = client_of(system, process)
     if system == "pdserve-grpc":
-        return GrpcClient(workers.said["grpc"])
-    return HttpClient(workers.said["urls"][PROBE][0])
+        past, light = GrpcClient(workers.said["grpc"]), LightClient(process.said["grpc"])
+        return Probes(through, past, light, HopsClient(workers.said["records"]))
+    return Probes(through, HttpClient(workers.said["urls"][PROBE][0]))
 
 
 def loader_of(system: str, kind: str, process: Process) -> Client:
@@ -79,15 +81,14 @@ def loader_of(system: str, kind: str, process: Process) -> Client:
 
 async def one(system: str, load: Load, kind: str, store_url: str, workers: Process) -> Row:
     process = start(system, load, store_url, workers.said["urls"])
-    client, past = client_of(system, process), past_client(system, workers)
-    loader = loader_of(system, kind, process)
+    probes, loader = probes_of(system, process, workers), loader_of(system, kind, process)
     try:
         if kind == "busy":
-            return await measure_busy(system, load, client, past, loader, process, workers)
-        return await measure(system, load, kind, client, past, loader, process)
+            return await measure_busy(system, load, probes, loader, process, workers)
+        return await measure(system, load, kind, probes, loader, process)
     finally:
-        for each in (client, past, loader):
-            await each.close()
+        await probes.close()
+        await loader.close()
         process.stop()
 
 

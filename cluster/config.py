@@ -109,7 +109,7 @@ class HandoffConfig(Section):
     ] = 60.0
     max_message_bytes: Annotated[
         int, Field(ge=64 << 10, le=64 * MIB, description="Largest frame; holds a block at least.")
-    ] = 8 * MIB
+    ] = 16 * MIB
     max_streams: Annotated[int, Field(ge=1, description="Handoffs received at once.")] = 256
     max_ahead_bytes: Annotated[
         int,

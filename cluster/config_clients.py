@@ -94,6 +94,9 @@ class LimitsConfig(Section):
     max_queued_requests: Annotated[
         int | None, Field(ge=1, description="Waiting; more are refused.")
     ] = None
+    batch_jobs: Annotated[
+        int | None, Field(ge=1, description="Batch jobs that have not ended; more are refused.")
+    ] = 100
 
 
 class TenantConfig(CredentialsConfig):

@@ -25,6 +25,7 @@ _UNITS = {
     "num_gpus": "GPUs",
     "_parallel_size": "GPUs",
     "_requests": "requests",
+    "_jobs": "jobs",
     "_seqs": "sequences",
     "requests_per_second": "requests / s",
     "tokens_per_second": "tokens / s",

@@ -10,7 +10,7 @@ from router.placement import Plan, Target
 from router.tokens import Source
 
 
-@dataclass
+@dataclass(slots=True)
 class Leg:
     """One worker's part; ended when it sent its last output or failed."""
 
@@ -19,7 +19,7 @@ class Leg:
     ended: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Attempt:
     """One try.
 

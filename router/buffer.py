@@ -51,12 +51,13 @@ class OutputBuffer:
         now = time.monotonic()
         self._gap = now - (self._put_at or now)
         self._put_at = now
+        direct = self.direct
         if (
-            self._idle
-            and self.direct is not None
+            direct is not None
+            and self._idle
             and not self._runs
-            and not self._gathers()
-            and self.direct(delta)
+            and (self._pace is None or self._pace.ask() <= self._gap)
+            and direct(delta)
         ):
             self._taken = True
             return True
@@ -70,10 +71,6 @@ class OutputBuffer:
         self._tokens += len(delta.token_ids)
         self._wake.set()
         return self._tokens <= self._limit
-
-    def _gathers(self) -> bool:
-        """Waiting would bring a delta that can go with the one that is there."""
-        return self._pace is not None and self._pace.ask() > self._gap
 
     def close(self, end: Completed | PdserveError) -> None:
         """Nothing follows. After an error what waits is still delivered, unless it is cut off."""
@@ -92,8 +89,10 @@ class OutputBuffer:
         Raises:
             PdserveError: the request has failed.
         """
-        if self._pace is not None and self._gathers() and self._taken and self._end is None:
-            await asyncio.sleep(self._pace.seconds)
+        # Only where waiting brings a delta that can go with the one that is there.
+        wait = self._pace.ask() if self._pace is not None else 0.0
+        if wait > self._gap and self._taken and self._end is None:
+            await asyncio.sleep(wait)
         while not self._runs and self._end is None:
             self._wake.clear()
             self._idle = True

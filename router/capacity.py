@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.config import Config, ModelConfig
 from cluster.store.records import WorkerRecord
-from router.admission.offers import Capacity, SloClass, unpaced
+from router.admission.offers import Capacity, SloClass
 from router.admission.policy import Limits, Policy, TenantPolicy
 from router.fleet import Fleet
 from router.placement import Mode
@@ -32,12 +34,15 @@ def capacity(
     workers: Iterable[WorkerRecord],
     routers: int,
     mode: Mode = "always",
-    paced: Callable[[float], float] = unpaced,
+    paces: Paces | None = None,
 ) -> Capacity:
     """Of `model`, for one of so many routers. In a pool that is empty others stand in, if they may.
 
     Prefill is shared out between the routers. KV is not: an engine that is given more than it holds
     queues and preempts, while a part that is not used is lost.
+
+    Args:
+        paces: None: whatever the pace.
     """
     ready = [w for w in workers if w.model == model.name and w.state == "ready"]
     prefills = [w for w in ready if w.role in ("prefill", "both")]
@@ -48,13 +53,14 @@ def capacity(
         return Capacity()  # They wait for a worker, and are told which one is missing.
     credit = PREFILL_STEPS * model.max_num_batched_tokens
     known = all(w.num_blocks and w.block_size for w in decodes)
-    return Capacity(
+    pools = Capacity(
         prefill_tokens=max(credit, len(prefills) * credit / max(1, routers)),
         prefill_worker_tokens=credit,
         kv_tokens=sum(w.num_blocks * w.block_size for w in decodes) if known else math.inf,
         sequences=len(decodes) * model.max_num_seqs,
-        paced=paced,
+        decode_workers=len(decodes),
     )
+    return pools if paces is None else paces.of(pools, model.name)
 
 
 class Paces:
@@ -70,6 +76,30 @@ class Paces:
         self._mode = mode
         self._version = (-1, -1)
         self._known: dict[tuple[str, float], float] = {}
+        self._slots_version = -1
+        self._slots: dict[tuple[str, str], NDArray[np.intp]] = {}
+
+    def of(self, pools: Capacity, model: str) -> Capacity:
+        """`pools` of a model, with what is known and expected of their pace."""
+
+        return replace(
+            pools,
+            paced=partial(self.within, model),
+            prefill_seconds=partial(self.prefill_seconds, model),
+            step_seconds=partial(self.step_seconds, model),
+        )
+
+    def prefill_seconds(self, model: str, tokens: float) -> float:
+        """Of a prompt of which so much is to compute, alone on a worker; 0: there is none."""
+        rows = self._rows(model, "prefill")
+        return float(self._fleet.speeds.prefill.at(tokens, rows).mean()) if rows.size else 0.0
+
+    def step_seconds(self, model: str, sequences: float) -> float:
+        """Of a token, where so many decode at once, in equal parts; 0: there is no worker."""
+        rows = self._rows(model, "decode")
+        if not rows.size:
+            return 0.0
+        return float(self._fleet.speeds.step.at(sequences / rows.size, rows).mean())
 
     def within(self, model: str, tpot_seconds: float) -> float:
         """Infinite if a single sequence takes longer on every worker, or there is none."""
@@ -82,18 +112,26 @@ class Paces:
             known = self._known[model, tpot_seconds] = self._within(model, tpot_seconds)
         return known
 
+    def _rows(self, model: str, role: str) -> NDArray[np.intp]:
+        """Slots that do that for `model`: all of its, if they may, where none has the role."""
+        if self._slots_version != self._fleet.version:
+            self._slots_version = self._fleet.version
+            self._slots.clear()
+        known = self._slots.get((model, role))
+        if known is None:
+            views = [(i, v) for i, v in enumerate(self._fleet.views) if v is not None]
+            ready = [(slot, view) for slot, view in views if view.model == model and view.ready]
+            rows = [slot for slot, view in ready if view.role in (role, "both")]
+            if not rows and self._mode != "always":
+                rows = [slot for slot, _ in ready]
+            known = self._slots[model, role] = np.array(rows, dtype=np.intp)
+        return known
+
     def _within(self, model: str, tpot_seconds: float) -> float:
-        ready = [
-            (slot, view.role)
-            for slot, view in enumerate(self._fleet.views)
-            if view is not None and view.model == model and view.ready
-        ]
-        rows = [slot for slot, role in ready if role in ("decode", "both")]
-        if not rows and self._mode != "always":
-            rows = [slot for slot, _ in ready]
-        if not rows or math.isinf(tpot_seconds):
+        rows = self._rows(model, "decode")
+        if not rows.size or math.isinf(tpot_seconds):
             return math.inf
-        sizes = self._fleet.speeds.step.within(PACE_HEADROOM * tpot_seconds, np.array(rows))
+        sizes = self._fleet.speeds.step.within(PACE_HEADROOM * tpot_seconds, rows)
         if not sizes.any():
             return math.inf
         return float(np.maximum(np.floor(sizes), LEAST_PACED).sum())
@@ -134,13 +172,10 @@ class Capacities:
         if self._seen is None or self._seen[0] is not records or self._seen[1] != routers:
             self._seen = (records, routers)
             self._known = {
-                model.name: capacity(model, records, routers, self._mode, self._paced(model.name))
+                model.name: capacity(model, records, routers, self._mode, self._paces)
                 for model in self._models
             }
         return self._known
-
-    def _paced(self, model: str) -> Callable[[float], float]:
-        return unpaced if self._paces is None else partial(self._paces.within, model)
 
 
 def policy(config: Config) -> Policy:

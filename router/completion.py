@@ -129,10 +129,11 @@ class Completion:
         """As `Request.more`: the next tokens from the worker that sent those before."""
         if self.state is not State.DECODING or event.finish is not None:
             return None
-        leg = self._attempt.leg(event.sequence_id, event.stage)
-        if leg is None or event.stage is Stage.PREFILL or event.report is not None:
+        attempt, stage = self._attempt, event.stage
+        leg = attempt.leg(event.sequence_id, stage)
+        if leg is None or stage is Stage.PREFILL or event.report is not None:
             return None
-        delta = self._sent.more(event, leg.source, self._attempt.base)
+        delta = self._sent.more(event, leg.source, attempt.base)
         if delta is not None:
             self._account.sent(now, delta)
         return delta

@@ -26,13 +26,20 @@ BURSTS = 1.6
 TPOT_HEADROOM = 0.75
 """Of the target: a pace counts as missed from there on, because those who come later slow it."""
 
+UNSURE = 0.05
+"""Of the time that an output may take: by so much its prediction is off."""
+
+LOGISTIC = 1.702
+"""1 / (1 + exp(−1.702 z)) is the normal distribution at z to 0.01 (Haley, 1952)."""
+
+SURE = 30.0
+"""Deviations; more are as many."""
+
 CHUNK_TOKENS = 2048.0
 """Of a prompt per engine step, about."""
 
 Column: TypeAlias = "Floats | list[float]"
 """A number per slot."""
-
-_LIMITS = np.array([[1.0], [TPOT_HEADROOM], [TPOT_HEADROOM]])
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class ColumnCosts:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._busy = self._crowding = np.zeros(0)
+        self._busy = self._lumps = self._crowding = np.zeros(0)
         self._busy_at = 0.0
 
     def of(self, now: float, demand: Demand, by_id: dict[str, int]) -> Costs:
@@ -73,7 +80,7 @@ class ColumnCosts:
         per_tpot = 1.0 / demand.tpot_seconds
         output = max(2.0, fleet.expected_output(demand.model, demand.max_tokens))
         if not 0 <= now - self._busy_at < BUSY_SECONDS or len(self._busy) != n:
-            self._busy, self._busy_at = fleet.busy(now), now
+            (self._busy, self._lumps), self._busy_at = fleet.load(now), now
             self._crowding = self._busy / (1.0 - self._busy)
         uncached, work, moved = self._work(demand, n)
 
@@ -93,21 +100,29 @@ class ColumnCosts:
             kv_wait = share * output * alone
             gap += kv_wait
 
-        targets = np.empty((3, n))
-        targets[0] = (ttft + kv_wait) * per_ttft
-        targets[1] = (pace + crowded * BURSTS) * per_tpot
-        targets[2] = targets[1] + gap * (per_tpot / output)
+        # Whole, and split: what the output may take, less what it will, in standard deviations.
+        window = TPOT_HEADROOM * demand.tpot_seconds * output
+        left = np.empty((2, n))
+        left[0] = window * (1.0 - self._busy) - output * alone
+        left[1] = left[0] - gap
+        left /= np.sqrt(self._lumps * window + (UNSURE * window) ** 2)
+        missed = MISS / (1.0 + np.exp(np.minimum(left, SURE) * LOGISTIC))
         split_tpot = pace + gap * (1.0 / output)
-        targets += MISS * (targets > _LIMITS)
+        of_ttft = (ttft + kv_wait) * per_ttft
+        of_ttft += MISS * (of_ttft > 1.0)
+        bursts = crowded * (BURSTS * per_tpot)
         harm = fleet.drag[rows] * per_tpot
-        prefill = targets[0] + work * self._crowding * per_ttft
-        decode = targets[2] + harm
+        stricter = fleet.strictest[rows] < demand.tpot_seconds
+        if stricter.any():
+            harm += MISS * (stricter & (alone > TPOT_HEADROOM * fleet.strictest[rows]))
+        prefill = of_ttft + work * self._crowding * per_ttft
+        decode = split_tpot * per_tpot + bursts + missed[1] + harm
         if fleet.penalised or demand.avoid:
             penalty = self._penalty(demand, by_id)
             prefill += penalty
             decode += penalty
         stall = work * fleet.decodes[rows] * (per_tpot / output)
-        whole = prefill + targets[1] + harm + stall
+        whole = prefill + pace * per_tpot + bursts + missed[0] + harm + stall
         return Costs(ttft, uncached, work, prefill, split_tpot, decode, pace, whole)
 
     def _work(self, demand: Demand, n: int) -> tuple[Floats, Floats, Floats]:

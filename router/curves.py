@@ -76,6 +76,13 @@ class Curves:
             self._logs[stale] += (1 - kept) * (self._logs[fresh].mean(axis=0) - self._logs[stale])
             self._seen[stale] *= kept
 
+    def follow(self, rows: NDArray[np.intp]) -> None:
+        """Of `rows` alike, those that nothing was seen of are as the mean of those that were."""
+        seen = self._seen[rows].any(axis=1)
+        if seen.any() and not seen.all():
+            self.version += 1
+            self._logs[rows[~seen]] = self._logs[rows[seen]].mean(axis=0)
+
     def adopt(self, row: int, like: list[int]) -> None:
         """A worker that has not done this yet is about to: as `reset`."""
         if not self._seen[row].any():

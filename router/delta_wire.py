@@ -30,25 +30,26 @@ class DeltaEncoder:
 
     def __call__(self, delta: Delta) -> bytes:
         """Unset fields are left alone: each costs time."""
+        index, offset, token_ids, text, logprobs, finish, stop, text_offset = delta
         message = self._message
         message.Clear()
-        if delta.index:
-            message.index = delta.index
-        if delta.offset:
-            message.offset = delta.offset
-        message.token_ids.extend(delta.token_ids)
-        if delta.text:
-            message.text = delta.text
-        if delta.text_offset:
-            message.text_offset = delta.text_offset
-        if delta.logprobs:
-            message.logprobs.extend(_logprobs(delta.logprobs))
-        if delta.finish is not None:
-            message.finish_reason = _FINISH[delta.finish]
-            if isinstance(delta.stop, str):
-                message.stop_string = delta.stop
-            elif delta.stop is not None:
-                message.stop_token_id = delta.stop
+        if index:
+            message.index = index
+        if offset:
+            message.offset = offset
+        message.token_ids.extend(token_ids)
+        if text:
+            message.text = text
+        if text_offset:
+            message.text_offset = text_offset
+        if logprobs:
+            message.logprobs.extend(_logprobs(logprobs))
+        if finish is not None:
+            message.finish_reason = _FINISH[finish]
+            if isinstance(stop, str):
+                message.stop_string = stop
+            elif stop is not None:
+                message.stop_token_id = stop
         body = message.SerializeToString()
         size = len(body)
         if size < 0x80:

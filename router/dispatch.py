@@ -23,7 +23,6 @@ from router.events import (
     CancelSequence,
     Effect,
     GiveWay,
-    Output,
     Place,
     Placed,
     PromptComputed,
@@ -251,9 +250,6 @@ class Dispatch:
             running.step(WorkerFailed(effect.sequence_id, effect.stage, error), effect.index)
             return
 
-        def listener(event: Output | WorkerFailed) -> None:
-            running.hear(event, effect.index)
-
         link.start(
             SequenceStart(
                 effect.sequence_id,
@@ -263,7 +259,7 @@ class Dispatch:
                 effect.ticket,
                 generation.cache_salt,
             ),
-            listener,
+            partial(running.hear, effect.index),
             self._placer.share(running.key, effect.index, effect.stage),
         )
 

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from router.bounds import Bounds
 from router.breaker import Breaker
 from router.held import HeldTokens
 from router.output import Stage
 from router.placement import Target, WorkerView
 from router.prefix_index import PrefixIndex
+from router.share import Share
 from router.speeds import Speeds
 
 RATE_SECONDS = 10.0
 """Time constant of the share of time that a worker spends on prompts."""
+
+IDLE_SECONDS = 1.0
+"""A worker counts as having been idle for so long before it was seen first."""
 
 EJECTED = 1e6
 """Cost of a worker that failed many; taken only where there is no other."""
@@ -33,27 +37,9 @@ FIRST_OUTPUT_TOKENS = 256.0
 
 _FLOATS = (
     "backlog", "queue", "progress_at", "work", "work_at", "decodes", "context", "kv_used",
-    "kv_tokens", "incoming", "penalty", "pace", "slower", "drag",
+    "kv_tokens", "incoming", "penalty", "pace", "slower", "drag", "since", "lumps",
+    "strictest",
 )  # fmt: skip
-
-
-@dataclass
-class Share:
-    """What one sequence puts on one worker.
-
-    Attributes:
-        seconds: predicted prefill work; 0 on decode.
-        answered: its first token has come.
-        batch: sequences that decoded there when it began.
-    """
-
-    slot: int
-    stage: Stage
-    prompt: int
-    output: float
-    seconds: float = 0.0
-    answered: bool = False
-    batch: float = 0.0
 
 
 class Fleet:
@@ -65,13 +51,15 @@ class Fleet:
     Columns:
         backlog: predicted seconds of prefill work that has no first token yet; `queue`: how many.
         progress_at: when the last of them ended, or the first began.
-        work, work_at: share of time spent on prompts of late, as of when.
+        work, work_at: seconds of prompts over RATE_SECONDS, fading, as of when; lumps: their
+            squares; since: when that began to be counted.
         decodes: sequences that decode or are about to; `context`: their tokens.
         kv_used: tokens that all sequences there are expected to hold; kv_tokens: what fits.
         incoming: handoffs under way.
         penalty: added to the cost, large while it is ejected.
         pace: seconds of a decode step with one sequence more; slower: what one more again adds;
             drag: that, for all who decode there together.
+        strictest: target per token among those who decode there; infinite if none does.
     """
 
     backlog: NDArray[np.float64]
@@ -88,6 +76,9 @@ class Fleet:
     pace: NDArray[np.float64]
     slower: NDArray[np.float64]
     drag: NDArray[np.float64]
+    since: NDArray[np.float64]
+    lumps: NDArray[np.float64]
+    strictest: NDArray[np.float64]
 
     def __init__(self, prefix_blocks: int = 10_000) -> None:
         self.index = PrefixIndex(prefix_blocks)
@@ -97,6 +88,7 @@ class Fleet:
         self._free: list[int] = []
         for name in _FLOATS:
             setattr(self, name, np.zeros(0))
+        self._bounds: dict[int, Bounds] = {}
         self.speeds = Speeds()
         self.output_tokens: dict[str, float] = {}
         self.breakers: dict[str, Breaker] = {}
@@ -113,6 +105,8 @@ class Fleet:
         self.size = max(self.size, slot + 1)
         for name in _FLOATS:
             getattr(self, name)[slot] = 0.0
+        self.since[slot] = self.strictest[slot] = np.inf
+        self._bounds[slot] = Bounds()
         self.speeds.join(slot, self._of_model(view.model))
         self._repace(slot)
         self.breakers.setdefault(view.model, Breaker()).join(slot)
@@ -129,7 +123,8 @@ class Fleet:
 
     def _change_role(self, slot: int, model: str) -> None:
         """What its former role made of its time says nothing of the new one."""
-        self.work[slot] = 0.0
+        self.work[slot] = self.lumps[slot] = 0.0
+        self.since[slot] = np.inf
         self.speeds.change_role(slot, self._of_model(model))
         self._repace(slot)
 
@@ -165,8 +160,9 @@ class Fleet:
             self.backlog[slot] += share.seconds
             self.queue[slot] += 1
             age = now - self.work_at[slot]
-            self.work[slot] *= math.exp(-age / RATE_SECONDS)
-            self.work[slot] += share.seconds / RATE_SECONDS
+            fade = math.exp(-age / RATE_SECONDS)
+            self.work[slot] = self.work[slot] * fade + share.seconds / RATE_SECONDS
+            self.lumps[slot] = self.lumps[slot] * fade + share.seconds**2 / RATE_SECONDS
             self.work_at[slot] = now
         if share.stage is Stage.PREFILL:
             self.kv_used[slot] += share.prompt
@@ -175,6 +171,8 @@ class Fleet:
             self.incoming[slot] += 1
         share.batch = float(self.decodes[slot])
         self.decodes[slot] += 1
+        self._bounds[slot].add(share.tpot)
+        self.strictest[slot] = self._bounds[slot].strictest
         self.context[slot] += share.prompt + share.output / 2
         self.kv_used[slot] += share.prompt + share.output
         self._repace(slot)
@@ -229,6 +227,8 @@ class Fleet:
             self.kv_used[slot] -= share.prompt
             return
         self.decodes[slot] -= 1
+        self._bounds[slot].remove(share.tpot)
+        self.strictest[slot] = self._bounds[slot].strictest
         self.context[slot] -= share.prompt + share.output / 2
         self.kv_used[slot] -= share.prompt + share.output
         self._repace(slot)
@@ -254,10 +254,20 @@ class Fleet:
 
     def busy(self, now: float) -> NDArray[np.float64]:
         """The share of time that each worker spends on prompts, as of late."""
+        return self.load(now)[0]
+
+    def load(self, now: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """As `busy`, and seconds² of prompts a second: the variance of the work that comes in a
+        second, if prompts come at random (Campbell's theorem).
+
+        A fading sum has seen only 1 − exp(−t / RATE_SECONDS) of what comes, t after it began.
+        """
         rows = slice(0, self.size)
-        share = self.work[rows] * np.exp((self.work_at[rows] - now) / RATE_SECONDS)
-        busy: NDArray[np.float64] = np.minimum(share, MAX_BUSY)
-        return busy
+        since = self.since[rows]
+        np.minimum(since, now - IDLE_SECONDS, out=since)
+        weight = np.exp((self.work_at[rows] - now) / RATE_SECONDS)
+        weight /= -np.expm1((since - now) / RATE_SECONDS)
+        return np.minimum(self.work[rows] * weight, MAX_BUSY), self.lumps[rows] * weight
 
     def _penalise(self, slot: int, penalty: float) -> None:
         self.penalty[slot] = penalty

@@ -101,7 +101,8 @@ class Gate:
     def first_token(self, key: str, uncached: int | None = None) -> None:
         """Its prompt is computed; `uncached` as of `Admission.first_token`."""
         self._core.first_token(self._clock.now(), key, uncached)
-        self.pump()
+        # The token itself leaves at the end of this turn: whom it made room for comes after that.
+        asyncio.get_running_loop().call_soon(self.pump)
 
     def release(self, key: str, generation: Generation, completion_tokens: int) -> None:
         """It has ended, running or waiting."""

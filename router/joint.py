@@ -12,8 +12,11 @@ from its neighbours there:
                   + batch · prefill_w(uncached)/n / TPOT        its neighbours stand still meanwhile
 
 ρ is the share of time that a worker spends on prompts, n the tokens that completions take; all
-speeds are learned per worker. A target that is predicted to be missed costs MISS more. The cost of
-a pair is the sum of its sides, so the best pair of a layout is found without looking at every pair.
+speeds are learned per worker, and what prompts slow a decode counts 1 + BURSTS times. A TTFT that
+is predicted to be missed costs MISS more, a TPOT MISS times the risk: that in the time n tokens may
+take, on average ρ of it and at random, prompts take more than decoding leaves. Beside one with a
+stricter TPOT, whatever makes that miss its target costs MISS. The cost of a pair is the sum of its
+sides, so the best pair of a layout is found without looking at every pair.
 """
 
 from __future__ import annotations

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from router.demand import DecodeStep, PrefillStep
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.output import CompletionReport, Stage
 from router.placement import Candidate
+from router.share import Share
 
 MAX_BUSY_SHARE = 0.5
 """Of a worker's time that prompts take: beside more, a decode's pace says little of its own."""
+
+MAX_LEARNED_BUSY = 0.9
+"""As `MAX_BUSY_SHARE`, for what placement goes by. Near 1 the share that decodes have left is what
+rounding makes of it; a worker whose steps seem to take a tenth draws what then comes late."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,11 @@ def learn(
         fleet.saw_prefill(first.slot, seen.uncached, seen.prefill)
     gaps = seen.tokens - 2
     if rest is not None and _lives(fleet, rest, chosen):
-        if gaps > 0 and seen.decode > 0:
+        busy = float(fleet.busy(now)[rest.slot])
+        if gaps > 0 and seen.decode > 0 and busy < MAX_LEARNED_BUSY:
             # What prompts on the same worker take from its decodes is counted apart.
-            alone = 1.0 - float(fleet.busy(now)[rest.slot])
             batch = 1.0 + (rest.batch + max(0.0, float(fleet.decodes[rest.slot]))) / 2
-            fleet.saw_step(rest.slot, batch, seen.decode / gaps * alone)
+            fleet.saw_step(rest.slot, batch, seen.decode / gaps * (1.0 - busy))
         if seen.exposed is not None:
             fleet.saw_exposed(rest.slot, seen.moved, seen.exposed)
     fleet.saw_output(model, seen.tokens)
@@ -98,17 +104,20 @@ def _lives(fleet: Fleet, share: Share, chosen: Candidate) -> bool:
     return view is not None and view.target in (plan.prefill, plan.decode, plan.whole)
 
 
-def shares_of(chosen: Candidate, prompt_tokens: int, output: float) -> dict[Stage, Share]:
+def shares_of(
+    chosen: Candidate, prompt_tokens: int, output: float, tpot: float = math.inf
+) -> dict[Stage, Share]:
     """What a decision puts on its workers.
 
     Args:
         output: tokens that the completion is expected to take.
+        tpot: its target per token, seconds.
     """
     first, rest = chosen.slots
     seconds = chosen.prefill_seconds
     if chosen.plan.whole is not None:
-        return {Stage.WHOLE: Share(first, Stage.WHOLE, prompt_tokens, output, seconds)}
+        return {Stage.WHOLE: Share(first, Stage.WHOLE, prompt_tokens, output, seconds, tpot=tpot)}
     shares = {Stage.PREFILL: Share(first, Stage.PREFILL, prompt_tokens, output, seconds)}
     if chosen.plan.decode is not None:
-        shares[Stage.DECODE] = Share(rest, Stage.DECODE, prompt_tokens, output)
+        shares[Stage.DECODE] = Share(rest, Stage.DECODE, prompt_tokens, output, tpot=tpot)
     return shares

@@ -21,9 +21,10 @@ from cluster.ticket import TicketSigner
 from pdserve.v1 import worker_pb2
 from router import worker_wire as wire
 from router.events import Output, WorkerFailed
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.output import Stage
 from router.placement import Target, WorkerView
+from router.share import Share
 from router.worker_wire import SequenceStart
 
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.1, 5.0
@@ -41,7 +42,7 @@ Listener = Callable[[Output | WorkerFailed], None]
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Open:
     """A sequence on the stream that has not ended."""
 
@@ -191,6 +192,8 @@ class WorkerLink:
     def _hear(self, data: bytes) -> None:
         try:
             message = worker_pb2.WorkerMessage.FromString(data)
+            if message.HasField("plain"):
+                self._receive_plain(message.plain)
             for output in message.outputs:
                 self._receive(output)
             if message.HasField("blocks"):
@@ -199,6 +202,15 @@ class WorkerLink:
             log.exception("worker %s: a message could not be understood", self.record.worker_id)
             if self._call is not None:
                 self._call.cancel()
+
+    def _receive_plain(self, message: worker_pb2.PlainTokens) -> None:
+        for sequence_id, offset, token_ids, text in wire.plain_tokens(message):
+            opened = self._open.get(sequence_id)
+            if opened is None:
+                continue
+            if not opened.share.answered:
+                self._fleet.answered(self._clock.now(), opened.share)
+            _tell(opened, Output(sequence_id, opened.stage, offset, token_ids, text))
 
     def _receive(self, message: worker_pb2.SequenceOutput) -> None:
         opened = self._open.get(message.sequence_id)

@@ -12,11 +12,12 @@ from cluster.errors import PdserveError
 from cluster.obs.metrics import RouterMetrics
 from router.demand import DecodeStep, PrefillStep
 from router.events import Place
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.generation import Generation
 from router.learn import Observed, learn, shares_of, steps_of
 from router.output import Completed, CompletionReport, Stage
 from router.placement import Decision, Demand, Placement, Unplaced
+from router.share import Share
 
 EXPLAINED_REQUESTS = 4096
 """Ended requests whose decisions are kept."""
@@ -102,7 +103,9 @@ class Placer:
         if isinstance(decision, Decision):
             placed = self._requests.setdefault(key, _Placed(generation.request_id))
             output = self._fleet.expected_output(generation.model, generation.max_tokens)
-            placed.shares[place.index] = shares_of(decision.chosen, prompt, output)
+            placed.shares[place.index] = shares_of(
+                decision.chosen, prompt, output, demand.tpot_seconds
+            )
             wall = self._clock.wall()
             explained = Explained(place.index, place.attempt, wall, prompt, decision)
             placed.explained.append(explained)

@@ -105,7 +105,7 @@ class Request:
 
         None: it is not so plain, nothing has happened, and `step` is to take it.
         """
-        if self.ended or not self._prompt_computed:
+        if not self._prompt_computed:
             return None
         return self.completions[index].more(now, event)
 

@@ -3,13 +3,18 @@ its numbers, most of all when the processor has done something else meanwhile. P
 
 from __future__ import annotations
 
+import math
+
 from router.costs import (
     AVOIDED,
     BURSTS,
     BUSY_SECONDS,
     CHUNK_TOKENS,
+    LOGISTIC,
     MISS,
+    SURE,
     TPOT_HEADROOM,
+    UNSURE,
     Costs,
 )
 from router.fleet import Fleet
@@ -24,7 +29,8 @@ class RowCosts:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._crowding: list[float] = []
+        self._busy: list[float] = []
+        self._lumps: list[float] = []
         self._busy_at = 0.0
 
     def of(self, now: float, demand: Demand, by_id: dict[str, int]) -> Costs:
@@ -33,14 +39,15 @@ class RowCosts:
         per_ttft = 1.0 / max(1e-3, demand.ttft_seconds - demand.waited_seconds)
         per_tpot = 1.0 / demand.tpot_seconds
         output = max(2.0, fleet.expected_output(demand.model, demand.max_tokens))
-        if not 0 <= now - self._busy_at < BUSY_SECONDS or len(self._crowding) != n:
-            self._busy_at = now
-            self._crowding = [busy / (1.0 - busy) for busy in fleet.busy(now).tolist()]
-        backlogs, queues, progress, drags, paces, incoming, used, fits, decodes = (
+        if not 0 <= now - self._busy_at < BUSY_SECONDS or len(self._busy) != n:
+            busy, lumps = fleet.load(now)
+            self._busy, self._lumps, self._busy_at = busy.tolist(), lumps.tolist(), now
+        backlogs, queues, progress, drags, paces, incoming, used, fits, decodes, stricts = (
             column[:n].tolist()
             for column in (
                 fleet.backlog, fleet.queue, fleet.progress_at, fleet.drag, fleet.pace,
                 fleet.incoming, fleet.kv_used, fleet.kv_tokens, fleet.decodes,
+                fleet.strictest,
             )
         )  # fmt: skip
         lacking = [used[i] + (prompt + output - fits[i]) for i in range(n)]
@@ -48,6 +55,8 @@ class RowCosts:
         penalties = self._penalties(demand, by_id) if fleet.penalised or demand.avoid else None
         all_work = fleet.speeds.prefill.for_all(prompt, n)
         all_moved = fleet.speeds.exposed.for_all(prompt, n)
+        window = TPOT_HEADROOM * demand.tpot_seconds * output
+        unsure = (UNSURE * window) ** 2
         ttfts, uncacheds, works = [], [], []
         prefills, split_tpots, decodings, whole_tpots, wholes = [], [], [], [], []
         for i in range(n):
@@ -60,7 +69,8 @@ class RowCosts:
             # A prompt's steps carry the decodes of the same worker along.
             carried = drags[i] * (uncached * (1.0 / CHUNK_TOKENS) + 1.0)
             ttft = max(backlogs[i] - begun, 0.0) + work + carried
-            crowded = paces[i] * self._crowding[i]
+            crowding = self._busy[i] / (1.0 - self._busy[i])
+            crowded = paces[i] * crowding
             pace = paces[i] + crowded
             gap = moved * (incoming[i] + 1.0)
             kv_wait = 0.0
@@ -68,13 +78,17 @@ class RowCosts:
                 kv_wait = max(lacking[i], 0.0) / (used[i] + 1.0) * output * paces[i]
                 gap += kv_wait
             of_ttft = (ttft + kv_wait) * per_ttft
-            of_tpot = (pace + crowded * BURSTS) * per_tpot
-            of_split = of_tpot + gap * (per_tpot / output)
             of_ttft += MISS * (of_ttft > 1.0)
-            of_tpot += MISS * (of_tpot > TPOT_HEADROOM)
-            of_split += MISS * (of_split > TPOT_HEADROOM)
+            split_tpot = pace + gap * (1.0 / output)
+            left = window * (1.0 - self._busy[i]) - output * paces[i]
+            deviation = math.sqrt(self._lumps[i] * window + unsure)
+            bursts = crowded * (BURSTS * per_tpot)
+            of_tpot = pace * per_tpot + bursts + MISS * _risk(left / deviation)
+            of_split = split_tpot * per_tpot + bursts + MISS * _risk((left - gap) / deviation)
             harm = drags[i] * per_tpot
-            prefill = of_ttft + work * self._crowding[i] * per_ttft
+            if stricts[i] < demand.tpot_seconds:
+                harm += MISS * (paces[i] > TPOT_HEADROOM * stricts[i])
+            prefill = of_ttft + work * crowding * per_ttft
             decode = of_split + harm
             if penalties is not None:
                 prefill += penalties[i]
@@ -84,7 +98,7 @@ class RowCosts:
             uncacheds.append(uncached)
             works.append(work)
             prefills.append(prefill)
-            split_tpots.append(pace + gap * (1.0 / output))
+            split_tpots.append(split_tpot)
             decodings.append(decode)
             whole_tpots.append(pace)
             wholes.append(prefill + of_tpot + harm + stall)
@@ -96,3 +110,8 @@ class RowCosts:
             if (slot := by_id.get(worker_id)) is not None:
                 penalties[slot] += AVOIDED
         return penalties
+
+
+def _risk(left: float) -> float:
+    """That a target is missed which so many standard deviations are left to."""
+    return 1.0 / (1.0 + math.exp(LOGISTIC * min(SURE, left)))

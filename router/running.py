@@ -91,7 +91,7 @@ class Running:
         finally:
             self._stepping = False
 
-    def hear(self, event: Output | WorkerFailed, index: int) -> None:
+    def hear(self, index: int, event: Output | WorkerFailed) -> None:
         """What a worker says of completion `index`: for a plain token the short way, as there is
         one of them for every token."""
         if isinstance(event, Output) and not self._stepping:

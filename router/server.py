@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Mapping
+from functools import partial
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -19,6 +20,7 @@ from cluster.obs.tracing import tracer_from_environment
 from cluster.pace import Pace
 from cluster.ticket import TicketSigner
 from pdserve.v1 import inference_pb2_grpc, operator_pb2_grpc
+from router.background import Background, Part
 from router.batch.assemble import BatchPart, batch_part
 from router.cancel import Canceller
 from router.capacity import Capacities, Paces, policy
@@ -39,6 +41,7 @@ from router.operator import OperatorServicer
 from router.placer import Placer
 from router.plan_metrics import PlanMetrics
 from router.ports import GrpcPorts
+from router.readiness import Readiness
 from router.reception import Reception
 from router.recording import Recording
 from router.resume.service import Resumption
@@ -90,9 +93,8 @@ class RouterServer:
         self._tokenizers = tokenizers
         self._clock = clock or SystemClock()
         self._stack = contextlib.AsyncExitStack()
-        self._background: asyncio.Task[None] | None = None
-        self._batch_work: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
+        self._background = Background(self._broke)
+        self._readiness = Readiness(self.not_ready)
         self._stopping = False
         self.broken = asyncio.Event()
         """Set when a part of the router has died: it serves errors only and must be replaced."""
@@ -111,7 +113,7 @@ class RouterServer:
         try:
             await self._start()
         except BaseException:
-            await self._end_background()
+            await self._background.end()
             await self._stack.aclose()
             raise
 
@@ -204,22 +206,16 @@ class RouterServer:
         )
         await ports.start()
         self._workers.on_change(self._dispatch.workers_changed)
-        self._workers.on_change(self._wake)
-        self._background = asyncio.create_task(self._run(store), name="router")
-        self._background.add_done_callback(self._broke)
+        self._workers.on_change(self._readiness.change)
+        self._background.start(self._parts(store))
         where = (self._router_id, self.grpc_address, self.http_address)
         log.info("router %s serves gRPC %s HTTP %s", *where)
-
-    def _wake(self) -> None:
-        """Ends the waits for a change; who waits next waits for the next one."""
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     def not_ready(self) -> str:
         """Why requests cannot be served now; empty if they can."""
         if self._stopping:
             return SHUTTING_DOWN
-        if self._background is None or self._background.done():
+        if not self._background.runs:
             return "the router is broken and must be restarted"
         reasons = [self._workers.missing(name) for name in self._catalog.names]
         return "; ".join(filter(None, reasons))
@@ -245,20 +241,14 @@ class RouterServer:
         Raises:
             Unavailable: not within `timeout` seconds; says what is missing.
         """
-        try:
-            async with asyncio.timeout(timeout):
-                while self.not_ready():
-                    await self._changed.wait()
-        except TimeoutError:
-            raise Unavailable(self.not_ready()) from None
+        await self._readiness.wait(timeout)
 
     async def stop(self, drain_seconds: float) -> None:
         """Takes nothing in, waits for what runs, gives the rest up, closes. Once."""
-        if self._stopping or self._background is None:
+        if self._stopping or not self._background.started:
             return
         self._stopping = True
-        if (batch := self._batch_work) is not None and batch.cancel():
-            await asyncio.wait({batch})  # Its pages are other routers' now.
+        await self._background.end_part("batch")  # Its pages are other routers' now.
         self._dispatch.refuse(Unavailable(SHUTTING_DOWN))
         self._resumption.abandon()
         await self._ports.stop_serving()
@@ -266,40 +256,29 @@ class RouterServer:
         await self._dispatch.drain(drain_seconds)
         await self._resumption.recorded(STREAMS_SECONDS)
         await self._observer.flush(JOURNAL_FLUSH_SECONDS)
-        await self._end_background()
+        await self._background.end()
         await self._lease.remove()
         await self._stack.aclose()
 
-    async def _run(self, store: Store) -> None:
+    def _parts(self, store: Store) -> dict[str, Part]:
         """What goes on beside the requests."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._workers.run(), name="workers")
-            tasks.create_task(self._lease.run(), name="lease")
-            tasks.create_task(self._observer.write_journal(store.journal), name="journal")
-            tasks.create_task(self._report_health(), name="health")
-            if self._batch is not None:
-                self._batch_work = tasks.create_task(self._batch.runner.run(), name="batch")
-            tasks.create_task(self._canceller.serve(), name="cancellations")
-            if store.plans is not None:
-                metrics = PlanMetrics(self.metrics.registry)
-                tasks.create_task(metrics.follow(store.plans), name="plan metrics")
+        parts: dict[str, Part] = {
+            "workers": self._workers.run,
+            "lease": self._lease.run,
+            "journal": partial(self._observer.write_journal, store.journal),
+            "health": partial(self._readiness.report, self._ports.set_serving),
+            "cancellations": self._canceller.serve,
+        }
+        if self._batch is not None:
+            parts["batch"] = self._batch.runner.run
+        if store.plans is not None:
+            metrics = PlanMetrics(self.metrics.registry)
+            parts["plan metrics"] = partial(metrics.follow, store.plans)
+        return parts
 
-    async def _report_health(self) -> None:
-        while True:
-            changed = self._changed
-            await self._ports.set_serving(not self.not_ready())
-            await changed.wait()
-
-    def _broke(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            log.critical("the router is broken", exc_info=task.exception())
-            self.broken.set()
-            self._wake()
-
-    async def _end_background(self) -> None:
-        if self._background is not None:
-            self._background.cancel()
-            await asyncio.wait({self._background})
+    def _broke(self) -> None:
+        self.broken.set()
+        self._readiness.change()
 
     def _http(self, tenants: Tenants, reception: Reception) -> web.Application:
         settings = self._config.router

@@ -45,15 +45,21 @@ class Speeds:
 
     def fade(self, now: float, views: Iterable[WorkerView | None]) -> list[int]:
         """What is known of those that have had nothing to do grows old, once a second in which
-        there are requests; returns the slots that may have changed."""
+        there are requests, and what was never seen of a worker is taken to be as on the others of
+        its model; returns the slots that may have changed."""
         if now - self._faded_at < FADE_EVERY_SECONDS:
             return []
         self._faded_at = now
         peers: dict[tuple[str, str], list[int]] = {}
+        same: dict[str, list[int]] = {}
         for slot, view in enumerate(views):
             if view is not None:
                 peers.setdefault((view.model, view.role), []).append(slot)
+                same.setdefault(view.model, []).append(slot)
         for slots in peers.values():
             for curves in self._all:
                 curves.fade(FADE_EVERY_SECONDS, np.array(slots))
-        return [slot for slots in peers.values() for slot in slots]
+        for slots in same.values():
+            for curves in self._all:
+                curves.follow(np.array(slots))
+        return [slot for slots in same.values() for slot in slots]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,11 +45,13 @@ class Tenant:
     Attributes:
         classes: that it may ask for.
         salt_key: what its cache salts are made under; empty: callers' salts are taken as they are.
+        batch_jobs: that it may have unfinished; infinite where there is no limit.
     """
 
     name: str = DEFAULT_TENANT
     classes: frozenset[SloClass] = frozenset(SloClass)
     salt_key: bytes = b""
+    batch_jobs: float = math.inf
 
     def cache_salt(self, own: str) -> str:
         """The salt of its requests with the salt `own`: no other tenant can arrive at it."""
@@ -95,7 +98,8 @@ class Tenants:
             name = b"pdserve tenant\0" + tenant.name.encode()
             key = hmac.new(self._secret, name, hashlib.sha256)
             classes = frozenset(map(SloClass, tenant.classes))
-            tenants[tenant.name] = Tenant(tenant.name, classes, key.digest())
+            jobs = tenant.limits.batch_jobs or math.inf
+            tenants[tenant.name] = Tenant(tenant.name, classes, key.digest(), jobs)
         operator = _Keyring(config.operator, "operator")
         operator.digests.append(_digest(self._operator_token))
         digests = [d for ring in (*keyrings.values(), operator) for d in ring.digests]

@@ -21,7 +21,7 @@ class Contradiction(PdserveError):
     """A worker's output does not continue what the client already has. Reaches it as INTERNAL."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Source:
     """How far one worker's output of a sequence has come."""
 
@@ -93,23 +93,22 @@ class SentTokens:
         Args:
             base: tokens of the completion that its worker does not count.
         """
-        tokens, text, count = output.token_ids, output.text, len(self._tokens)
+        _, _, offset, tokens, text, logprobs, *_ = output
+        count, chars = len(self._tokens), self.chars
         if (
-            output.offset + base != count
+            offset + base != count
             or source.tokens != count
-            or source.chars != self.chars
+            or source.chars != chars
             or not tokens
-            or (output.logprobs and len(output.logprobs) != len(tokens))
+            or (logprobs and len(logprobs) != len(tokens))
         ):
             return None
-        delta = Delta(self.index, count, tokens, text, output.logprobs, None, None, self.chars)
         self._tokens.extend(tokens)
         source.tokens = count + len(tokens)
-        self.chars += len(text)
-        source.chars = self.chars
-        if len(self._head) < _HEAD_CHARS:
-            self._head += text[: _HEAD_CHARS - len(self._head)]
-        return delta
+        self.chars = source.chars = chars + len(text)
+        if chars < _HEAD_CHARS:
+            self._head += text[: _HEAD_CHARS - chars]
+        return Delta(self.index, count, tokens, text, logprobs, None, None, chars)
 
     def restore(self, delta: Delta) -> None:
         """Counts as sent what another router has sent. Deltas come in order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cluster.errors import PdserveError, Unavailable, error_from_code
@@ -72,6 +72,26 @@ def cancel_message(sequence_id: str) -> worker_pb2.RouterMessage:
     return worker_pb2.RouterMessage(cancel=worker_pb2.CancelSequence(sequence_id=sequence_id))
 
 
+def plain_tokens(
+    message: worker_pb2.PlainTokens,
+) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
+    """Sequence, offset, token ids and text of each entry.
+
+    Raises:
+        ValueError: the columns do not fit together.
+    """
+    # A slice is a list, which is read five times as fast.
+    token_ids = message.token_ids[:]
+    counts = message.counts[:]
+    if sum(counts) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens where {sum(counts)} were announced")
+    columns = message.sequence_ids[:], message.offsets[:], counts, message.texts[:]
+    at = 0
+    for sequence_id, offset, count, text in zip(*columns, strict=True):
+        yield sequence_id, offset, tuple(token_ids[at : at + count]), text
+        at += count
+
+
 def output_event(
     message: worker_pb2.SequenceOutput, stage: Stage, worker_id: str
 ) -> Output | WorkerFailed:
@@ -85,7 +105,7 @@ def output_event(
             message.sequence_id,
             stage,
             message.offset,
-            tuple(message.token_ids[:]),  # A slice is a list, which is read five times as fast.
+            tuple(message.token_ids),
             message.text,
             logprobs,
         )

@@ -155,7 +155,7 @@ class HandoffRate:
         devices: tuple[str, str],
         transport: str,
         staging: int | None = None,
-        frame: int = 8,
+        frame: int = 16,
         max_ctas: int | None = None,
     ) -> None:
         self._blocks = blocks

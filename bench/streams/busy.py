@@ -6,11 +6,11 @@ import asyncio
 import time
 from dataclasses import replace
 
-from bench.streams.clients import Client, Seen
-from bench.streams.measure import Full, Row, added_ms
+from bench.streams.clients import Client
+from bench.streams.measure import Full, Probes, Row, added_ms
 from bench.streams.open_loop import Requests
 from bench.streams.processes import Process
-from bench.streams.setting import PROBE, Load
+from bench.streams.setting import Load
 
 SHARE = 0.6
 PROMPTS, OUTPUT_TOKENS = (1, 1), (12, 20)
@@ -22,16 +22,14 @@ SEED = 7
 async def measure_busy(
     system: str,
     load: Load,
-    client: Client,
-    past: Client,
+    probes: Probes,
     loader: Client,
     process: Process,
     workers: Process,
 ) -> Row:
     """First the rate it serves with `load.streams` requests always under way, then first tokens are
     timed beside a Poisson process at SHARE of that rate. Clients as of `measure`."""
-    for _ in range(3):
-        await client.run(PROBE, 2, Seen())
+    await probes.warm_up()
     requests = Requests(loader, SEED, PROMPTS, OUTPUT_TOKENS)
     capacity = asyncio.create_task(requests.capacity(load.streams, FULL_SECONDS, WARM_UP_SECONDS))
     await asyncio.sleep(WARM_UP_SECONDS)
@@ -42,11 +40,11 @@ async def measure_busy(
     arriving = asyncio.create_task(requests.arrive(SHARE * rate, MOST_SECONDS))
     await asyncio.sleep(SETTLE_SECONDS)
     began, meter, before = time.perf_counter(), _Meter(process, workers), replace(requests.seen)
-    added = await added_ms(client, past, PROBES)
+    added, router = await added_ms(probes, PROBES)
     share, beside = meter.shares()
     seconds, seen = time.perf_counter() - began, replace(requests.seen)
     if arriving.done():
-        raise RuntimeError(f"{PROBES} first tokens took longer than the load lasted")
+        raise RuntimeError("first tokens took longer than the load lasted")
     arriving.cancel()
     await asyncio.wait({arriving})
     tokens = seen.tokens - before.tokens
@@ -61,6 +59,7 @@ async def measure_busy(
         share,
         0.0,
         requests.seen.wrong,
+        router,
         Full(SHARE, rate, full_share, (full_beside, beside)),
     )
 

@@ -17,11 +17,16 @@ TIMEOUT_HEADER = "X-Request-Timeout-Seconds"
 
 @dataclass
 class Seen:
-    """What clients of a run have seen, together."""
+    """What clients of a run have seen, together.
+
+    Attributes:
+        messages: what tokens came in: a message over gRPC, a chunk over HTTP.
+        begun: streams that have had a token.
+    """
 
     tokens: int = 0
     messages: int = 0
-    open: int = 0
+    begun: int = 0
     wrong: int = 0
 
 
@@ -31,6 +36,47 @@ class Times:
 
     first: float
     last: float
+
+
+class Watch:
+    """One stream's tokens as they come, from its request on."""
+
+    def __init__(self, max_tokens: int, seen: Seen) -> None:
+        self._due = max_tokens
+        self._seen = seen
+        self._began = time.perf_counter()
+        self._first = self._last = 0.0
+        self.tokens = 0
+
+    def saw(self, count: int, messages: int = 1) -> None:
+        """So many tokens more."""
+        if not count:
+            return
+        self._last = time.perf_counter() - self._began
+        if not self._first:
+            self._first = self._last
+            self._seen.begun += 1
+        self.tokens += count
+        self._seen.tokens += count
+        self._seen.messages += messages
+
+    def saw_message(self, message: inference_pb2.GenerateResponse) -> None:
+        """One of pdserve's, with tokens or without."""
+        delta = message.delta
+        count = len(delta.token_ids)
+        self._seen.wrong += count > 0 and delta.offset != self.tokens
+        self.saw(count)
+
+    def end(self) -> Times:
+        """Nothing more comes."""
+        self._seen.wrong += self.tokens != self._due
+        return Times(self._first, self._last)
+
+
+def request(model: str, max_tokens: int, prompt: str) -> inference_pb2.GenerateRequest:
+    """pdserve's."""
+    sampling = common_pb2.SamplingParams(temperature=0, max_tokens=max_tokens)
+    return inference_pb2.GenerateRequest(model=model, text=prompt, sampling=sampling)
 
 
 class RefusedError(Exception):
@@ -75,30 +121,13 @@ class GrpcClient:
 
     async def _run(self, model: str, max_tokens: int, seen: Seen, prompt: str) -> Times:
         self._next += 1
-        request = inference_pb2.GenerateRequest(
-            model=model,
-            text=prompt,
-            sampling=common_pb2.SamplingParams(temperature=0, max_tokens=max_tokens),
-        )
-        began, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
+        watch = Watch(max_tokens, seen)
         stub = self._stubs[self._next % len(self._stubs)]
-        call = stub.Generate(request, timeout=self._timeout)
-        async for message in call:
-            delta = message.delta
-            count = len(delta.token_ids)
-            if not count:
-                continue
-            last = time.perf_counter() - began
-            if not first:
-                first = last
-                seen.open += 1
-            seen.wrong += delta.offset != tokens
-            tokens += count
-            seen.tokens += count
-            seen.messages += 1
-        seen.open -= 1
-        seen.wrong += tokens != max_tokens
-        return Times(first, last)
+        async for message in stub.Generate(
+            request(model, max_tokens, prompt), timeout=self._timeout
+        ):
+            watch.saw_message(message)
+        return watch.end()
 
     async def close(self) -> None:
         for channel in self._channels:
@@ -121,30 +150,18 @@ class HttpClient:
             "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
             "stream": True,
         }  # fmt: skip
-        began, first, last = time.perf_counter(), 0.0, 0.0
-        tokens = spaces = newlines = events = 0
+        watch, spaces, newlines = Watch(max_tokens, seen), 0, 0
         async with self._session.post(self._url, json=body) as response:
             if response.status == 429:
                 raise RefusedError
             response.raise_for_status()
-            async for chunk in response.content.iter_any():
-                # Counted by bytes, however chunks are cut: an event has one space after `data:` and
-                # two newlines; a token of a simulated engine has one space in front.
+            async for chunk, complete in response.content.iter_chunks():
+                # Counted by bytes, however events are cut: one has one space after `data:` and two
+                # newlines; a token of a simulated engine has one space in front.
                 spaces += chunk.count(b" ")
                 newlines += chunk.count(b"\n")
-                came = spaces - newlines // 2 - tokens
-                if came > 0:
-                    last = time.perf_counter() - began
-                    if not first:
-                        first = last
-                        seen.open += 1
-                tokens += came
-                seen.tokens += came
-                seen.messages += newlines // 2 - events
-                events = newlines // 2
-        seen.open -= 1
-        seen.wrong += tokens != max_tokens
-        return Times(first, last)
+                watch.saw(spaces - newlines // 2 - watch.tokens, int(complete))
+        return watch.end()
 
     async def close(self) -> None:
         await self._session.close()

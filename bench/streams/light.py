@@ -6,15 +6,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import time
 
 import grpc
 
-from bench.streams.clients import RefusedError, Seen, Times
+from bench.streams.clients import RefusedError, Seen, Times, Watch, request
 from bench.streams.setting import PROMPT
 from cluster.rpc.client import CallFailed, ClientConnection, connected
 from cluster.rpc.limits import Limits
-from pdserve.v1 import common_pb2, inference_pb2
+from pdserve.v1 import inference_pb2
 
 LIMITS = Limits(message_bytes=4 << 20, calls=0)
 GENERATE = f"/{inference_pb2.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
@@ -34,28 +33,14 @@ class LightClient:
 
     async def run(self, model: str, max_tokens: int, seen: Seen, prompt: str = PROMPT) -> Times:
         connection = await self._connection()
-        sampling = common_pb2.SamplingParams(temperature=0, max_tokens=max_tokens)
-        request = inference_pb2.GenerateRequest(model=model, text=prompt, sampling=sampling)
-        began, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
+        watch = Watch(max_tokens, seen)
 
         def received(message: bytes) -> None:
-            nonlocal first, last, tokens
-            delta = inference_pb2.GenerateResponse.FromString(message).delta
-            count = len(delta.token_ids)
-            if not count:
-                return
-            last = time.perf_counter() - began
-            if not first:
-                first = last
-                seen.open += 1
-            seen.wrong += delta.offset != tokens
-            tokens += count
-            seen.tokens += count
-            seen.messages += 1
+            watch.saw_message(inference_pb2.GenerateResponse.FromString(message))
 
         call = connection.open(GENERATE, self._metadata, received)
         try:
-            call.send(request.SerializeToString())
+            call.send(request(model, max_tokens, prompt).SerializeToString())
             call.send_no_more()
             await asyncio.shield(call.finished)
         except CallFailed as error:
@@ -64,9 +49,7 @@ class LightClient:
             raise
         finally:
             call.cancel()
-        seen.open -= 1
-        seen.wrong += tokens != max_tokens
-        return Times(first, last)
+        return watch.end()
 
     async def close(self) -> None:
         await self._stack.aclose()

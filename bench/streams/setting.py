@@ -43,6 +43,12 @@ class Load:
     finite: bool = False
 
 
+def stand_in_ids(prompt: str) -> list[int]:
+    """As many token ids as a prompt's tokenizer would give."""
+    letters = prompt[: round(len(prompt) * TOKENS_PER_CHAR)]
+    return [8 + ord(letter) % 500 for letter in letters]
+
+
 def config(load: Load) -> Config:
     """The cluster of a run: a model under load, and one whose engine is always free, to probe."""
     model: dict[str, Any] = {"path": str(TOKENIZER), "engine": "simulated", "max_model_len": 4096}

@@ -22,13 +22,14 @@ from bench.streams.setting import (
     PROBE,
     PROBE_ROLES,
     SECRET,
-    TOKENS_PER_CHAR,
     WORKER_ROLES,
     Load,
     config,
+    stand_in_ids,
 )
 from cluster.control.compose import worker_host
 from cluster.engine.protocol import Engine, EngineOutput, EngineRequest, Sampling
+from cluster.store.records import WorkerRecord
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -64,9 +65,7 @@ class Bare:
                 await context.write(message)
 
     def _run(self, prompt: str, max_tokens: int) -> Any:
-        # Not tokenised, because proxies do not either, but as many tokens.
-        letters = prompt[: round(len(prompt) * TOKENS_PER_CHAR)]
-        token_ids = [8 + ord(letter) % 500 for letter in letters]
+        token_ids = stand_in_ids(prompt)  # Not tokenised, because proxies do not either.
         sampling = Sampling(max_tokens=max_tokens, temperature=0)
         asked = EngineRequest(f"bare-{next(self._count)}", token_ids, sampling)
         return self._engine.generate(asked)
@@ -102,6 +101,7 @@ async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
     load = Load(**arguments["load"])
     settings = config(load)
     kept: list[object] = []
+    records: dict[str, WorkerRecord] = {}
     urls: dict[str, list[str]] = {LOAD: [], PROBE: []}
     server = grpc.aio.server()
     for model, roles in ((LOAD, WORKER_ROLES), (PROBE, PROBE_ROLES)):
@@ -112,6 +112,8 @@ async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
             )  # fmt: skip
             await host.start()
             kept.append(host)
+            if model == PROBE:
+                records[role] = host.record
             assert host._engine is not None
             if model == LOAD and load.tokens_per_output > 1:
                 engine: Any = host._engine
@@ -130,7 +132,8 @@ async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:
                 inference_pb2_grpc.add_InferenceServicer_to_server(Front(bare), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    return {"urls": urls, "grpc": address}, [*kept, server]
+    probed = {role: vars(record) for role, record in records.items()}
+    return {"urls": urls, "grpc": address, "records": probed}, [*kept, server]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -205,8 +206,9 @@ class VllmEngine:
         for rank, held in enumerate(ranks):
             resident[f"engine worker {rank}"] = held["resident_bytes"]
         for child in psutil.Process().children(recursive=True):
-            if child.pid not in known and ENGINE_CORE in " ".join(child.cmdline()):
-                resident["engine core"] = child.memory_info().rss
+            with suppress(psutil.Error):  # it has ended meanwhile
+                if child.pid not in known and ENGINE_CORE in " ".join(child.cmdline()):
+                    resident["engine core"] = child.memory_info().rss
         entries = tuple(
             PinnedKv(e["handoff_id"], e["reason"], e["blocks"], e["bytes"], e["lease_left"])
             for held in ranks

@@ -16,64 +16,11 @@ from dataclasses import dataclass, field
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.generations import Generations, Stamp
-from cluster.kv.geometry import Route
 from cluster.kv.milestones import Fence, Milestones
+from cluster.kv.orders import Order, Ready, Sent
 from cluster.kv.paged import BlockIndex, PagedCache
 from cluster.kv.transport.frames import Ack, Commit, Grant, Open, Refused, Reply
-from cluster.kv.transport.seam import Buffer, Outbound, Peer, Transport
-
-
-@dataclass(frozen=True)
-class Ready:
-    """One layer of a run of the prompt's blocks has been computed, once `fence` is reached.
-
-    Attributes:
-        first_block: index in the prompt of the first of `block_ids`.
-        stamp: the blocks' generations.
-    """
-
-    layer: int
-    first_block: int
-    block_ids: tuple[int, ...]
-    stamp: Stamp
-    fence: Fence | None
-
-    def goes_on(self, other: Ready) -> bool:
-        """`other` is the next layer of the same blocks."""
-        return (
-            other.layer == self.layer + 1
-            and other.first_block == self.first_block
-            and other.block_ids == self.block_ids
-        )
-
-
-@dataclass
-class Sent:
-    """What has crossed on this route. Stamps are CLOCK_MONOTONIC seconds."""
-
-    transport: str = ""
-    held_tokens: int = 0
-    frames: int = 0
-    bytes: int = 0
-    granted_at: float = 0.0
-    first_frame_at: float = 0.0
-    last_frame_at: float = 0.0
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a push is to do.
-
-    Attributes:
-        plain: blocks cross in plain order (the sides' blocks differ).
-    """
-
-    handoff_id: str
-    ticket: str
-    num_tokens: int
-    route: Route
-    peer: Peer
-    plain: bool
+from cluster.kv.transport.seam import Buffer, Outbound, Transport
 
 
 @dataclass
@@ -97,11 +44,25 @@ class Push:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _indexes: dict[int, tuple[Stamp, BlockIndex]] = field(default_factory=dict)
     _checks: list[asyncio.Task[None]] = field(default_factory=list)
+    _when_read: list[Callable[[], None]] = field(default_factory=list)
+    _over: bool = False
 
     def add(self, ready: Ready) -> None:
         """More to send."""
         self.ready.append(ready)
         self._changed.set()
+
+    def when_read(self, call: Callable[[], None]) -> None:
+        """Calls it once all that was added has been read from the cache, or never will be."""
+        if self._over:
+            return call()
+        self._when_read.append(call)
+        self._changed.set()
+
+    def _all_read(self) -> None:
+        calls, self._when_read = self._when_read, []
+        for call in calls:
+            call()
 
     def finish(self, first_token: int) -> None:
         """Nothing more will be added; decode goes on after the token."""
@@ -114,6 +75,13 @@ class Push:
         Raises:
             HandoffRefused: it failed, and why.
         """
+        try:
+            await self._run()
+        finally:
+            self._over = True
+            self._all_read()
+
+    async def _run(self) -> None:
         order = self.order
         outbound = await self.transport.open(order.peer, order.handoff_id)
         self.sent.transport = outbound.transport
@@ -146,6 +114,10 @@ class Push:
                 if reply.done():
                     raise HandoffRefused(_refusal(reply.result()))
                 await self._send(group, grant, outbound)
+            if self._when_read and not self.ready:
+                await self._checked()
+                self._all_read()
+                continue  # more may have come meanwhile
             if self.first_token is not None and not self.ready:
                 break
             self._changed.clear()
@@ -157,14 +129,19 @@ class Push:
             if reply.done():
                 raise HandoffRefused(_refusal(reply.result()))
         checksum = await outbound.flush()
-        for check in self._checks:
-            await check
+        await self._checked()
         await outbound.send(
             Commit(self.sent.frames, self.first_token, self.order.num_tokens, checksum)
         )
         verdict = await reply
         if not isinstance(verdict, Ack):
             raise HandoffRefused(_refusal(verdict))
+
+    async def _checked(self) -> None:
+        """What has been read by then was what was offered."""
+        checks, self._checks = self._checks, []
+        for check in checks:
+            await check
 
     def _group(self, frame_bytes: int) -> list[Ready]:
         """Takes the next items that make a frame; none while more layers are to join them."""

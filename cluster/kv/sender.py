@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from cluster.errors import HandoffRefused
@@ -20,8 +21,9 @@ from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
 from cluster.kv.milestones import Fence, Milestones
+from cluster.kv.orders import Order, Ready
 from cluster.kv.paged import PagedCache
-from cluster.kv.push import Order, Push, Ready
+from cluster.kv.push import Push
 from cluster.kv.transport.seam import Peer, Transport
 
 log = logging.getLogger(__name__)
@@ -163,6 +165,23 @@ class Sender:
         """The engine took the blocks back (a preemption): nothing more may be read from them."""
         if handoff := self._handoffs.get(handoff_id):
             self._call_off(handoff)
+
+    def when_read(self, handoff_ids: Iterable[str], call: Callable[[], None]) -> None:
+        """Calls it once what was offered of these handoffs so far has been read, or never will."""
+        handoffs = [h for i in handoff_ids if (h := self._handoffs.get(i)) and not h.ended]
+        pushes = [push for handoff in handoffs for push in handoff.pushes]
+        left = len(pushes)
+
+        def one_less() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                call()
+
+        for push in pushes:
+            push.when_read(one_less)
+        if not pushes:
+            call()
 
     def live(self) -> set[str]:
         """Handoffs that pin blocks."""

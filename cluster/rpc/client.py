@@ -214,6 +214,9 @@ class ClientConnection(Endpoint):
 
     # --------------------------------------------------------------------------------------------
 
+    def _call(self, stream_id: int) -> ClientCall | None:
+        return self._calls.get(stream_id)
+
     def _all_calls(self) -> Iterable[ClientCall]:
         return self._calls.values()
 
@@ -238,14 +241,11 @@ class ClientConnection(Endpoint):
                     call.headers({str(k): str(v) for k, v in event.headers}, last)
             case events.StreamEnded() | events.StreamReset():
                 self._half_closed(event.stream_id)
-            case events.WindowUpdated(stream_id=0):
-                self._grown = True
             case events.RemoteSettingsChanged():
                 self._grown = True
                 bound_header_table(self._h2)
             case events.WindowUpdated():
-                if call := self._calls.get(event.stream_id):
-                    call.pump()
+                self._window_grown(event.stream_id)
 
 
 @contextlib.asynccontextmanager

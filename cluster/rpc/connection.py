@@ -119,6 +119,9 @@ class Connection(Endpoint):
 
     # --------------------------------------------------------------------------------------------
 
+    def _call(self, stream_id: int) -> Call | None:
+        return self.calls.get(stream_id)
+
     def _all_calls(self) -> Iterable[Call]:
         return self.calls.values()
 
@@ -152,14 +155,11 @@ class Connection(Endpoint):
                     call.lost()
                     if not call.running:
                         self.closed(call)
-            case events.WindowUpdated(stream_id=0):
-                self._grown = True
             case events.RemoteSettingsChanged():
                 self._grown = True
                 bound_header_table(self._h2)
             case events.WindowUpdated():
-                if call := self.calls.get(event.stream_id):
-                    call.pump()
+                self._window_grown(event.stream_id)
             case events.ConnectionTerminated():
                 self._draining = True  # It opens no more calls; those that run go on.
             case events.PingReceived():

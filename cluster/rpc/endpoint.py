@@ -18,8 +18,8 @@ from h2.stream import StreamInputs
 from cluster.rpc.alive import Alive
 from cluster.rpc.headers import Headers
 from cluster.rpc.limits import Limits
-from cluster.rpc.outgoing import END_HEADERS, END_STREAM, HEADERS, Outgoing
-from cluster.rpc.plain_data import Data, check_unfinished, parts
+from cluster.rpc.outgoing import END_HEADERS, END_STREAM, HEADERS, PREFIX_SIZE, Outgoing
+from cluster.rpc.plain_data import Data, Grown, check_unfinished, parts, taken
 from cluster.rpc.sending import Flow
 
 LINGER_SECONDS = 5.0
@@ -70,6 +70,9 @@ class Endpoint(asyncio.Protocol, ABC):
         """The peer sends nothing more on the stream; it may be gone."""
 
     @abstractmethod
+    def _call(self, stream_id: int) -> Pumped | None: ...
+
+    @abstractmethod
     def _all_calls(self) -> Iterable[Pumped]: ...
 
     # --- the transport's side -------------------------------------------------------------------
@@ -110,6 +113,9 @@ class Endpoint(asyncio.Protocol, ABC):
                     if part.last:
                         self._half_closed(part.stream_id)
                     continue
+                if isinstance(part, Grown):
+                    self._window_grown(part.stream_id)
+                    continue
                 received = self._h2.receive_data(part)
                 # The peer counts by its new settings once it has our word for them: that goes
                 # first, before calls use a window that has grown.
@@ -129,9 +135,9 @@ class Endpoint(asyncio.Protocol, ABC):
 
     # --- the calls' side ------------------------------------------------------------------------
 
-    def try_data(self, stream_id: int, flow: Flow, data: bytes) -> bool:
+    def try_message(self, stream_id: int, flow: Flow, message: bytes) -> bool:
         """Sends all of it as one frame, or nothing."""
-        size = len(data)
+        size = len(message) + PREFIX_SIZE
         conn = self._h2
         if (
             self._paused
@@ -143,7 +149,7 @@ class Endpoint(asyncio.Protocol, ABC):
         # As h2's send_data does it, in a tenth of the time: a token is a frame.
         conn.outbound_flow_control_window -= size
         flow.outbound_flow_control_window -= size
-        self._out.frame(stream_id, data)
+        self._out.message(stream_id, message)
         return True
 
     def some_data(self, stream_id: int, flow: Flow, data: bytearray) -> int:
@@ -154,8 +160,13 @@ class Endpoint(asyncio.Protocol, ABC):
             conn.outbound_flow_control_window,
             flow.outbound_flow_control_window,
         )
-        part = bytes(data[: max(0, room)])
-        return len(part) if part and self.try_data(stream_id, flow, part) else 0
+        if self._paused or room <= 0:
+            return 0
+        part = bytes(data[:room])
+        conn.outbound_flow_control_window -= len(part)
+        flow.outbound_flow_control_window -= len(part)
+        self._out.frame(stream_id, part)
+        return len(part)
 
     def _send_headers(self, stream_id: int, headers: Headers, end: bool = False) -> bool:
         """False if the peer has closed the stream meanwhile: its reset is on the way to us."""
@@ -195,7 +206,7 @@ class Endpoint(asyncio.Protocol, ABC):
 
     def _received(self, stream_id: int, size: int) -> None:
         """So many bytes of a stream have been taken: as many more may come."""
-        if size and self._transport is not None:
+        if size and self._transport is not None and not taken(self._h2, stream_id, size):
             self._h2.acknowledge_received_data(size, stream_id)
             self._collect()
 
@@ -209,6 +220,13 @@ class Endpoint(asyncio.Protocol, ABC):
         """Closes at once."""
         if self._transport is not None:
             self._transport.abort()
+
+    def _window_grown(self, stream_id: int) -> None:
+        """The peer takes more on the stream; 0: on the connection."""
+        if not stream_id:
+            self._grown = True
+        elif call := self._call(stream_id):
+            call.pump()
 
     def _pump(self) -> None:
         for call in list(self._all_calls()):

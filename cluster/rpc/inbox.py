@@ -54,6 +54,12 @@ class Inbox:
 
     def feed(self, data: bytes, flow: int) -> None:
         """Bytes of a DATA frame, which counts as `flow` bytes. Raises BadMessage."""
+        if not self._bytes and len(data) >= PREFIX.size:
+            packed, size = PREFIX.unpack_from(data)
+            if PREFIX.size + size == len(data) and size <= self._limit:  # As almost all are.
+                self._messages.append((packed, data[PREFIX.size :], flow))
+                self._filled.set()
+                return
         self._bytes += data
         self._held += flow
         while len(self._bytes) >= PREFIX.size:
@@ -86,7 +92,7 @@ class Inbox:
         packed, message, flow = self._messages.popleft()
         if flow:
             self._received(flow)
-        return self._unpacked(packed, message)
+        return self._unpacked(packed, message) if packed else message
 
     def drop(self) -> None:
         """Nobody takes what waits: its bytes may come again, of other calls."""
@@ -107,8 +113,6 @@ class Inbox:
         return self.take()
 
     def _unpacked(self, packed: int, message: bytes) -> bytes:
-        if not packed:
-            return message
         bits = _WINDOW_BITS.get(self._encoding)
         if packed != 1 or bits is None:
             raise BadMessage("a message is compressed and its call does not say how")

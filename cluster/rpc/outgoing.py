@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 FRAME = struct.Struct(">BHBBI")
 """A frame's header: 24 bits of length, type, flags, stream."""
+MESSAGE = struct.Struct(">BHBBIBI")
+"""The same, of DATA, and what stands before a message: whether it is packed, and its length."""
+PREFIX_SIZE = MESSAGE.size - FRAME.size
 DATA, HEADERS = 0, 1
 END_STREAM, END_HEADERS = 1, 4
 
@@ -33,7 +36,7 @@ class Outgoing:
         self._parts.append(data)
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._end_turn)
+            self._loop.call_soon(self.flush)
 
     def frame(self, stream_id: int, data: bytes, kind: int = DATA, flags: int = 0) -> None:
         """One of a call."""
@@ -42,12 +45,20 @@ class Outgoing:
         self.answered = True
         self.put(data)
 
-    def _end_turn(self) -> None:
-        self._scheduled = False
-        self.flush()
+    def message(self, stream_id: int, message: bytes) -> None:
+        """A call's message as one DATA frame; in one step, because a token is one."""
+        length = len(message)
+        size = length + PREFIX_SIZE
+        head = MESSAGE.pack(size >> 16, size & 0xFFFF, DATA, 0, stream_id, 0, length)
+        self._parts += (head, message)
+        self.answered = True
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Now, and not at the end of the turn."""
+        self._scheduled = False
         if not self._parts:
             return
         parts, self._parts = self._parts, []

@@ -1,4 +1,5 @@
-"""DATA frames taken past h2: one carries a token, or a request, and h2 takes five times as long.
+"""DATA and WINDOW_UPDATE frames taken past h2: one carries a token, or a request, the other is what
+a client says after every few of them, and h2 takes five times as long.
 
 Only where nothing can be out of order: whole frames without padding, on streams that are open in
 that direction, within their windows. Everything else is h2's, which also answers what is wrong.
@@ -11,12 +12,17 @@ from typing import NamedTuple
 
 from h2.connection import ConnectionState, H2Connection
 from h2.exceptions import FrameTooLargeError
-from h2.stream import StreamInputs, StreamState
+from h2.stream import H2Stream, StreamInputs, StreamState
+from h2.windows import WindowManager
 
 from cluster.rpc.outgoing import DATA, END_STREAM, FRAME
 
+WINDOW_UPDATE, WINDOW_UPDATE_BYTES = 8, 4
+MAX_WINDOW = (1 << 31) - 1
+
 _UP = (ConnectionState.CLIENT_OPEN, ConnectionState.SERVER_OPEN)
 _HEARS = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
+_OPEN = (*_HEARS, StreamState.HALF_CLOSED_REMOTE)
 
 
 class Data(NamedTuple):
@@ -27,9 +33,15 @@ class Data(NamedTuple):
     last: bool
 
 
-def parts(protocol: H2Connection, data: bytes) -> Iterator[Data | bytes]:
-    """What came, in its order: DATA frames that were counted, and what is for h2, which has to take
-    each part before the next one is asked for."""
+class Grown(NamedTuple):
+    """The peer takes more on a stream; 0: on the connection."""
+
+    stream_id: int
+
+
+def parts(protocol: H2Connection, data: bytes) -> Iterator[Data | Grown | bytes]:
+    """What came, in its order: frames that were counted, and what is for h2, which has to take each
+    part before the next one is asked for."""
     start = at = 0
     longest = protocol.max_inbound_frame_size
     while _at_a_frame(protocol) and len(data) - at >= FRAME.size:
@@ -38,19 +50,44 @@ def parts(protocol: H2Connection, data: bytes) -> Iterator[Data | bytes]:
         end = at + FRAME.size + size
         if size > longest or end > len(data):
             break
-        if kind != DATA:
+        if kind not in (DATA, WINDOW_UPDATE):
             at = end
             continue
         if at > start:
             yield data[start:at]
             start = at
-        if not _at_a_frame(protocol) or not _count(protocol, stream_id, size, flags):
-            at = end
-            continue
-        yield Data(stream_id, data[at + FRAME.size : end], bool(flags))
-        start = at = end
+            if not _at_a_frame(protocol):
+                continue
+        content = data[at + FRAME.size : end]
+        if kind == DATA and _count(protocol, stream_id, size, flags):
+            start = end
+            yield Data(stream_id, content, bool(flags))
+        elif kind == WINDOW_UPDATE and not flags and _grow(protocol, stream_id, content):
+            start = end
+            yield Grown(stream_id)
+        at = end
     if start < len(data):
         yield data[start:]
+
+
+def taken(protocol: H2Connection, stream_id: int, size: int) -> bool:
+    """So many bytes of a stream were taken: counts them as h2 does. False, and nothing is counted,
+    where the peer is to hear of it: that is h2's."""
+    stream = protocol.streams.get(stream_id)
+    if stream is None:
+        return False
+    whole, own = protocol._inbound_flow_control_window_manager, stream._inbound_window_manager
+    if _would_tell(whole, size) or _would_tell(own, size):
+        return False
+    whole._bytes_processed += size
+    own._bytes_processed += size
+    return True
+
+
+def _would_tell(window: WindowManager, size: int) -> bool:
+    """The window is empty, or half of it was taken."""
+    taken = window._bytes_processed + size
+    return window.current_window_size == 0 or taken >= window.max_window_size // 2
 
 
 def check_unfinished(protocol: H2Connection) -> None:
@@ -78,18 +115,37 @@ def _count(protocol: H2Connection, stream_id: int, size: int, flags: int) -> boo
     if stream is None or flags not in (0, END_STREAM):
         return False
     machine = stream.state_machine
-    windows = protocol._inbound_flow_control_window_manager, stream._inbound_window_manager
+    whole, own = protocol._inbound_flow_control_window_manager, stream._inbound_window_manager
     if (
         protocol.state_machine.state not in _UP
         or machine.state not in _HEARS
         or not machine.headers_received
         or machine.trailers_received
         or stream._expected_content_length is not None
-        or any(size > window.current_window_size for window in windows)
+        or size > whole.current_window_size
+        or size > own.current_window_size
     ):
         return False
-    for window in windows:
-        window.window_consumed(size)
+    whole.current_window_size -= size
+    own.current_window_size -= size
     if flags:
         machine.process_input(StreamInputs.RECV_END_STREAM)
+    return True
+
+
+def _grow(protocol: H2Connection, stream_id: int, content: bytes) -> bool:
+    """As `_count`, of a window's growth."""
+    if len(content) != WINDOW_UPDATE_BYTES or protocol.state_machine.state not in _UP:
+        return False
+    whose: H2Connection | H2Stream | None = protocol
+    if stream_id:
+        whose = stream = protocol.streams.get(stream_id)
+        if stream is None or stream.state_machine.state not in _OPEN:
+            return False
+    assert whose is not None
+    by = int.from_bytes(content)
+    window = whose.outbound_flow_control_window + by
+    if not 0 < by <= MAX_WINDOW or window > MAX_WINDOW:
+        return False
+    whose.outbound_flow_control_window = window
     return True

@@ -16,7 +16,7 @@ class Flow(Protocol):
 class Wire(Protocol):
     """The connection, as `Endpoint` has it."""
 
-    def try_data(self, stream_id: int, flow: Flow, data: bytes) -> bool: ...
+    def try_message(self, stream_id: int, flow: Flow, message: bytes) -> bool: ...
     def some_data(self, stream_id: int, flow: Flow, data: bytearray) -> int: ...
 
 
@@ -35,8 +35,7 @@ class Sending:
         """Sends a message if all of it can leave at once; else nothing is sent."""
         if self.waiting:
             return False
-        data = PREFIX.pack(0, len(message)) + message
-        return self._wire.try_data(self._stream_id, self._flow, data)
+        return self._wire.try_message(self._stream_id, self._flow, message)
 
     def put(self, message: bytes) -> None:
         """Behind what waits; `pump` next."""

@@ -22,7 +22,7 @@ class Gate:
     """Who starts when. A reservation counts a request's true output, which a router guesses.
 
     Args:
-        paced: sequences that decode at once within so many seconds per token.
+        paced: adds to the pools' capacity what is known of their pace.
         admit, refuse: are called with a request's key, as soon as admission decides.
     """
 
@@ -31,7 +31,7 @@ class Gate:
         deployment: Deployment,
         fleet: Fleet,
         agenda: Agenda,
-        paced: Callable[[float], float],
+        paced: Callable[[Capacity], Capacity],
         admit: Callable[[str], None],
         refuse: Callable[[str, Overloaded], None],
     ) -> None:
@@ -59,13 +59,14 @@ class Gate:
         credit = PREFILL_STEPS * limits.max_tokens
         self._capacity = {}
         if prefills and decodes and self._deployment.late_admission:
-            self._capacity[MODEL] = Capacity(
+            pools = Capacity(
                 prefills * credit,
                 credit,
                 sum(w.engine.performance.kv_capacity for w in decodes),
                 len(decodes) * limits.max_sequences,
-                self._paced,
+                decode_workers=len(decodes),
             )
+            self._capacity[MODEL] = self._paced(pools)
 
     def offer(self, key: str, prompt: int, output: int, deadline: float, start_by: float) -> None:
         """Lets a request wait; it may start at once. Raises Overloaded."""

@@ -10,13 +10,15 @@ from cluster.planner.performance import Performance
 from cluster.simulator.job import Attempt
 from cluster.simulator.worker import MODEL, VirtualWorker
 from cluster.simulator.workload import Arrival
+from router.admission.offers import Capacity
 from router.capacity import Paces
 from router.events import Place
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.joint import JointPlacement
 from router.learn import shares_of
 from router.output import Stage
 from router.placement import Demand, Mode, Plan, Unplaced, WorkerView
+from router.share import Share
 
 LEARNED_SIZES = [2.0**k for k in range(4, 16)]
 LEARNED_BATCHES = [2.0**k for k in range(9)]
@@ -29,7 +31,7 @@ class Placing(Protocol):
     def place(
         self, now: float, arrival: Arrival, place: Place, workers: Iterable[VirtualWorker]
     ) -> Plan | Unplaced: ...
-    def within(self, tpot: float) -> float: ...
+    def paced(self, pools: Capacity) -> Capacity: ...
     def took(self, now: float, attempt: Attempt, stage: Stage) -> None: ...
     def answered(self, now: float, attempt: Attempt, stage: Stage) -> None: ...
     def released(self, now: float, attempt: Attempt, stage: Stage) -> None: ...
@@ -75,9 +77,9 @@ class RouterPlacing:
         self._chosen = shares_of(decision.chosen, arrival.prompt, float(arrival.output))
         return decision.plan
 
-    def within(self, tpot: float) -> float:
-        """Sequences that decode at once within so many seconds per token."""
-        return self._paces.within(MODEL, tpot)
+    def paced(self, pools: Capacity) -> Capacity:
+        """With what the router knows and expects of their pace."""
+        return self._paces.of(pools, MODEL)
 
     def took(self, now: float, attempt: Attempt, stage: Stage) -> None:
         """The sequence that was placed last starts on its worker."""

@@ -87,7 +87,7 @@ class World:
             seed, deployment.ttft, deployment.tpot, deployment.placement_mode
         )
         self._gate = Gate(
-            deployment, self.fleet, self.agenda, self._placing.within, self._admit, self._refuse
+            deployment, self.fleet, self.agenda, self._placing.paced, self._admit, self._refuse
         )
         self._serving = Serving(
             self.agenda, self.fleet.workers, self._tell, self.fleet.unused, self._placing

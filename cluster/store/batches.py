@@ -9,12 +9,15 @@ after: a line whose router died is done again by another one, and still has one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from redis.asyncio import Redis
 
+from cluster.errors import Overloaded
+from cluster.store import batch_scripts as scripts
 from cluster.store.batch_records import BatchJob, BatchState, Page
 from cluster.store.client import store_errors
 from cluster.store.lines import UNOWNED_SECONDS, Lines
@@ -22,104 +25,6 @@ from cluster.store.lines import UNOWNED_SECONDS, Lines
 PAGE_LINES = 16
 RECORD_BYTES = 1024
 """What a job counts for besides its lines and results."""
-
-# KEYS: job, index, stored bytes, active, pages, lines, errors, done. ARGV: id, name, created at,
-# pages, bytes, the most bytes, then the job's fields. 0: there is no room.
-_ADD = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
-if (tonumber(redis.call('GET', KEYS[3])) or 0) + ARGV[5] > tonumber(ARGV[6]) then
-  redis.call('DEL', KEYS[6], KEYS[7], KEYS[8])
-  return 0
-end
-redis.call('HSET', KEYS[1], unpack(ARGV, 7))
-redis.call('INCRBY', KEYS[3], ARGV[5])
-for page = 0, ARGV[4] - 1 do redis.call('ZADD', KEYS[5], 0, page) end
-for i = 6, 8 do redis.call('PERSIST', KEYS[i]) end
-redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1])
-redis.call('ZADD', KEYS[4], ARGV[3], ARGV[2])
-return 1
-"""
-
-# KEYS: pages, owners, done, job. ARGV: owner, now, lease end, page lines, total. The next free page
-# and its open lines; nothing if there is none.
-_CLAIM = """
-if redis.call('HGET', KEYS[4], 'state') ~= 'in_progress' then return {} end
-local page = redis.call('ZRANGE', KEYS[1], '-inf', ARGV[2], 'BYSCORE', 'LIMIT', 0, 1)[1]
-if not page then return {} end
-redis.call('ZADD', KEYS[1], ARGV[3], page)
-redis.call('HSET', KEYS[2], page, ARGV[1])
-local open = {page}
-local first = page * ARGV[4]
-for line = first, math.min(first + ARGV[4], ARGV[5]) - 1 do
-  if redis.call('GETBIT', KEYS[3], line) == 0 then open[#open + 1] = line end
-end
-return open
-"""
-
-# KEYS: pages, owners. ARGV: owner, lease end, pages. Those that are the owner's still.
-_RENEW = """
-local mine = {}
-for i = 3, #ARGV do
-  if redis.call('HGET', KEYS[2], ARGV[i]) == ARGV[1] then
-    redis.call('ZADD', KEYS[1], 'XX', ARGV[2], ARGV[i])
-    mine[#mine + 1] = ARGV[i]
-  end
-end
-return mine
-"""
-
-# KEYS: done, results of the kind, job, stored bytes. ARGV: line, result, counter.
-_RESULT = """
-local state = redis.call('HGET', KEYS[3], 'state')
-if state ~= 'in_progress' and state ~= 'cancelling' then return 0 end
-if redis.call('SETBIT', KEYS[1], ARGV[1], 1) == 1 then return 0 end
-redis.call('RPUSH', KEYS[2], ARGV[2])
-redis.call('HINCRBY', KEYS[3], ARGV[3], 1)
-redis.call('HINCRBY', KEYS[3], 'bytes', #ARGV[2])
-redis.call('INCRBY', KEYS[4], #ARGV[2])
-return 1
-"""
-
-# KEYS: pages, owners, job, lines, done, active, ended. ARGV: owner, page (or -1), now, name, done.
-# A page is done, or given back; the job ends with its last page, or, cancelled, with the last that
-# is leased.
-_SETTLE = """
-if tonumber(ARGV[2]) >= 0 and redis.call('HGET', KEYS[2], ARGV[2]) == ARGV[1] then
-  redis.call('HDEL', KEYS[2], ARGV[2])
-  if ARGV[5] == '1' then redis.call('ZREM', KEYS[1], ARGV[2])
-  else redis.call('ZADD', KEYS[1], 'XX', 0, ARGV[2]) end
-end
-local state, final = unpack(redis.call('HMGET', KEYS[3], 'state', 'final'))
-if state == 'cancelling' then redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[3]) end
-if (state == 'in_progress' or state == 'cancelling') and redis.call('ZCARD', KEYS[1]) == 0 then
-  local ended = state == 'cancelling' and final or 'completed'
-  redis.call('HSET', KEYS[3], 'state', ended, 'ended_at', ARGV[3])
-  redis.call('DEL', KEYS[1], KEYS[2], KEYS[4], KEYS[5])
-  redis.call('ZREM', KEYS[6], ARGV[4])
-  redis.call('ZADD', KEYS[7], ARGV[3], ARGV[4])
-  return 1
-end
-return 0
-"""
-
-# KEYS: index, ended, stored bytes, job, then the rest of it. ARGV: id, name. Counted out once,
-# however often it is called.
-_DROP = """
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[2])
-local size = redis.call('HGET', KEYS[4], 'bytes')
-if not size then return 0 end
-redis.call('DECRBY', KEYS[3], size)
-redis.call('DEL', unpack(KEYS, 4))
-return 1
-"""
-
-# KEYS: job. ARGV: final state.
-_CANCEL = """
-if redis.call('HGET', KEYS[1], 'state') ~= 'in_progress' then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'cancelling', 'final', ARGV[1])
-return 1
-"""
 
 
 class Batches:
@@ -133,30 +38,38 @@ class Batches:
         self._client: Any = client
         self._cluster = f"pdserve:{{{cluster_name}}}"
         self._written = Lines(client, cluster_name, max_stored_bytes)
-        self._add = client.register_script(_ADD)
-        self._drop = client.register_script(_DROP)
-        self._claim = client.register_script(_CLAIM)
-        self._renew = client.register_script(_RENEW)
-        self._result = client.register_script(_RESULT)
-        self._settle = client.register_script(_SETTLE)
-        self._cancel = client.register_script(_CANCEL)
+        self._add = client.register_script(scripts.ADD)
+        self._drop = client.register_script(scripts.DROP)
+        self._claim = client.register_script(scripts.CLAIM)
+        self._renew = client.register_script(scripts.RENEW)
+        self._result = client.register_script(scripts.RESULT)
+        self._settle = client.register_script(scripts.SETTLE)
+        self._cancel = client.register_script(scripts.CANCEL)
 
     async def add(
-        self, job: BatchJob, lines: Sequence[str], errors: Iterable[tuple[int, str]]
+        self,
+        job: BatchJob,
+        lines: Sequence[str],
+        errors: Iterable[tuple[int, str]],
+        max_unfinished: float = math.inf,
     ) -> BatchJob:
         """Writes a job; it is worked on once all of it is there.
 
         Args:
             errors: results of lines that cannot be served.
+            max_unfinished: jobs of its tenant that have not ended, this one included.
 
         Raises:
-            Overloaded: the store holds all that it may.
+            Overloaded: the store holds all that it may, or the tenant has so many.
         """
         failed = sorted(dict(errors).items())
         results = [result for _, result in failed]
         size = RECORD_BYTES + len(job.to_hash()["metadata"])
         size += sum(len(line.encode()) for line in (*lines, *results))
         job = replace(job, bytes=size, failed=len(failed))
+        with store_errors():
+            if await self._client.scard(self._unfinished(job.tenant)) >= max_unfinished:
+                raise _too_many(job.tenant, max_unfinished)
         await self._written.check_room(size)
         await self._written.write(self._key("lines", job), lines)
         await self._written.write(self._key("errors", job), results)
@@ -166,12 +79,16 @@ class Batches:
                 await self._client.set(self._key("done", job), done, ex=UNOWNED_SECONDS)
             keys = [self._key("job", job), self._index(job.tenant), self._stored, self._active]
             keys += [self._key(kind, job) for kind in ("pages", "lines", "errors", "done")]
+            keys.append(self._unfinished(job.tenant))
             pages = -(-len(lines) // PAGE_LINES)
             args: list[Any] = [job.batch_id, job.name, job.created_at, pages, size]
-            args.append(self._written.max_bytes)
+            args += [self._written.max_bytes, max_unfinished]
             args += [part for field in job.to_hash().items() for part in field]
-            if not await self._add(keys=keys, args=args):
-                raise self._written.full()
+            added = await self._add(keys=keys, args=args)
+        if added == 0:
+            raise self._written.full()
+        if added < 0:
+            raise _too_many(job.tenant, max_unfinished)
         return job
 
     async def get(self, tenant: str, batch_id: str) -> BatchJob | None:
@@ -234,7 +151,8 @@ class Batches:
         """A page is done, or given back (-1: neither); True if the job has ended with that."""
         kinds = ("pages", "owners", "job", "lines", "done")
         keys = [*(self._key(kind, job) for kind in kinds), self._active, self._ended]
-        args: list[Any] = [owner, page, now, job.name, int(done)]
+        keys.append(self._unfinished(job.tenant))
+        args: list[Any] = [owner, page, now, job.name, int(done), job.batch_id]
         with store_errors():
             return bool(await self._settle(keys=keys, args=args))
 
@@ -281,8 +199,19 @@ class Batches:
     def _index(self, tenant: str) -> str:
         return f"{self._cluster}:batches:{tenant}"
 
+    def _unfinished(self, tenant: str) -> str:
+        return f"{self._cluster}:batches-unfinished:{tenant}"
+
     def _key(self, kind: str, job: BatchJob) -> str:
         return f"{self._cluster}:batch-{kind}:{job.name}"
+
+
+def _too_many(tenant: str, most: float) -> Overloaded:
+    return Overloaded(
+        f"tenants.{tenant}.limits.batch_jobs: {most:g} batch jobs of the tenant have not ended; "
+        "wait for one to end, cancel one, or raise the limit",
+        60.0,
+    )
 
 
 def _bitmap(bits: Iterable[int], size: int) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cluster.engine.protocol import Guide, Logprob, Sampling, TokenLogprobs
 from cluster.errors import HandoffRefused, InvalidRequest, PdserveError, status_of
@@ -23,6 +23,9 @@ _FINISH = {
     "cancelled": common_pb2.FINISH_REASON_CANCELLED,
     "error": common_pb2.FINISH_REASON_ERROR,
 }
+_REST = 1 + SequenceStep._fields.index("text")
+_PLAIN = SequenceStep("", 0, [])[_REST:]
+"""What a step that only brings tokens and text has in its other fields."""
 
 
 def sequence_start(message: worker_pb2.StartSequence) -> SequenceStart:
@@ -84,8 +87,14 @@ def worker_message(
 ) -> worker_pb2.WorkerMessage:
     """`now` is CLOCK_MONOTONIC at sending: stamps cross as seconds ago."""
     message = worker_pb2.WorkerMessage()
+    plain: list[SequenceStep] = []
     for step in steps:
-        _put_output(message.outputs.add(), step, now)
+        if step[_REST:] == _PLAIN:
+            plain.append(step)
+        else:
+            _put_output(message.outputs.add(), step, now)
+    if plain:
+        _put_plain(message.plain, plain)
     if blocks is not None:
         message.blocks.reset = blocks.reset
         message.blocks.stored = blocks.stored
@@ -93,8 +102,15 @@ def worker_message(
     return message
 
 
+def _put_plain(message: worker_pb2.PlainTokens, steps: Sequence[SequenceStep]) -> None:
+    message.sequence_ids.extend([step.sequence_id for step in steps])
+    message.offsets.extend([step.offset for step in steps])
+    message.counts.extend([len(step.token_ids) for step in steps])
+    message.token_ids.extend([token for step in steps for token in step.token_ids])
+    message.texts.extend([step.text for step in steps])
+
+
 def _put_output(message: worker_pb2.SequenceOutput, step: SequenceStep, now: float) -> None:
-    """What a plain token does not have is left alone: each field costs time."""
     message.sequence_id = step.sequence_id
     if step.offset:
         message.offset = step.offset

@@ -244,14 +244,15 @@ class Admission:
 
     def _with_latest_start(self, now: float, offer: Offer) -> Offer:
         """Its prompt takes its time as well: of what is left until it is due, half at most."""
-        prefill = self._prefills.likely(now, offer.model, offer.uncached_tokens)
+        expected = self._capacity(offer).prefill_seconds
+        prefill = self._prefills.likely(now, offer.model, offer.uncached_tokens, expected)
         left = max(0.0, offer.start_by - now)
         return replace(offer, start_by=offer.start_by - min(prefill, left / 2))
 
     def _check_in_time(self, now: float, offer: Offer) -> None:
         """Raises Overloaded if it would start too late, or one that waits would because of it."""
         ahead = self._cost_ahead(offer)
-        wait = self._wait(offer.slo_class, ahead)
+        wait = max(self._wait(offer.slo_class, ahead), self._room_wait(offer, ahead))
         if now + HEADROOM * wait > offer.start_by:
             raise Overloaded(
                 f"it would wait {wait:.1f} s, and its first token come after it is due",
@@ -270,6 +271,13 @@ class Admission:
     def _wait(self, slo_class: SloClass, tokens: int) -> float:
         """Seconds until so many tokens of it, and of what goes first, have started."""
         return max(self._pace.seconds(tokens), self._class_pace[slo_class].seconds(tokens))
+
+    def _room_wait(self, offer: Offer, ahead: int) -> float:
+        """Seconds until decodes have ended that now take the room of so many tokens. Starts are
+        quick while a pool fills, and say nothing of what comes then."""
+        waiting = sum(queue.cost_of(offer.model) for queue in self._queues.values())
+        tokens = min(ahead, waiting + offer.cost)
+        return self._usage.room_wait(offer, tokens, self._capacity(offer))
 
     def _cost_ahead(self, offer: Offer) -> int:
         """Of what starts before it, and its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from cluster.errors import Overloaded
@@ -66,6 +66,11 @@ def unpaced(tpot_seconds: float) -> float:
     return math.inf
 
 
+def no_time(size: float) -> float:
+    """Seconds that something takes of which nothing is known: none."""
+    return 0.0
+
+
 @dataclass(frozen=True)
 class Capacity:
     """What one model's pools take from this router; infinite where it is not known.
@@ -76,6 +81,9 @@ class Capacity:
         kv_tokens: tokens that the decode pool's KV caches hold.
         sequences: that the decode pool's engines step at once.
         paced: of these, how many keep so many seconds per token.
+        decode_workers: that share `sequences`, and `paced` ones, in equal parts.
+        prefill_seconds: that so many prompt tokens are expected to take, alone on a worker.
+        step_seconds: per token, where so many sequences decode at once.
     """
 
     prefill_tokens: float = math.inf
@@ -83,17 +91,20 @@ class Capacity:
     kv_tokens: float = math.inf
     sequences: float = math.inf
     paced: Callable[[float], float] = field(default=unpaced, compare=False)
+    decode_workers: int = 1
+    prefill_seconds: Callable[[float], float] = field(default=no_time, compare=False)
+    step_seconds: Callable[[float], float] = field(default=no_time, compare=False)
 
     def scaled(self, share: float) -> Capacity:
         """A share of everything but what a single worker takes."""
         if share == 1.0:
             return self
-        return Capacity(
-            self.prefill_tokens * share,
-            self.prefill_worker_tokens,
-            self.kv_tokens * share,
-            self.sequences * share,
-            lambda tpot_seconds: self.paced(tpot_seconds) * share,
+        return replace(
+            self,
+            prefill_tokens=self.prefill_tokens * share,
+            kv_tokens=self.kv_tokens * share,
+            sequences=self.sequences * share,
+            paced=lambda tpot_seconds: self.paced(tpot_seconds) * share,
         )
 
 

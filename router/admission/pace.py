@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from router.admission.offers import no_time
 
 MIN_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 30.0
@@ -86,7 +89,8 @@ class PrefillTimes:
     """Seconds from start to first token, by model and prompt tokens to compute: those that no
     prefix cache holds.
 
-    Prompts between two powers of two are taken together. Nothing is said before `MIN_SAMPLES`.
+    Prompts between two powers of two are taken together. Before `MIN_SAMPLES` nothing is said but
+    what is expected.
     """
 
     def __init__(self) -> None:
@@ -113,11 +117,13 @@ class PrefillTimes:
             return 0.0
         return min(seen.best, seen.best_each * uncached)
 
-    def likely(self, now: float, model: str, uncached: int) -> float:
+    def likely(
+        self, now: float, model: str, uncached: int, expected: Callable[[float], float] = no_time
+    ) -> float:
         """What most take: the mean and two deviations, as of late."""
         seen = self._seen.get((model, uncached.bit_length()))
         if seen is None or seen.count < MIN_SAMPLES:
-            return 0.0
+            return expected(uncached)
         seen.fade(now)
         if seen.weight < 1.0:  # Too long ago to say more than this.
             return self.at_best(model, uncached)

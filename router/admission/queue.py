@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class ClassQueue:
         self._latest = -math.inf
         self.cost = 0
         """Of all that wait, in tokens."""
+        self._cost_of: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -70,6 +72,10 @@ class ClassQueue:
         """When the one came that has waited longest. Raises StopIteration if none waits."""
         return next(iter(self._by_id.values())).since
 
+    def cost_of(self, model: str) -> int:
+        """Of all of a model that wait."""
+        return self._cost_of[model]
+
     def push(self, now: float, offer: Offer, long: bool) -> None:
         if all(lane[0] != offer.tenant for lane in self._lanes):
             before = self._served.get(offer.tenant, 0.0)
@@ -79,6 +85,7 @@ class ClassQueue:
         name, number = offer.request_id, self._number
         self._by_id[name] = Waiting(offer, now, number)
         self.cost += offer.cost
+        self._cost_of[offer.model] += offer.cost
         lane = self._lanes.setdefault((offer.tenant, offer.model, long), [])
         heapq.heappush(lane, (_place(offer, number), name))
         heapq.heappush(self._due, (offer.start_by, number, name))
@@ -89,6 +96,7 @@ class ClassQueue:
         """Takes it out. Raises KeyError."""
         offer = self._by_id.pop(request_id).offer
         self.cost -= offer.cost
+        self._cost_of[offer.model] -= offer.cost
         for lane in [lane for lane in self._lanes if lane[:2] == (offer.tenant, offer.model)]:
             self._head(lane)
         return offer

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import dataclass, field
 
 from router.admission.offers import Capacity, Offer, SloClass
+from router.admission.shares import keep, places
+from router.bounds import Bounds
 
 
 @dataclass
@@ -18,29 +18,11 @@ class _Running:
     prefill_tokens: float
 
 
-class Bounds:
-    """The seconds per token that those who run are to keep, as often as they are asked for."""
-
-    def __init__(self) -> None:
-        self._count: Counter[float] = Counter()
-        self.strictest = math.inf
-
-    def add(self, seconds: float) -> None:
-        self._count[seconds] += 1
-        self.strictest = min(self.strictest, seconds)
-
-    def remove(self, seconds: float) -> None:
-        self._count[seconds] -= 1
-        if not self._count[seconds]:
-            del self._count[seconds]
-            if seconds == self.strictest:
-                self.strictest = min(self._count, default=math.inf)
-
-
 @dataclass
 class _Used:
     prefill_tokens: float = 0.0
     kv_tokens: float = 0.0
+    output_tokens: float = 0.0
     sequences: int = 0
     requests: int = 0
     paces: Bounds = field(default_factory=Bounds)
@@ -49,9 +31,11 @@ class _Used:
         """Counts it in (1) or out (-1)."""
         self.prefill_tokens += sign * running.prefill_tokens
         self.kv_tokens += sign * running.offer.cost
+        self.output_tokens += sign * running.offer.output_tokens
         self.sequences += sign * running.offer.completions
         self.requests += sign
-        (self.paces.add if sign > 0 else self.paces.remove)(running.offer.tpot_seconds)
+        change = self.paces.add if sign > 0 else self.paces.remove
+        change(running.offer.tpot_seconds, running.offer.completions)
 
 
 class Usage:
@@ -91,12 +75,28 @@ class Usage:
             return True
         limit = capacity.scaled(share)
         prompt = min(offer.prompt_tokens, capacity.prefill_worker_tokens)
-        paced = limit.paced(min(offer.tpot_seconds, used.paces.strictest))
         return (
             (not used.prefill_tokens or used.prefill_tokens + prompt <= limit.prefill_tokens)
             and used.kv_tokens + offer.cost <= limit.kv_tokens
-            and used.sequences + offer.completions <= min(limit.sequences, paced)
+            and used.sequences + offer.completions <= limit.sequences
+            and keep(used.paces, limit, offer)
         )
+
+    def room_wait(self, offer: Offer, tokens: int, capacity: Capacity) -> float:
+        """Seconds until so many more tokens of requests like `offer` find room to decode.
+
+        By Little's law: what fills a room has left it after as long as one of it decodes.
+        """
+        used = self._used.get(offer.model)
+        if used is None or (self._batch and offer.slo_class is not SloClass.BATCH):
+            return 0.0  # Batch gives its place back.
+        sequences = used.sequences + tokens * offer.completions / offer.cost
+        room = min(capacity.sequences, places(used.paces, capacity))
+        over = max((used.kv_tokens + tokens) / capacity.kv_tokens, sequences / room) - 1.0
+        if over <= 0:
+            return 0.0
+        each = used.output_tokens / used.sequences
+        return over * each * capacity.step_seconds(used.sequences)
 
     def start(self, now: float, offer: Offer, capacity: Capacity) -> None:
         prompt = min(offer.prompt_tokens, capacity.prefill_worker_tokens)

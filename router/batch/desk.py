@@ -67,7 +67,7 @@ class BatchDesk:
         Raises:
             InvalidRequest: the endpoint, the metadata or the number of lines will not do.
             PermissionDenied: the tenant may not ask for batch work.
-            Overloaded: the store has no room.
+            Overloaded: the store has no room, or too many of the tenant's jobs have not ended.
         """
         if SloClass.BATCH not in tenant.classes:
             raise PermissionDenied(f"tenant {tenant.name} may not ask for batch work")
@@ -92,7 +92,7 @@ class BatchDesk:
             input_file,
             metadata=dict(metadata),
         )
-        job = await self._batches.add(job, checked.lines, checked.errors)
+        job = await self._batches.add(job, checked.lines, checked.errors, tenant.batch_jobs)
         self._submitted()
         return job
 

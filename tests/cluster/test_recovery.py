@@ -84,8 +84,8 @@ def test_a_dead_worker_is_replaced_and_its_streams_go_on(
     read(other, 20)
     process = psutil.Process(before.pid)
     if victim == "its engine":
-        engines = process.children(recursive=True)
-        process = next(p for p in engines if ENGINE_CORE in " ".join(p.cmdline()))
+        children = [p for p in process.children(recursive=True) if p.status() != "zombie"]
+        process = next(p for p in children if ENGINE_CORE in " ".join(p.cmdline()))
     family = psutil.Process(before.pid).children(recursive=True)
     process.kill()
     if worker_id == DECODE:

@@ -16,7 +16,7 @@ import torch
 from cluster.kv.assembly import BlockRun
 from cluster.kv.generations import Generations
 from cluster.kv.geometry import HeadRun
-from cluster.kv.push import Ready
+from cluster.kv.orders import Ready
 from cluster.kv.sender import Offer
 from cluster.kv.transport.frames import Ack, Blocks, Coming, Commit, Open, Refused
 from cluster.kv.transport.grpc_streams import GrpcInbound, GrpcOutbound
@@ -63,6 +63,47 @@ async def test_one_block_may_stand_for_several_out_of_a_window(
     prefill.release(ticket, token=42)
     assert (await decode.result(ticket.handoff_id)).ok
     assert torch.equal(contents(decode, (6,)), contents(prefill, (3,)))
+
+
+async def test_blocks_may_be_reused_once_they_have_been_read(
+    prefill: Prefill, decode: Decode
+) -> None:
+    """As a sliding window's are while their prompt goes on."""
+    ticket = make_ticket(3 * TOKENS)
+    wire = sign(ticket)
+    whole = contents(prefill, (1, 2, 3))
+    decode.reserve(ticket, wire, (5, 6, 7))
+    prefill.offer(ticket, wire, decode.agent.address, (1,))
+    for step in (2, 3):
+        await read(prefill, ticket.handoff_id)
+        prefill.agent.generations.renew([step - 1])
+        for layer in prefill.cache._items:
+            layer[step - 1] = 0
+        prefill.compute(ticket, (step,), first=step - 1)
+    prefill.release(ticket, token=42)
+    assert (await decode.result(ticket.handoff_id)).ok
+    assert torch.equal(contents(decode, (5, 6, 7)), whole)
+
+
+async def test_nobody_waits_for_a_reading_that_will_never_be(
+    prefill: Prefill, decode: Decode
+) -> None:
+    await read(prefill, "of which nothing is known")
+    ticket = make_ticket(TOKENS)
+    prefill.offer(ticket, sign(ticket), decode.agent.address, (1,))  # decode never has room
+    waiting = asyncio.create_task(read(prefill, ticket.handoff_id))
+    await prefill.until(lambda: prefill.pinned() > 0)
+    assert not waiting.done()
+    prefill.release(ticket, None)
+    await waiting
+    await read(prefill, ticket.handoff_id)
+
+
+async def read(prefill: Prefill, handoff_id: str) -> None:
+    """Until what was offered of a handoff has been read."""
+    done = threading.Event()
+    prefill.agent.post(lambda: prefill.agent.sender.when_read([handoff_id], done.set))
+    await prefill.until(done.is_set)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

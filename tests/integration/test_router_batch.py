@@ -274,7 +274,8 @@ async def test_jobs_are_their_tenants(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, token in TOKENS.items():
+    tokens = {**TOKENS, "third": "token-of-the-third-tenant"}
+    for name, token in tokens.items():
         (tmp_path / name).write_text(token)
     tenants = [
         {"name": "first", "token_file": str(tmp_path / "first")},
@@ -283,10 +284,11 @@ async def test_jobs_are_their_tenants(
             "token_file": str(tmp_path / "second"),
             "classes": ["interactive", "standard"],
         },
+        {"name": "third", "token_file": str(tmp_path / "third"), "limits": {"batch_jobs": 1}},
     ]
 
     def of(name: str) -> Any:
-        return (("authorization", f"Bearer {TOKENS[name]}"),)
+        return (("authorization", f"Bearer {tokens[name]}"),)
 
     async with running(store, tenants=tenants) as pair:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -295,6 +297,13 @@ async def test_jobs_are_their_tenants(
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await submit(pair, content(line(0)), metadata=of("second"))
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        pair.fakes.decode.gate.clear()
+        await submit(pair, content(line(0)), metadata=of("third"))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await submit(pair, content(line(0)), router=1, metadata=of("third"))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "tenants.third.limits.batch_jobs" in (refused.value.details() or "")
+        pair.fakes.decode.gate.set()
         job = await submit(pair, content(line(0)), metadata=of("first"))
         monkeypatch.setenv("PDSERVE_TOKEN", TOKENS["first"])
         async with channel(pair.routers[0].grpc_address) as command_lines:

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.errors import ConfigError
+from cluster.rpc.connection import Connection
 from cluster.ticket import prompt_digest
 from pdserve.v1 import (
     common_pb2,
@@ -455,6 +456,32 @@ async def test_a_slow_reader_is_cut_off(cluster: Cluster, stub: Any) -> None:
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "too slowly" in message
     assert detail.retry_delay.seconds == 1
+
+
+async def test_a_first_token_leaves_before_others_are_let_in(
+    cluster: Cluster, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    gate, write = cluster.router._dispatch.gate, Connection._write
+    pump = gate.pump
+
+    def let_in() -> None:
+        happened.append("let in")
+        pump()
+
+    def written(connection: Connection, data: bytes) -> None:
+        if b"t0 " in data:
+            happened.append("left")
+        write(connection, data)
+
+    monkeypatch.setattr(gate, "pump", let_in)
+    monkeypatch.setattr(Connection, "_write", written)
+    cluster.decode.gate.clear()
+    call = stub.Generate(ask(), timeout=TIMEOUT)
+    await call.read()
+    cluster.decode.gate.set()
+    await collect(call)
+    assert happened[:3] == ["let in", "left", "let in"]
 
 
 async def test_overload_says_when_to_come_back() -> None:

@@ -77,8 +77,8 @@ class Pair:
     async def kill(self, router: int) -> None:
         """As a SIGKILL would: nothing of it says goodbye, its lease runs out."""
         dead = self.routers[router]
-        assert dead._background is not None
-        dead._background.cancel()
+        assert dead._background._task is not None
+        dead._background._task.cancel()
         for stream in dead._resumption._known.values():
             assert stream.task is not None
             stream.task.cancel()

@@ -204,6 +204,35 @@ async def test_what_breaks_off_on_the_way_takes_no_room(
     assert [key for key in await client.keys("*") if await client.ttl(key) < 0] == []
 
 
+async def test_a_tenant_has_so_many_unfinished_jobs(batches: Batches, client: Redis) -> None:
+    jobs = [replace(JOB, batch_id=f"b-{n}", total=2) for n in range(4)]
+    first = await batches.add(jobs[0], ["a", "b"], [], 2)
+    second = await batches.add(jobs[1], ["a", "b"], [], 2)
+    taken = await client.get(STORED)
+    with pytest.raises(Overloaded, match=r"limits\.batch_jobs: 2 .* cancel one"):
+        await batches.add(jobs[2], ["a", "b"], [], 2)
+    assert await client.get(STORED) == taken
+    assert await client.keys(f"*:t/{jobs[2].batch_id}") == []
+    await batches.add(replace(jobs[2], tenant="other"), ["a", "b"], [], 2)
+    await serve(batches, first, "r-0")
+    third = await batches.add(jobs[2], ["a", "b"], [], 2)
+    await batches.cancel(second)
+    with pytest.raises(Overloaded):  # until its lines have stopped
+        await batches.add(jobs[3], ["a", "b"], [], 2)
+    assert await batches.settle(second, "r-0", -1, NOW)
+    await batches.add(jobs[3], ["a", "b"], [], 2)
+    assert {job.name for job in await batches.active()} == {third.name, "t/b-3", "other/b-2"}
+
+
+async def test_of_jobs_handed_in_at_once_as_many_are_taken_as_may_be(batches: Batches) -> None:
+    jobs = [replace(JOB, batch_id=f"b-{n}", total=1) for n in range(8)]
+    added = await asyncio.gather(
+        *(batches.add(job, ["a"], [], 3) for job in jobs), return_exceptions=True
+    )
+    assert sum(isinstance(each, Overloaded) for each in added) == 5
+    assert len(await batches.active()) == 3
+
+
 async def test_tenants_have_their_own(batches: Batches, client: Redis) -> None:
     await batches.add(JOB, LINES, [])
     await batches.add(replace(JOB, batch_id="b-2", created_at=101.0), LINES, [])

@@ -23,6 +23,7 @@ from router.admission.policy import Policy
 STEP_TOKENS = 2000
 STEP_SECONDS, TOKEN_SECONDS = 0.02, 1e-4
 TTFT_SECONDS = 2.0
+OUTPUT = 100
 LEARNING_SECONDS, SECONDS = 5.0, 100.0
 """Long enough that chance alone, in so many requests, comes near none of the bounds."""
 
@@ -35,6 +36,7 @@ class Pool:
         rate: of a Poisson process of prompts of `lengths` tokens.
         decoding: seconds after the first token, on average.
         room: sequences that decode at once.
+        known: what admission takes decodes to last, in times of what they do; 0: it does not know.
     """
 
     rate: float
@@ -42,6 +44,8 @@ class Pool:
     decoding: float
     room: float
     rng: random.Random
+    known: float = 0.0
+    until: float = SECONDS
     in_time: list[float] = field(default_factory=list)
     missed: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
@@ -50,7 +54,12 @@ class Pool:
     def run(self) -> None:
         self.core = Admission(Policy())
         credit = 2 * STEP_TOKENS
-        self.capacity = Capacity(credit, credit, sequences=self.room)
+        self.capacity = Capacity(
+            credit,
+            credit,
+            sequences=self.room,
+            step_seconds=lambda _: self.known * self.decoding / OUTPUT,
+        )
         self.arrived: dict[str, Offer] = {}
         self.prompts: deque[Offer] = deque()
         self.order = itertools.count()
@@ -69,13 +78,13 @@ class Pool:
         name = f"r{next(self.order)}"
         prompt = self.rng.randint(*self.lengths)
         due = now + TTFT_SECONDS
-        offer = Offer(name, "t", SloClass.INTERACTIVE, "m", prompt, 100, due, now + 10.0)
+        offer = Offer(name, "t", SloClass.INTERACTIVE, "m", prompt, OUTPUT, due, now + 10.0)
         try:
             self.core.offer(now, offer)
             self.arrived[name] = offer
         except Overloaded:
             self.refused.append(now)
-        if now < SECONDS:
+        if now < self.until:
             self.at(now + self.rng.expovariate(self.rate), "arrival", [])
 
     def pump(self, now: float) -> None:
@@ -112,6 +121,21 @@ class Pool:
         """Of what came after the first seconds."""
         return len(_settled(self.in_time)) / (SECONDS - LEARNING_SECONDS)
 
+    @classmethod
+    def of(
+        cls, overload: float, lengths: tuple[int, int], decoding: float, decode_bound: bool,
+        seed: int, known: float = 0.0, until: float = SECONDS,
+    ) -> tuple[Pool, float]:  # fmt: skip
+        """One that so many times its capacity comes to, and that capacity, requests a second."""
+        mean = sum(lengths) / 2
+        capacity = 1 / (mean * TOKEN_SECONDS + STEP_SECONDS * mean / STEP_TOKENS)
+        room = 1e9
+        if decode_bound:
+            room = max(4.0, 0.6 * capacity * decoding)
+            capacity = room / (decoding + mean * TOKEN_SECONDS + STEP_SECONDS)
+        rng = random.Random(seed)
+        return cls(overload * capacity, lengths, decoding, room, rng, known, until), capacity
+
 
 def _tokens(offers: list[Offer]) -> int:
     return sum(offer.prompt_tokens for offer in offers)
@@ -134,15 +158,28 @@ def test_overload_is_refused_as_it_comes_and_the_rest_is_in_time(
 ) -> None:
     """Whichever pool is too small: at any multiple of the capacity the goodput is nearly all of
     it, and hardly anyone waits to be refused."""
-    mean = sum(lengths) / 2
-    capacity = 1 / (mean * TOKEN_SECONDS + STEP_SECONDS * mean / STEP_TOKENS)
-    room = 1e9
-    if decode_bound:
-        room = max(4.0, 0.6 * capacity * decoding)
-        capacity = room / (decoding + mean * TOKEN_SECONDS + STEP_SECONDS)
-    pool = Pool(overload * capacity, lengths, decoding, room, random.Random(seed))
+    pool, capacity = Pool.of(overload, lengths, decoding, decode_bound, seed)
     pool.run()
     offered = len(_settled(pool.in_time + pool.missed + pool.refused + pool.late))
     assert pool.goodput() >= 0.8 * capacity
     assert len(_settled(pool.late)) <= 0.02 * offered
     assert len(_settled(pool.missed)) <= 0.01 * offered
+
+
+def test_a_cold_router_that_knows_how_long_decodes_last_lets_fewer_wait_in_vain() -> None:
+    """In the first seconds, while the pool fills: starts are quick, and nothing has ended yet."""
+
+    def cold(known: float) -> tuple[int, int]:
+        late = in_time = 0
+        for overload, lengths, seed in itertools.product(
+            (2.0, 4.0), ((500, 500), (50, 1950)), range(2)
+        ):
+            pool, _ = Pool.of(overload, lengths, 6.0, True, seed, known, LEARNING_SECONDS)
+            pool.run()
+            late += len(pool.late) + len(pool.missed)
+            in_time += len(pool.in_time)
+        return late, in_time
+
+    blind, foreseen = cold(0.0), cold(1.0)
+    assert foreseen[0] <= 0.7 * blind[0]
+    assert foreseen[1] >= 0.95 * blind[1]

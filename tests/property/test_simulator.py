@@ -202,7 +202,7 @@ def test_the_same_seed_gives_the_same_outcomes() -> None:
 
 
 def test_admission_keeps_to_a_pace_as_the_routers_does() -> None:
-    arrivals = poisson(40.0, 6.0, lambda r: (r.randint(100, 300), r.randint(50, 150)), 1)
+    arrivals = poisson(60.0, 6.0, lambda r: (r.randint(100, 300), r.randint(50, 150)), 1)
     bound = WORKER.decode_seconds(32, 32 * 400)
 
     def slowest(pace_within: float) -> float:

@@ -49,7 +49,9 @@ class Call:
             raise Broken("it broke")
         self.written.append(b"".join(pieces))
 
-    async def send_sealed(self, head: bytes, pieces: list[memoryview], seal: Seal) -> None:
+    async def send_sealed(
+        self, head: bytes, pieces: list[memoryview], seal: Seal, lendable: bool = False
+    ) -> None:
         seal.add(pieces)
         await self.send(head, *pieces, seal.end())
 

@@ -31,11 +31,16 @@ class Agent:
             release=lambda release: self.heard.append(("sent", release.handoff_id)),
             fail=lambda handoff_id: self.heard.append(("fail", handoff_id)),
             layer_ready=lambda layer, offers, fence: self.heard.append(("layer", layer)),
+            when_read=self._when_read,
         )
         self.receiver = SimpleNamespace(
             reserve=lambda reserve, stamp, free: self.heard.append(("reserve", stamp.tolist())),
             release=lambda handoff_id: self.heard.append(("received", handoff_id)),
         )
+
+    def _when_read(self, handoffs: list[str], call: Any) -> None:
+        self.heard.append(("read", handoffs))
+        call()
 
     def post(self, call: Any) -> None:
         self.calls += 1
@@ -120,3 +125,13 @@ def test_a_step_without_handoffs_posts_nothing(side: WorkerSide) -> None:
     side.layer_written("layer.0")
     side.step_written()
     assert heard(side) == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_step_waits_until_blocks_that_do_not_stay_have_been_read(
+    side: WorkerSide, kept: bool
+) -> None:
+    side._kept = kept
+    side.begin_step(StepMetadata(offers=(Offer("a", 0, (1,)),)))
+    side.step_written()
+    assert heard(side)[-1] == (("layer", LAYERS - 1) if kept else ("read", ["a"]))

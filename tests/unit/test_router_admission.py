@@ -19,6 +19,7 @@ from router.admission.pace import (
 )
 from router.admission.policy import Limits, Policy, TenantPolicy
 from router.admission.queue import ClassQueue
+from router.bounds import MAX_BOUNDS, Bounds
 
 INTERACTIVE, STANDARD, BATCH = SloClass
 
@@ -232,6 +233,37 @@ def test_starts_that_waited_for_nothing_say_nothing_of_the_pace() -> None:
         desk.core.offer(now, offer("b", start_by=now + 3.5))
 
 
+def full_desk(step_seconds: float, slo_class: SloClass = STANDARD) -> Desk:
+    """A pool of ten places that filled at once, each for 100 tokens."""
+    capacity = Capacity(sequences=10, step_seconds=lambda sequences: step_seconds)
+    desk = Desk(capacity, max_running=100, batch_share=1.0)
+    fills = [offer(f"r{i}", slo_class, output_tokens=100) for i in range(10)]
+    assert len(desk.come(*fills)) == 10
+    return desk
+
+
+def test_a_pool_that_filled_quickly_empties_no_sooner_than_its_decodes_end() -> None:
+    desk = full_desk(0.1)  # one in ten ends a second
+    desk.come(offer("a", output_tokens=100, start_by=2.1))
+    with pytest.raises(Overloaded, match=r"would wait 2.0 s"):
+        desk.core.offer(0, offer("b", output_tokens=100, start_by=3.9))
+    desk.core.offer(0, offer("b", output_tokens=100, start_by=4.1))
+
+
+def test_a_pool_full_of_batch_work_empties_at_once() -> None:
+    desk = full_desk(0.1, BATCH)
+    desk.core.offer(0, offer("now", start_by=0.1))
+    assert [type(effect) for effect in desk.pump()] == [Yield, Admit]
+
+
+def test_what_a_prompt_is_expected_to_take_counts_before_any_was_seen() -> None:
+    desk = Desk(Capacity(prefill_seconds=lambda tokens: tokens * 1e-3))
+    desk.come(offer("running"))
+    desk.come(offer("long", prompt_tokens=1000, start_by=4.0))
+    assert desk.pump(2.9) == []
+    assert [type(effect) for effect in desk.pump(3.0)] == [Refuse]
+
+
 def test_a_newcomer_that_is_due_sooner_does_not_make_others_late() -> None:
     desk, now = paced_desk()
     desk.come(*(offer(f"a{i}", start_by=now + 6.5) for i in range(3)), now=now)
@@ -268,6 +300,43 @@ def test_decodes_keep_the_strictest_pace_among_them() -> None:
     assert desk.leave("strict", 3) == ["p7"]
     whenever = [offer(f"w{i}") for i in range(3)]
     assert desk.come(*whenever, now=4) == ["w0", "w1"]  # those that run keep their bound
+
+
+def test_a_strict_request_costs_others_one_worker_at_most() -> None:
+    paces = {0.01: 8.0, 0.1: 40.0}  # of four workers: two each, and ten
+    capacity = Capacity(paced=lambda seconds: paces[seconds], decode_workers=4)
+    desk = Desk(capacity, max_running=100)
+    assert desk.come(offer("strict", tpot_seconds=0.01)) == ["strict"]
+    others = [offer(f"o{i}", tpot_seconds=0.1) for i in range(40)]
+    assert len(desk.come(*others)) == 31  # one beside it, and ten on each of the rest
+    desk.leave("strict")
+    assert (desk.core.running, desk.core.queued) == (40, 0)
+
+
+def test_strict_requests_wait_for_a_worker_and_do_not_starve() -> None:
+    paces = {0.01: 2.0, 0.1: 10.0}
+    endless = dict.fromkeys(SloClass, math.inf)
+    capacity = Capacity(paced=lambda seconds: paces[seconds])
+    desk = Desk(capacity, max_running=100, patience_seconds=endless)
+    assert len(desk.come(*(offer(f"o{i}", tpot_seconds=0.1) for i in range(10)))) == 10
+    assert desk.come(offer("strict", INTERACTIVE, tpot_seconds=0.01, start_by=20.0)) == []
+    # Others that come pass it for 5 s; from then on it is next.
+    desk.come(*(offer(f"n{i}", tpot_seconds=0.1) for i in range(20)), now=6.0)
+    for i in range(8):
+        assert desk.leave(f"o{i}", 7.0 + i) == []
+    assert desk.leave("o8", 16.0) == ["strict"]
+
+
+def test_bounds_of_all_sorts_are_kept_apart_up_to_a_number() -> None:
+    bounds = Bounds()
+    asked = [0.001 * (i + 1) for i in range(3 * MAX_BOUNDS)]
+    for seconds in asked:
+        bounds.add(seconds, 2)
+    assert len(list(bounds)) == MAX_BOUNDS
+    assert sum(count for _, count in bounds) == 2 * len(asked)
+    for seconds in reversed(asked):
+        bounds.remove(seconds, 2)
+    assert (list(bounds), bounds.strictest) == ([], math.inf)
 
 
 def test_batch_takes_a_share_of_the_pace_and_yields_it() -> None:

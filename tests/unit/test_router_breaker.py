@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.breaker import CONSECUTIVE, FIRST_REST_SECONDS, MAX_REST_SECONDS, Breaker
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.joint import JointPlacement
 from router.output import Stage
 from router.placement import Decision, Demand, Target, WorkerView
+from router.share import Share
 
 
 def pool(size: int) -> Breaker:

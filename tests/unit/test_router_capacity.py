@@ -44,8 +44,8 @@ def test_capacity_is_that_of_the_ready_workers() -> None:
         worker("decode", model="other"),
         worker("both"),
     ]
-    assert capacity(MODEL, workers, 1) == Capacity(600, 200, 1600, 16)
-    assert capacity(MODEL, workers, 2) == Capacity(300, 200, 1600, 16)
+    assert capacity(MODEL, workers, 1) == Capacity(600, 200, 1600, 16, decode_workers=2)
+    assert capacity(MODEL, workers, 2) == Capacity(300, 200, 1600, 16, decode_workers=2)
     assert capacity(MODEL, workers, 9).prefill_tokens == 200
 
 
@@ -96,6 +96,18 @@ def test_decodes_that_keep_a_bound_per_token() -> None:
     assert paces.within("other", 0.1) == math.inf
 
 
+def test_what_prompts_and_steps_take_is_expected_as_placement_learned_it() -> None:
+    seen = fleet("prefill", "decode", "decode")
+    learn_steps(seen, 1, 1e-3)
+    learn_steps(seen, 2, 3e-3)
+    seen.saw_prefill(0, 1000, 0.7)
+    expected = Paces(seen, "always").of(Capacity(), "m")
+    assert expected.prefill_seconds(1000) == pytest.approx(0.7, rel=0.01)
+    assert expected.step_seconds(64) == pytest.approx(32 * (1e-3 + 3e-3) / 2, rel=0.03)
+    nobody = Paces(seen, "always").of(Capacity(), "other")
+    assert nobody.prefill_seconds(1000) == nobody.step_seconds(64) == 0.0
+
+
 def test_a_bound_that_cannot_be_kept_bounds_nothing() -> None:
     seen = fleet("decode", "both")
     learn_steps(seen, 0, 1e-3)
@@ -123,7 +135,8 @@ def test_a_curve_within_a_bound(seconds: list[float], sizes: list[int], bound: f
     for size, took in zip(sizes, seconds, strict=False):
         curves.observe(0, size, took)
     largest = float(curves.within(bound, np.array([0]))[0])
-    tried = 2.0 ** np.linspace(0.0, 10.0, 200)
+    # With the knots: a curve that falls again is above a bound at one of them, and near it only.
+    tried = np.union1d(2.0 ** np.linspace(0.0, 10.0, 200), 2.0 ** np.arange(11))
     for size in tried:
         if size <= largest:
             assert curves.one(size, 0) <= bound * 1.0001

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.costs import ColumnCosts
-from router.fleet import Fleet, Share
+from router.fleet import Fleet
 from router.joint import JointPlacement
+from router.learn import Observed, learn, shares_of
 from router.output import Stage
 from router.placement import Candidate, Decision, Demand, Mode, Target, Unplaced, WorkerView
 from router.row_costs import RowCosts
+from router.share import Share
 
 DEMAND = Demand("m", 1000, 100, decodes=True)
 
@@ -135,6 +137,79 @@ def test_split_where_a_long_prompt_would_stall_many() -> None:
     assert ids(decide(made, demand))[0] == "p0"
     made = fleet(worker("p0", "prefill"), worker("d0", "decode"))
     assert ids(decide(made, demand))[2] is not None  # nobody is there to be stalled
+
+
+def test_the_share_of_prompts_is_known_though_a_worker_was_seen_for_seconds_only() -> None:
+    made = two_of_each()
+    for now in range(4):
+        made.busy(float(now))
+        for slot, seconds in ((0, 0.6), (1, 0.2)):
+            made.take(float(now), Share(slot, Stage.PREFILL, 1000, 100.0, seconds))
+    assert made.busy(4.0)[:2] == pytest.approx([0.46, 0.15], abs=0.02)  # one second counts as idle
+
+
+def test_prompts_that_come_in_large_lumps_are_the_greater_risk_to_a_decode() -> None:
+    made = two_of_each()
+    lumps = ((0, 2.0, 1), (1, 0.02, 100))  # as much of either's time
+    for slot, seconds, times in lumps:
+        for _ in range(times):
+            share = Share(slot, Stage.PREFILL, 1000, 100.0, seconds)
+            made.take(0.0, share)
+            made.release(0.0, share)
+    demand = replace(DEMAND, tpot_seconds=0.025)
+    by_id = {name: made.slot_of(Target(name, "x")) for name, _ in PAIRS}
+    made.busy(-9.0)
+    costs = RowCosts(made).of(0.0, demand, by_id)
+    assert costs.whole_tpot[0] == pytest.approx(costs.whole_tpot[1])
+    assert costs.whole[0] > costs.whole[1] + 0.2
+
+
+def test_what_decodes_take_is_not_learned_beside_prompts_that_leave_them_no_time() -> None:
+    made = two_of_each()
+    decision = decide(made, mode="never")
+    slot = decision.chosen.slots[0]
+    shares = shares_of(decision.chosen, 1000, 50.0)
+    made.take(0.0, shares[Stage.WHOLE])
+    seen = Observed(1000, 1000, 0.1, tokens=52, decode=50 * 0.08)
+    learn(made, 0.0, "m", decision.chosen, shares, seen)
+    known = made.speeds.step.one(1.5, slot)
+    assert known == pytest.approx(0.08, rel=0.1)
+    put(made, slot, Stage.PREFILL, 10.0)
+    assert made.busy(0.0)[slot] > 0.9
+    learn(made, 0.0, "m", decision.chosen, shares, seen)
+    assert made.speeds.step.one(1.5, slot) == known
+
+
+def test_who_has_not_decoded_yet_is_expected_to_be_as_those_of_its_model_who_have() -> None:
+    made = two_of_each()
+    other = made.join(worker("q0", "prefill", model="other"))
+    before = made.pace.copy()
+    for slot in (2, 3):
+        for _ in range(30):
+            made.saw_step(slot, 1.0, 0.04 * slot)
+    made.saw_step(0, 1.0, 0.3)
+    made.tick(10.0)
+    assert made.pace[0] == pytest.approx(0.3)  # it was seen
+    assert made.pace[1] == pytest.approx((0.3 * 0.08 * 0.12) ** (1 / 3), rel=0.01)
+    assert made.pace[other] == before[other]
+
+
+def test_a_strict_one_has_a_small_batch_and_keeps_it() -> None:
+    made = two_of_each()
+    for batch in (1, 2, 4, 8, 16, 32, 64):
+        for slot in range(4):
+            made.saw_step(slot, batch, 2e-3 * batch)
+    put(made, 2, Stage.DECODE, times=6)
+    strict = replace(DEMAND, tpot_seconds=0.01)
+    decision = decide(made, strict, "always")
+    assert ids(decision)[1] == "d1"
+    (share,) = (s for s in shares_of(decision.chosen, 1000, 100.0, 0.01).values() if s.slot == 3)
+    made.take(0.0, share)
+    put(made, 3, Stage.DECODE, times=2)
+    assert made.decodes[3] < made.decodes[2]
+    assert ids(decide(made, mode="always"))[1] == "d0"  # one more there, and it would be late
+    made.release(0.0, share)
+    assert ids(decide(made, mode="always"))[1] == "d1"
 
 
 def test_whole_on_decode_when_the_prefill_pool_is_saturated() -> None:

@@ -55,8 +55,7 @@ class PdserveConnector(KVConnectorBase_V1):
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = _scheduler_side(config, vllm_config, kv_cache_config)
         else:
-            kept = isinstance(groups[0].kv_cache_spec, FullAttentionSpec)
-            self.worker = WorkerSide(config, vllm_config, kept)
+            self.worker = WorkerSide(config, vllm_config, _kept(kv_cache_config))
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -103,7 +102,8 @@ class PdserveConnector(KVConnectorBase_V1):
         self._worker.layer_written(layer_name)
 
     def wait_for_save(self) -> None:
-        """Waits for nothing: offered blocks stay pinned until they have been read."""
+        """Offered blocks stay pinned until they have been read: only a sliding window's are waited
+        for."""
         self._worker.step_written()
 
     def build_connector_worker_meta(self) -> StepReport | None:
@@ -181,10 +181,17 @@ def _scheduler_side(
     config: ConnectorConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> SchedulerSide:
     """Prompts ahead of their grants may take what the pool has beyond one longest prompt: that one
-    always finds room, so that a granted prompt is never kept from running."""
+    always finds room, so that a granted prompt is never kept from running. None may run ahead whose
+    blocks do not stay until they can be sent."""
     block_size = vllm_config.cache_config.block_size
     group = kv_cache_config.kv_cache_groups[0]
     block_bytes = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
     longest = -(-vllm_config.model_config.max_model_len // block_size)
     spare = max(0, kv_cache_config.num_blocks - 1 - longest) * block_bytes
-    return SchedulerSide(block_size, block_bytes, CreditBook(min(config.max_ahead_bytes, spare)))
+    ahead = min(config.max_ahead_bytes, spare) if _kept(kv_cache_config) else 0
+    return SchedulerSide(block_size, block_bytes, CreditBook(ahead))
+
+
+def _kept(kv_cache_config: KVCacheConfig) -> bool:
+    """The engine keeps a prompt's blocks until its handoff has ended; see `PagedCache`."""
+    return isinstance(kv_cache_config.kv_cache_groups[0].kv_cache_spec, FullAttentionSpec)

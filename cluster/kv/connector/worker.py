@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 SECRET_ENV = "PDSERVE_KV_SECRET"
 """Where a worker puts the cluster's secret for its engine processes, in hex."""
+
+
+READ_SECONDS = 1.0
+"""A step waits no longer for its blocks to be read; whatever takes them then fails the handoff."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,16 @@ class WorkerSide:
                 if layer not in self._step.written:
                     self._written(layer)
             self._tell()
+            if not self._kept:
+                self._wait_until_read()
+
+    def _wait_until_read(self) -> None:
+        """The next step may hand the blocks out anew that have left the window."""
+        assert self.agent is not None
+        sender, read = self.agent.sender, threading.Event()
+        handoffs = [offer.handoff_id for offer, _ in self._step.offers]
+        self.agent.post(lambda: sender.when_read(handoffs, read.set))
+        read.wait(READ_SECONDS)
 
     def _written(self, layer: int) -> None:
         self._step.written.add(layer)

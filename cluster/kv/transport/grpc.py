@@ -27,7 +27,8 @@ from cluster.kv.transport.streams.stream import Stream
 from cluster.ports import ANY, take
 
 SERVICE = "pdserve.v1.KvTransfer"
-STAGED_FRAMES = 16
+STAGED_BYTES = 128 << 20
+"""Pinned memory for payloads under way from or to a device, each way."""
 WHOLE_BYTES = CONTROL_BYTES
 """Payloads of longer messages are read when it is known where they go."""
 IDLE_SECONDS = 600.0
@@ -76,8 +77,7 @@ class GrpcTransport:
             self._in = PinnedMemory(self._staging(), self.milestones, cache.mark)
 
     def _staging(self) -> Staging:
-        size = STAGED_FRAMES * self.frame_bytes
-        return Staging(torch.device("cpu"), size, self.frame_bytes)
+        return Staging(torch.device("cpu"), STAGED_BYTES, self.frame_bytes)
 
     async def start(self, serve: Serve) -> str:
         """Raises ConfigError if the interface cannot be bound."""
