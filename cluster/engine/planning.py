@@ -11,7 +11,7 @@ def plans_ahead(config: VllmConfig) -> bool:
 
 
 def graph_tokens(config: VllmConfig) -> int:
-    """Steps with prompts in them that have no more tokens are replayed from CUDA graphs; 0: none."""
+    """Steps with prompts and no more tokens are replayed from CUDA graphs; 0: none is."""
     compiled = config.compilation_config
     if compiled.cudagraph_mode.mixed_mode() == CUDAGraphMode.NONE:
         return 0

@@ -121,9 +121,7 @@ def _fit_launches(
             break
         within = _level([s.seconds for s in launched if s.new <= graph_tokens])
         beyond = _level([s.seconds for s in launched if s.new > graph_tokens]) or within
-        worker = replace(
-            _fit_prefill(start, computed), launch=Launch(graph_tokens, within, beyond)
-        )
+        worker = replace(_fit_prefill(start, computed), launch=Launch(graph_tokens, within, beyond))
         off = sum((worker.prefill_seconds(s.new, s.cached) / s.seconds - 1) ** 2 for s in samples)
         if off < least:
             best, least = worker, off
