@@ -61,6 +61,14 @@ class Catalog:
         """Tokens that a worker computes in one step."""
         return self._models[name].max_num_batched_tokens
 
+    def planning(self, name: str) -> tuple[bool, int]:
+        """Whether a worker that prompts go to plans its steps ahead, and of its steps the tokens
+        that CUDA graphs hold; of the first one known."""
+        for record in self._workers():
+            if record.model == name and record.role != "decode" and record.max_model_len:
+                return record.plans_ahead, record.graph_tokens
+        return False, 0
+
     async def encode(self, name: str, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's token ids. Raises InvalidRequest as `Tokenizer.encode`."""
         return await self._tokenizers[name].encode(prompt)

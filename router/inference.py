@@ -93,6 +93,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         models = []
         for name in self._catalog.names:
             limits = self._catalog.limits(name)
+            plans_ahead, graph_tokens = self._catalog.planning(name)
             models.append(
                 inference_pb2.Model(
                     name=name,
@@ -100,6 +101,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     vocab_size=limits.vocab_size,
                     ready=not self._missing(name),
                     max_step_tokens=self._catalog.step_tokens(name),
+                    plans_ahead=plans_ahead,
+                    graph_tokens=graph_tokens,
                 )
             )
         return inference_pb2.ListModelsResponse(models=models)

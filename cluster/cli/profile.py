@@ -57,6 +57,8 @@ def run(terminal: Terminal, address: str, token: str, wanted: Wanted, as_json: b
         tuple(run.path),
         tuple(run.shared),
         run.chunk,
+        run.ahead,
+        run.graph_tokens,
     )
     fitted = calibrate(roofline(shape, gpu, wanted.tensor_parallel), profile)
     try:

@@ -50,6 +50,7 @@ class Run:
 
     Attributes:
         chunk: tokens that a step computes, as the router tells it; 0: it does not.
+        ahead, graph_tokens: how workers plan and launch steps, as `Profile` has it.
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class Run:
         self._rng = random.Random()
         self._vocab = 2
         self._max_len = 0
-        self.chunk = 0
+        self.chunk = self.graph_tokens = 0
+        self.ahead = False
         self.prefill: list[PrefillSample] = []
         self.decode: list[DecodeSample] = []
         self.handoff: list[HandoffSample] = []
@@ -112,6 +114,7 @@ class Run:
         (model,) = found
         self._model, self._vocab = model.name, max(2, model.vocab_size)
         self._max_len, self.chunk = model.max_model_len, model.max_step_tokens
+        self.ahead, self.graph_tokens = model.plans_ahead, model.graph_tokens
         self._longest = int(min(self._longest, self._max_len - DECODE_TOKENS - 1))
 
     async def _prefills(self, to: grpc.aio.Channel) -> None:

@@ -111,6 +111,8 @@ class EngineInfo:
         layout: fingerprint of its KV; blocks move between engines with equal ones.
         geometry: how it cuts its KV cache into ranks and blocks.
         simulated: its tokens are made up.
+        plans_ahead: it starts a step before it has looked at the one before.
+        graph_tokens: steps of no more tokens are replayed from CUDA graphs; 0: none is.
     """
 
     transfer_addresses: tuple[str, ...]
@@ -122,6 +124,8 @@ class EngineInfo:
     vocab_size: int
     geometry: str = ""
     simulated: bool = False
+    plans_ahead: bool = False
+    graph_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from cluster.config import HandoffConfig, ModelConfig
 from cluster.engine.blocks import HeldBlocks
 from cluster.engine.kv_events import KvEvents
+from cluster.engine.planning import graph_tokens, plans_ahead
 from cluster.engine.protocol import (
     EngineInfo,
     EngineOutput,
@@ -111,6 +112,8 @@ class VllmEngine:
             num_blocks=self._num_blocks,
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
+            plans_ahead=plans_ahead(config),
+            graph_tokens=graph_tokens(config),
         )
 
     def _open(self) -> AsyncLLM:

@@ -16,6 +16,7 @@ from cluster.planner.performance import (
     Contention,
     DecodeCost,
     HandoffCost,
+    Launch,
     Performance,
     PrefillCost,
 )
@@ -69,7 +70,13 @@ def calibrate(start: Performance, profile: Profile) -> Calibration:
                 "profile", f"has {count} {kind} samples, {MIN_SAMPLES} are the least to fit"
             )
     start = replace(start, chunk=profile.chunk)
-    fitted = _fit_decode(_fit_prefill(start, profile.prefill), profile.decode)
+
+    def fit_prefill(samples: Sequence[PrefillSample]) -> Performance:
+        if profile.ahead:
+            return _fit_launches(start, samples, profile.graph_tokens)
+        return _fit_prefill(start, samples)
+
+    fitted = _fit_decode(fit_prefill(profile.prefill), profile.decode)
     if profile.handoff:
         fitted = _fit_handoff(fitted, profile.handoff)
     if profile.path:
@@ -78,7 +85,7 @@ def calibrate(start: Performance, profile: Profile) -> Calibration:
         fitted = replace(fitted, contention=_fit_contention(profile.shared))
     prefill_error = _cross_validated(
         profile.prefill,
-        lambda rest: _fit_prefill(start, rest),
+        fit_prefill,
         lambda p, s: (p.prefill_seconds(s.new, s.cached), s.seconds),
     )
     decode_error = _cross_validated(
@@ -99,6 +106,31 @@ def _fit_prefill(start: Performance, samples: Sequence[PrefillSample]) -> Perfor
     base, per_token, per_pair = fit(rows, [s.seconds for s in samples])
     floor = min(start.prefill.floor, *(s.seconds / n for n, s in zip(steps, samples, strict=True)))
     return replace(start, prefill=PrefillCost(base, per_token, per_pair, floor))
+
+
+def _fit_launches(
+    start: Performance, samples: Sequence[PrefillSample], graph_tokens: int
+) -> Performance:
+    """Short prompts take as long as their step's launch, long ones as the device: of all lengths
+    that could part them, the one with the least relative squared error."""
+    best, least = _fit_prefill(start, samples), math.inf
+    for longest in (0, *sorted({s.new for s in samples})):
+        launched = [s for s in samples if s.new <= longest]
+        computed = [s for s in samples if s.new > longest]
+        if len(computed) < MIN_SAMPLES:
+            break
+        within = _level([s.seconds for s in launched if s.new <= graph_tokens])
+        beyond = _level([s.seconds for s in launched if s.new > graph_tokens]) or within
+        worker = replace(_fit_prefill(start, computed), launch=Launch(graph_tokens, within, beyond))
+        off = sum((worker.prefill_seconds(s.new, s.cached) / s.seconds - 1) ** 2 for s in samples)
+        if off < least:
+            best, least = worker, off
+    return best
+
+
+def _level(seconds: Sequence[float]) -> float:
+    """The constant that is off least; 0 of nothing."""
+    return fit([(1.0,)] * len(seconds), seconds)[0] if seconds else 0.0
 
 
 def _fit_decode(start: Performance, samples: Sequence[DecodeSample]) -> Performance:

@@ -30,6 +30,25 @@ class PrefillCost:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """What an engine that plans ahead takes to start a step of prompts, on the one thread that
+    also looks at outcomes.
+
+    Attributes:
+        graph_tokens: steps of no more are replayed from CUDA graphs; 0: none is.
+        within, beyond: seconds, of those and of larger ones.
+    """
+
+    graph_tokens: int
+    within: float
+    beyond: float
+
+    def seconds(self, tokens: int) -> float:
+        """To start a step of so many new tokens."""
+        return self.within if tokens <= self.graph_tokens else self.beyond
+
+
+@dataclass(frozen=True)
 class DecodeCost:
     """Seconds of a decode step: base + per_context·Σcontext + per_sequence·batch."""
 
@@ -86,6 +105,7 @@ class Performance:
             engine.
         contention: with the other workers, all of which then share one host.
         chunk: tokens that one step computes: longer prompts take several; 0: whatever they are.
+        launch: of an engine that plans its steps ahead; no step of prompts is shorter.
         label: what it describes, for reports.
     """
 
@@ -101,13 +121,15 @@ class Performance:
     dispatch: float = 0.0
     contention: Contention = Contention()
     chunk: int = 0
+    launch: Launch | None = None
     whole: Performance | None = None
 
     def prefill_seconds(self, new: int, cached: int = 0) -> float:
         """One prompt alone, in as many steps as it takes: `new` tokens after `cached` ones."""
         cost, steps = self.prefill, self.prefill_steps(new)
         tokens = cost.per_token * new + cost.per_pair * new * (new + 2 * cached)
-        return max(cost.floor * steps, cost.base * steps + tokens)
+        least = max(cost.floor, self._launch_seconds(math.ceil(new / steps)))
+        return max(least * steps, cost.base * steps + tokens)
 
     def prefill_steps(self, new: int) -> int:
         """In how many steps so many tokens are computed."""
@@ -115,11 +137,23 @@ class Performance:
 
     def prefill_batch_seconds(self, prompts: Iterable[tuple[int, int]]) -> float:
         """Several prompts, or chunks of them, in one step: (new, cached or computed before)."""
+        chunks = tuple(prompts)
+        return max(
+            self.prefill.floor,
+            self._launch_seconds(sum(new for new, _ in chunks)),
+            self.computing_seconds(chunks),
+        )
+
+    def computing_seconds(self, prompts: Iterable[tuple[int, int]]) -> float:
+        """The same of the device alone, which computes a step while the next one is launched."""
         cost, tokens, pairs = self.prefill, 0, 0
         for new, cached in prompts:
             tokens += new
             pairs += new * (new + 2 * cached)
-        return max(cost.floor, cost.base + cost.per_token * tokens + cost.per_pair * pairs)
+        return cost.base + cost.per_token * tokens + cost.per_pair * pairs
+
+    def _launch_seconds(self, tokens: int) -> float:
+        return self.launch.seconds(tokens) if self.launch else 0.0
 
     def decode_cost(self, batch: int) -> DecodeCost:
         """The costs that hold at this batch size."""
@@ -167,6 +201,12 @@ class Performance:
                 self.prefill.per_token * prefill,
                 self.prefill.per_pair * prefill,
                 self.prefill.floor * prefill,
+            ),
+            launch=self.launch
+            and replace(
+                self.launch,
+                within=self.launch.within * prefill,
+                beyond=self.launch.beyond * prefill,
             ),
             decode=_scaled(self.decode, decode),
             decode_large=_scaled(self.decode_large, decode),

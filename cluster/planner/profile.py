@@ -81,6 +81,8 @@ class Profile:
 
     Attributes:
         chunk: tokens that a step computes; 0: not known, and every prompt counts as one step.
+        ahead: the engine plans its steps one ahead, as vLLM's async scheduling does.
+        graph_tokens: steps of no more tokens are replayed from CUDA graphs; 0: none is.
         shared: empty where workers have their own cores.
     """
 
@@ -93,6 +95,8 @@ class Profile:
     path: tuple[PathSample, ...] = ()
     shared: tuple[SharedSample, ...] = ()
     chunk: int = 0
+    ahead: bool = False
+    graph_tokens: int = 0
 
     def check(self, model: str, hardware: str, tensor_parallel: int) -> None:
         """Raises InvalidRequest unless it was measured on exactly this."""
@@ -125,6 +129,8 @@ class Profile:
                 path=tuple(PathSample(**sample) for sample in values.get("path", ())),
                 shared=tuple(SharedSample(**sample) for sample in values.get("shared", ())),
                 chunk=int(values.get("chunk", 0)),
+                ahead=bool(values.get("ahead", False)),
+                graph_tokens=int(values.get("graph_tokens", 0)),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidRequest("profile", f"is not a profile: {error!r}") from error

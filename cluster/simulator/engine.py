@@ -4,6 +4,10 @@ It schedules as vLLM does: decodes first, then prompts in order of arrival, up t
 as long as there is KV room. Its one liberty: a sequence's KV is reserved as a whole when it starts,
 so nothing is ever preempted. While only decodes run, all steps until the next end of one are a
 single event: their times are an arithmetic series. An arrival cuts the run at the next step.
+
+Where the performance says that steps are planned ahead, steps of prompts alone are (vLLM's
+`step_with_batch_queue`): one thread starts them, and once a step is started it starts another of
+what waits by then, before it looks at the first one's outcome. Beside decodes it is not simulated.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ from collections import deque
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from cluster.planner.performance import Performance, StepKind
+from cluster.planner.performance import Launch, Performance, StepKind
 from cluster.simulator.job import Job
 from cluster.simulator.prefix_cache import PrefixCache
 from cluster.simulator.run import Run
+from cluster.simulator.step import Finished, Step, start, tokens_of
 from router.output import Stage
 
 
@@ -39,14 +44,6 @@ class EngineLimits:
     repeats_first_token: bool = True
 
 
-@dataclass
-class Finished:
-    """What a run of steps brought about, in the order in which it is told."""
-
-    first_tokens: list[Job]
-    ended: list[Job]
-
-
 class Engine:
     """One worker's engine. `next_event` is when `advance` wants to be called."""
 
@@ -64,6 +61,9 @@ class Engine:
         self._step = 0
         self._run = Run()
         self._chunks: list[tuple[Job, int]] = []
+        self._began = 0.0
+        self._decodes = False
+        self._started: Step | None = None
         self._landed: list[Job] = []
         self._order = 0
 
@@ -85,7 +85,7 @@ class Engine:
         """What is under way; a step with a prompt in it is a prefill."""
         if self._run.steps == 0:
             return None
-        return "prefill" if self._chunks else "decode"
+        return "prefill" if self._chunks or self._started else "decode"
 
     def set_pace(self, now: float, pace: float) -> bool:
         """What its steps take from now on, as a multiple; True if that moves the next event."""
@@ -141,7 +141,7 @@ class Engine:
                 queue.remove(job)
         if job in self._landed:
             self._landed.remove(job)
-        if not any(job is chunk for chunk, _ in self._chunks):
+        if not any(job is chunk for chunk, _ in self._under_way()):
             self.release(job)
             kept = [entry for entry in self._decoding if entry[2] is not job]
             if len(kept) != len(self._decoding):
@@ -158,7 +158,8 @@ class Engine:
 
     def jobs(self) -> list[Job]:
         """Everything on it."""
-        chunks = [job for job, _ in self._chunks if job not in self.waiting]
+        under_way = dict.fromkeys(job for job, _ in self._under_way())
+        chunks = [job for job in under_way if job not in self.waiting]
         decoding = [entry[2] for entry in self._decoding]
         return [*self.waiting, *self.reserving, *self._landed, *chunks, *decoding]
 
@@ -167,14 +168,17 @@ class Engine:
         finished = Finished([], [])
         self.busy_seconds += now - self._run.began
         steps = self._run.end()
-        self._step += steps if self.limits.mixes or not self._chunks else 0
-        if self.limits.mixes or not self._chunks:
+        if self._decodes:
+            self._step += steps
             self._context += steps * len(self._decoding)
         self._end_decodes(finished)
         if self._chunks:
             self._end_chunks(now, finished)
         self._begin(now)
         return finished
+
+    def _under_way(self) -> list[tuple[Job, int]]:
+        return [*self._chunks, *(self._started.chunks if self._started else ())]
 
     def _end_decodes(self, finished: Finished) -> None:
         while self._decoding and self._decoding[0][0] <= self._step:
@@ -187,12 +191,13 @@ class Engine:
         chunks, self._chunks = self._chunks, []
         for job, new in chunks:
             job.computed += new
+            job.planned -= new
             job.remaining -= new
             if job.remaining or job.cancelled:
                 if job.cancelled:
                     self.release(job)
                 continue
-            job.prefill_seconds = now - self._run.began
+            job.prefill_seconds = now - self._began
             self.cache.put(job.blocks)
             finished.first_tokens.append(job)
             if job.stage is Stage.WHOLE:
@@ -223,10 +228,14 @@ class Engine:
         for job in self._landed:
             self._join(job, job.output - (0 if self.limits.repeats_first_token else 1))
         self._landed.clear()
-        self._chunks = self._schedule(now)
+        if self.performance.launch and (self._started or not self._decoding):
+            self._begin_prompts(now, self.performance.launch)
+            return
+        self._chunks, self._began = self._schedule(now), now
+        self._decodes = self.limits.mixes or not self._chunks
         if self._chunks:
             batch = len(self._decoding) if self.limits.mixes else 0
-            prompts = [(new, job.computed) for job, new in self._chunks]
+            prompts = tokens_of(self._chunks)
             context = self._context if batch else 0
             self._run.begin(now, 1, self.performance.mixed_seconds(prompts, batch, context))
         elif self._decoding:
@@ -237,6 +246,14 @@ class Engine:
             self._run.begin(now, steps, first, cost.per_context * batch)
         else:
             self._run.begin(now, 0, 0.0)
+
+    def _begin_prompts(self, now: float, launch: Launch) -> None:
+        """Starts what waits, and lets the run end when the step that was started before is told."""
+        before, chunks = self._started, self._schedule(now) if not self._decoding else []
+        self._chunks, self._began = (before.chunks, before.began) if before else ([], now)
+        self._decodes = False
+        self._started, ends_at = start(self.performance, launch, now, before, chunks)
+        self._run.begin(now, 1 if before or chunks else 0, ends_at - now)
 
     def _schedule(self, now: float) -> list[tuple[Job, int]]:
         chunks: list[tuple[Job, int]] = []
@@ -249,13 +266,15 @@ class Engine:
                 if not self._take(job):
                     break
                 self._look_up(now, job)
-            if not limits.mixes and chunks and job.remaining > budget:
+            left = job.remaining - job.planned
+            if not limits.mixes and chunks and left > budget:
                 break
-            new = min(job.remaining, budget) if limits.mixes else job.remaining
+            new = min(left, budget) if limits.mixes else left
+            job.planned += new
             chunks.append((job, new))
             budget -= new
             room -= 1
-            if new == job.remaining:
+            if new == left:
                 self.waiting.popleft()
         return chunks
 

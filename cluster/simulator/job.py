@@ -30,6 +30,7 @@ class Job:
         remaining: prompt tokens to compute, set when it is first scheduled.
         computed: prompt tokens computed or found in the cache.
         last_step: the worker's step counter when its last token is there.
+        planned: tokens of the remaining ones that are in steps under way.
         reserved: tokens of KV it holds.
         prefill_seconds: of the step in which its prefill ended.
     """
@@ -44,6 +45,7 @@ class Job:
         "landing",
         "last_step",
         "output",
+        "planned",
         "prefill_seconds",
         "prompt",
         "remaining",
@@ -67,6 +69,7 @@ class Job:
         self.blocks = blocks
         self.remaining = prompt
         self.computed = 0
+        self.planned = 0
         self.cached = 0
         self.reserved = 0
         self.last_step = 0

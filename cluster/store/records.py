@@ -30,6 +30,7 @@ class WorkerRecord:
         geometry: how it cuts its KV cache into ranks and blocks.
         block_size: tokens per KV block.
         num_blocks: blocks of its KV pool.
+        plans_ahead, graph_tokens: as of `EngineInfo`.
         metrics_address: host:port of its Prometheus endpoint.
         detail: what it waits for, or why it failed.
     """
@@ -49,6 +50,8 @@ class WorkerRecord:
     num_blocks: int = 0
     max_model_len: int = 0
     vocab_size: int = 0
+    plans_ahead: bool = False
+    graph_tokens: int = 0
     metrics_address: str = ""
     host: str = ""
     pid: int = 0

@@ -161,6 +161,8 @@ class WorkerHost:
             num_blocks=info.num_blocks,
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
+            plans_ahead=info.plans_ahead,
+            graph_tokens=info.graph_tokens,
             metrics_address=self._serve_metrics(),
         )
 

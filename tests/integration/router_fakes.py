@@ -165,6 +165,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             transport="grpc",
             max_model_len=CONTEXT,
             vocab_size=VOCAB,
+            plans_ahead=True,
+            graph_tokens=256,
         )
         self.script = script
         self.started: asyncio.Queue[worker_pb2.StartSequence] = asyncio.Queue()

@@ -186,6 +186,7 @@ async def test_list_models(stub: Any) -> None:
     models = (await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=TIMEOUT)).models
     told = [(m.name, m.max_model_len, m.vocab_size, m.max_step_tokens, m.ready) for m in models]
     assert told == [(MODEL, 20_000, 1000, 2048, True)]
+    assert [(m.plans_ahead, m.graph_tokens) for m in models] == [(True, 256)]
 
 
 @pytest.mark.parametrize(

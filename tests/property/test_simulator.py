@@ -14,6 +14,7 @@ from cluster.planner.performance import (
     Contention,
     DecodeCost,
     HandoffCost,
+    Launch,
     Performance,
     PrefillCost,
 )
@@ -44,8 +45,8 @@ workloads = st.builds(
     st.sampled_from([50, 3000, 12_000]),
 )
 deployments = st.builds(
-    lambda split, mixes, queued, dispatch: Deployment(
-        replace(WORKER, dispatch=dispatch),
+    lambda split, mixes, queued, dispatch, launch: Deployment(
+        replace(WORKER, dispatch=dispatch, launch=launch),
         prefill=split[0],
         decode=split[1],
         both=split[2],
@@ -58,6 +59,7 @@ deployments = st.builds(
     st.booleans(),
     st.sampled_from([0, 10_000]),
     st.sampled_from([0.0, 0.02]),
+    st.sampled_from([None, Launch(256, 0.01, 0.02)]),
 )
 
 

@@ -17,7 +17,7 @@ from cluster.planner.efficiency import (
 )
 from cluster.planner.hardware import hardware
 from cluster.planner.online import OnlinePerformance
-from cluster.planner.performance import Contention, PrefillCost
+from cluster.planner.performance import Contention, Launch, PrefillCost
 from cluster.planner.profile import (
     DecodeSample,
     HandoffSample,
@@ -121,6 +121,27 @@ def test_prompts_of_several_steps_are_fitted_as_such() -> None:
     steps = ((512, 0), (512, 512), (376, 1024))
     assert worker.prefill_seconds(1400) == pytest.approx(
         sum(worker.prefill_batch_seconds([step]) for step in steps)
+    )
+
+
+def test_launches_are_told_from_computing() -> None:
+    start = replace(roofline(LLAMA, H200), launch=Launch(256, 0.019, 0.041))
+    start = replace(start, prefill=PrefillCost(0.005, 2.2e-5, 3e-10))
+    sizes = ((32, 0), (128, 0), (64, 64), (256, 256), (512, 0), (1024, 0), (512, 512), (2048, 0))
+    samples = tuple(
+        PrefillSample(n, c, start.prefill_seconds(n, c))
+        for n, c in (*sizes, (4096, 0), (2048, 2048), (8192, 0))
+    )
+    profile = replace(MEASURED, prefill=samples, ahead=True, graph_tokens=256)
+    found = calibrate(roofline(LLAMA, H200), profile)
+    assert found.performance.launch == Launch(256, pytest.approx(0.019), pytest.approx(0.041))
+    assert found.performance.computing_seconds([(3000, 0)]) == pytest.approx(0.0737)
+    assert found.prefill_error.p90 < 0.01
+    assert Profile.from_json(profile.to_json()) == profile
+    behind = calibrate(roofline(LLAMA, H200), replace(profile, ahead=False))
+    assert behind.performance.launch is None
+    assert found.performance.scaled(prefill=2.0).launch == Launch(
+        256, pytest.approx(0.038), pytest.approx(0.082)
     )
 
 
