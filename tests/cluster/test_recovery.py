@@ -85,7 +85,10 @@ def test_a_dead_worker_is_replaced_and_its_streams_go_on(
     process = psutil.Process(before.pid)
     if victim == "its engine":
         children = [p for p in process.children(recursive=True) if p.status() != "zombie"]
-        process = next(p for p in children if ENGINE_CORE in " ".join(p.cmdline()))
+        engines = [p for p in children if ENGINE_CORE in " ".join(p.cmdline())]
+        assert engines, f"{process}: {[(p.pid, p.cmdline()[:1]) for p in children]}"
+        process = engines[0]
+        assert process.nice() == psutil.Process().nice()
     family = psutil.Process(before.pid).children(recursive=True)
     process.kill()
     if worker_id == DECODE:
