@@ -108,7 +108,7 @@ class RayRuntime:
             RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # no GPU: keep the user's variables
             RAY_memory_monitor_refresh_ms="0",  # engines take their memory once, at the start
             RAY_enable_worker_prestart="0",
-            RAY_worker_niceness="0",  # of 15 by default: all else on the host came before the engines
+            RAY_worker_niceness="0",  # not 15: all else on the host would come before engines
             RAY_enable_metrics_collection="0",
             PYTHONPATH=os.pathsep.join(part for part in path if part),
         )
