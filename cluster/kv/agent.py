@@ -1,4 +1,4 @@
-"""The handoff agent: one thread with an event loop inside each engine worker process.
+"""The handoff agent: one thread with an event loop inside each process of an engine that computes.
 
 It owns the transfer port, both sides' handoffs and the ledger. The engine's thread talks to it by
 posting calls, and collects what has finished from the mailbox once a step; beside the mailbox only
