@@ -21,7 +21,7 @@ from pdserve.v1 import (
 )
 
 STATUS_SECONDS = 10.0
-_NO_SERVER = ("failed to connect", "DNS resolution failed")
+_NO_SERVER = ("failed to connect", "DNS resolution failed", "errors resolving")
 _CREDENTIALS = "; they are PDSERVE_TOKEN's, without which the cluster's host has its own"
 _NO_CREDENTIALS = "; PDSERVE_TOKEN is not set"
 
