@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="2,16,128,512", help="MiB, comma-separated")
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--link", type=int, help="MiB of device memory that a link takes (128)")
+    parser.add_argument("--link", type=int, help="MiB of device memory that a link takes (256)")
     parser.add_argument(
         "--max-ctas", type=int, help="thread blocks of a transfer over NCCL (it decides)"
     )

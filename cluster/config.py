@@ -114,7 +114,7 @@ class HandoffConfig(Section):
     max_ahead_bytes: Annotated[
         int,
         Field(ge=0, description="KV that prefill may pin, per rank, before decode has room."),
-    ] = 1 << 30
+    ] = 4 << 30
     link_checksums: Annotated[
         int, Field(ge=0, description="Every how many payloads over nccl are checked; 0: none.")
     ] = 16
@@ -138,7 +138,7 @@ class HandoffConfig(Section):
             description="GPU memory of a link over nccl, at either end; a GPU has at most 16 links"
             " each way.",
         ),
-    ] = 128 * MIB
+    ] = 256 * MIB
 
 
 class TargetsConfig(Section):

@@ -42,7 +42,7 @@ class TransportOptions:
     link_checksums: int = 16
     link_seconds: float = 10.0
     link_max_ctas: int | None = None
-    link_bytes: int = 128 << 20
+    link_bytes: int = 256 << 20
 
 
 def make_transport(

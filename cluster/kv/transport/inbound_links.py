@@ -45,7 +45,7 @@ class Arrivals(asyncio.Queue["Arriving | None"]):
     """A push's payloads, None at the end of its link.
 
     Attributes:
-        coming: set while there is one.
+        coming: set when one comes.
     """
 
     def __init__(self) -> None:
@@ -55,12 +55,6 @@ class Arrivals(asyncio.Queue["Arriving | None"]):
     def put_nowait(self, item: Arriving | None) -> None:
         super().put_nowait(item)
         self.coming.set()
-
-    def get_nowait(self) -> Arriving | None:
-        item = super().get_nowait()
-        if self.empty():
-            self.coming.clear()
-        return item
 
 
 class _Reads:

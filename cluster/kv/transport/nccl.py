@@ -29,7 +29,8 @@ from cluster.ticket import TicketSigner
 
 log = logging.getLogger(__name__)
 
-SLOT_BYTES = 32 << 20
+SLOT_BYTES = 64 << 20
+"""Larger payloads take less of the engines' Python, smaller ones less memory."""
 RETRY_SECONDS = 60.0
 """A peer that could not be linked is tried again so long after."""
 IDLE_SECONDS = 600.0
