@@ -15,18 +15,19 @@ import psutil
 import pytest
 from rich.console import Console
 
-from cluster.cli import rundir
+from cluster.cli import profile, rundir
 from cluster.cli.batch import Job, _show
 from cluster.cli.calls import ClusterView, WorkerView
 from cluster.cli.checks import engine_bytes
 from cluster.cli.demo import _held, make_questions
+from cluster.cli.profile import Wanted
 from cluster.cli.progress import Progress
 from cluster.cli.rundir import RunDir, RunState
 from cluster.cli.status import _print
 from cluster.cli.terminal import Terminal
 from cluster.cli.timeline import BAR_COLUMNS, Handoff, Served, bar, show, spoken_bytes
 from cluster.config import ModelConfig
-from cluster.errors import ConfigError, Unavailable
+from cluster.errors import ConfigError, InvalidRequest, Unavailable
 
 
 @pytest.fixture(autouse=True)
@@ -180,3 +181,9 @@ def test_simulated_engines_are_not_counted_as_real_ones(tmp_path: Path) -> None:
     real = ModelConfig.model_validate(model)
     simulated = ModelConfig.model_validate({**model, "engine": "simulated"})
     assert engine_bytes(simulated) * 10 < engine_bytes(real)
+
+
+def test_a_profile_that_cannot_be_written_is_not_measured_first() -> None:
+    wanted = Wanted("llama-3.1-8b", "H200", 1, "", 1024, 8, Path("/dev/null/profile.json"))
+    with pytest.raises(InvalidRequest, match=r"profile\.json cannot be written: Not a dir"):
+        profile.run(Terminal(), "127.0.0.1:1", "", wanted, as_json=False)
