@@ -14,7 +14,7 @@ from cluster.kv.transport.seam import Peer
 
 FRAMES_A_STEP = 2
 """A step's blocks leave in as many frames at least, so that little is left when it ends …"""
-LEAST_BYTES = 16 << 20
+LEAST_BYTES = 32 << 20
 """… unless they would be smaller than that: a frame takes the engine's own Python, too."""
 
 
