@@ -130,13 +130,13 @@ class Landing:
             return self._settled(frame)
         write = asyncio.create_task(self.inbound.reached(fence))
         self._writes.add(write)
-        write.add_done_callback(lambda _: self._settled(frame))
+        write.add_done_callback(lambda _: self._settled(frame, read=not write.cancelled()))
         write.add_done_callback(self._forget)
 
-    def _settled(self, frame: Blocks) -> None:
+    def _settled(self, frame: Blocks, read: bool = True) -> None:
         self.reservation.writing -= 1
         self.reservation.saw_frame(time.monotonic())
-        self.inbound.done(frame, read=True)
+        self.inbound.done(frame, read)
         if self.reservation.error:
             self.given_up(self.reservation)
 

@@ -37,6 +37,10 @@ class FakeLink:
         self.unused = 0
         self.memory = torch.zeros(SLOTS, SIZE, dtype=torch.uint8)
         self.slots = LinkSlots(self.memory, self._unused)
+        self._when_down: list[Callable[[], None]] = []
+
+    def when_down(self, call: Callable[[], None]) -> None:
+        self._when_down.append(call)
 
     def _unused(self) -> None:
         self.unused += 1
@@ -52,8 +56,11 @@ class FakeLink:
         free()
 
     def abort(self, reason: str) -> None:
-        self.aborted = self.aborted or reason
-        self.slots.close(reason)
+        if not self.aborted:
+            self.aborted = reason
+            self.slots.close(reason)
+            for call in self._when_down:
+                call()
 
 
 class FakePush:

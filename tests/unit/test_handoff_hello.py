@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,8 @@ from cluster.kv.transport.hello import (
 )
 from cluster.kv.transport.inbound_links import InboundLinks
 from cluster.kv.transport.link import MAX_LINKS
-from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES
+from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES, NcclError
+from cluster.kv.transport.streams.reading import Broken
 from cluster.ticket import CLOCK_TOLERANCE_SECONDS, TicketSigner
 from tests.handoff.fake_links import HANDOFF, LINK, SIGNER, SIZE, SLOTS, Bench, FakeLink
 
@@ -82,6 +84,8 @@ class Told:
     async def send(self, wire: bytes) -> None:
         self.replies.append(decode_link_reply(wire)[0])
 
+    def cancel(self) -> None: ...
+
 
 async def serve(links: InboundLinks, *frames: bytes) -> list[str]:
     stream = Told(*frames)
@@ -136,6 +140,96 @@ async def test_a_payload_that_lies_in_no_slot_ends_the_link(
     payload = encode_payloads([Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), size, False, slot)])
     assert await serve(bench.links, encode_hello(hello(link=9), SIGNER), payload) == [""]
     assert 9 not in bench.links._links
+
+
+class Opened(FakeLink):
+    """A link that is up at once."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__()
+
+    async def up(self) -> None: ...
+
+
+async def test_links_that_cannot_be_made_take_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    bench.links._links.clear()
+
+    def no_memory(*args: object) -> FakeLink:
+        raise NcclError("NCCL: unhandled cuda error")
+
+    monkeypatch.setattr("cluster.kv.transport.inbound_links.Link", no_memory)
+    for link in range(1, MAX_LINKS + 1):
+        replies = await serve(bench.links, encode_hello(hello(link=link), SIGNER))
+        assert replies == ["NCCL: unhandled cuda error"]
+    monkeypatch.setattr("cluster.kv.transport.inbound_links.Link", Opened)
+    assert await serve(bench.links, encode_hello(hello(link=99), SIGNER)) == [""]
+
+
+async def test_a_link_of_a_name_that_is_in_use_is_refused() -> None:
+    bench = Bench()
+    replies = await serve(bench.links, encode_hello(hello(link=LINK), SIGNER))
+    assert replies == ["the link's hello has been used"] and LINK in bench.links._links
+
+
+class Waiting(Told):
+    """A stream that says no more, takes no more than one reply, and hears of its end."""
+
+    def __init__(self, *frames: bytes) -> None:
+        super().__init__(*frames)
+        self._ended = asyncio.Event()
+
+    async def receive_whole(self) -> bytes | None:
+        if wire := await super().receive_whole():
+            return wire
+        await self._ended.wait()
+        raise Broken("the stream was closed")
+
+    async def send(self, wire: bytes) -> None:
+        if self.replies:
+            await self._ended.wait()
+        await super().send(wire)
+
+    def cancel(self) -> None:
+        self._ended.set()
+
+
+@pytest.mark.parametrize("why", ["a watcher ends it", "its peer uses slots untold"])
+async def test_a_link_that_is_down_is_gone_at_both_ends(
+    monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """Else a dead one counts among the links until its peer thinks of it again."""
+    bench, made = Bench(), list[FakeLink]()
+
+    def make(*args: object) -> FakeLink:
+        made.append(Opened())
+        return made[0]
+
+    monkeypatch.setattr("cluster.kv.transport.inbound_links.Link", make)
+    payload = encode_payloads([Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), SIZE, False, 2)])
+    flood = [] if why == "a watcher ends it" else [payload] * (SLOTS + 2)
+    stream = Waiting(encode_hello(hello(link=8), SIGNER), *flood)
+    serving = asyncio.create_task(bench.links.serve(stream))  # type: ignore[arg-type]
+    await asyncio.sleep(0.01)
+    if why == "a watcher ends it":
+        assert not serving.done()
+        made[0].abort("a transfer over the link stood still")
+    async with asyncio.timeout(5):
+        await serving
+    assert 8 not in bench.links._links and made[0].unused == 1
+    assert ("before it hears" in made[0].aborted) == bool(flood)
+
+
+@pytest.mark.parametrize(("slots", "slot_bytes"), [(SLOTS, SIZE), (2, SIZE - 1)])
+async def test_a_link_of_slots_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, slots: int, slot_bytes: int
+) -> None:
+    """Numbers without end would hold up the loop; a payload that is not aligned ends the engine."""
+    monkeypatch.setattr("cluster.kv.transport.inbound_links.MAX_SLOTS", SLOTS - 1)
+    said = encode_hello(hello(slots=slots, slot_bytes=slot_bytes), SIGNER)
+    assert await serve(Bench().links, said) == [
+        "the link asks for slots that no payload fits in well"
+    ]
 
 
 @pytest.mark.parametrize(("slots", "slot_bytes"), [(SLOTS + 1, SIZE), (1, 1 << 40), (0, SIZE)])

@@ -17,7 +17,7 @@ from cluster.kv.transport.grpc_streams import StagedOutbound
 from cluster.kv.transport.hello import Payload, decode_payloads, encode_link_reply
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.link_slots import LinkSlots
-from cluster.kv.transport.outbound_links import OutboundLink
+from cluster.kv.transport.outbound_links import OutboundLink, _Leaving
 from cluster.kv.transport.staging import Slot, Staging
 from cluster.kv.transport.streams.reading import Broken
 from cluster.kv.transport.streams.stream import Seal
@@ -45,7 +45,7 @@ class Call:
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
-        self.fails = False
+        self.fails = self.cancelled = False
         self.open = asyncio.Event()
         self.told: asyncio.Queue[bytes | None] = asyncio.Queue()
 
@@ -67,7 +67,8 @@ class Call:
     async def receive_whole(self) -> bytes | None:
         return await self.told.get()
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 class Wire(Link):
@@ -76,6 +77,7 @@ class Wire(Link):
     def __init__(self, puts: bool) -> None:
         self.broken = ""
         self.puts = puts
+        self.stuck_seconds = 600.0
         self.unused = 0
         self._milestones = Milestones("test")
         self._aborting = None
@@ -171,6 +173,71 @@ async def test_a_peer_that_has_read_what_it_was_not_told_of(
     with pytest.raises(HandoffRefused):
         await sent
     await until(lambda: wire.slots.free == SLOTS and wire.unused == 1)
+
+
+async def test_what_has_been_read_is_not_filled_anew_before_it_has_left(
+    link: OutboundLink, call: Call
+) -> None:
+    """A peer's word for it may come early; twice it may not."""
+    wire: Any = link.link
+    _, sent = await leave(link)
+    await until(lambda: bool(wire.transfers))
+    if wire.puts:
+        wire.transfers[0].reach()
+    await until(lambda: link._under_way[0].announced)
+    call.told.put_nowait(encode_link_reply(free=[0]))
+    await until(lambda: call.told.empty())
+    await asyncio.sleep(0.01)
+    assert wire.slots.free == SLOTS - 1 and not wire.broken
+    call.open.set()
+    wire.transfers[0].reach()
+    await sent
+    await until(lambda: wire.slots.free == SLOTS)
+    call.told.put_nowait(encode_link_reply(free=[0]))
+    await until(lambda: bool(wire.broken))
+    assert "not told of" in wire.broken
+
+
+async def test_a_peer_that_says_twice_that_it_has_read(link: OutboundLink, call: Call) -> None:
+    wire: Any = link.link
+    link._under_way[0] = leaving = _Leaving(
+        payload(await wire.slots.take(SIZE)),
+        Slot(0, torch.zeros(SIZE, dtype=torch.uint8)),
+        None,
+        asyncio.get_running_loop().create_future(),
+        announced=True,
+    )
+    leaving.sent.add_done_callback(lambda _: leaving.sent.exception())
+    call.told.put_nowait(encode_link_reply(free=[0, 0]))
+    await until(lambda: bool(wire.broken))
+    assert "not told of" in wire.broken and wire.slots.free == SLOTS - 1
+    wire._aborting.set_result(None)
+    await until(lambda: wire.slots.free == SLOTS and wire.unused == 1)
+
+
+async def test_a_link_whose_peer_reads_nothing_ends(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every push over it would wait for a slot until its lease is over, and the next one, too."""
+    monkeypatch.setattr("cluster.kv.transport.outbound_links.WATCH_SECONDS", 0.001)
+    wire = Wire(True)
+    wire.stuck_seconds = 0.02
+    call.open.set()
+    link = OutboundLink(1, call, wire)  # type: ignore[arg-type]
+    await asyncio.sleep(0.1)
+    assert not wire.broken, "nobody owes anything"
+    await leave(link)
+    await until(lambda: bool(wire.transfers))
+    wire.transfers[0].reach()
+    async with asyncio.timeout(10):
+        await until(lambda: bool(wire.broken))
+    assert "reads nothing" in wire.broken and call.cancelled
+
+
+async def test_with_a_link_ends_its_stream(link: OutboundLink, call: Call) -> None:
+    """Else the peer keeps its end until there is something to send again."""
+    link.link.abort("a transfer over the link stood still")
+    assert call.cancelled
 
 
 @pytest.mark.parametrize("when", ["it waits for more", "it waits for the peer", "it is long down"])

@@ -21,6 +21,7 @@ from cluster.kv.transport.hello import (
     encode_link_reply,
 )
 from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
+from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS
 from cluster.kv.transport.staging import Slot
 from cluster.kv.transport.streams.reading import Broken
 from cluster.kv.transport.streams.stream import Stream
@@ -64,12 +65,15 @@ class _Reads:
         self._stream = stream
         self._link = link
         self._read: asyncio.Queue[int] = asyncio.Queue()
+        self._most = link.slots.free
         self._task = asyncio.create_task(self._tell())
 
     def add(self, index: int) -> None:
         """Nothing touches the slot any more."""
         self._link.slots.give_back(index)
         self._read.put_nowait(index)
+        if self._read.qsize() > self._most:
+            self._link.abort("the peer uses slots again before it hears that they are free")
 
     async def _tell(self) -> None:
         with contextlib.suppress(Broken):
@@ -116,6 +120,7 @@ class InboundLinks:
                 await stream.send(encode_link_reply(str(refusal)))
             return
         self._links[hello.link] = link
+        link.when_down(stream.cancel)  # whatever took it down: the peer is to hear of it
         reads = _Reads(stream, link)
         try:
             await stream.send(encode_link_reply())
@@ -140,21 +145,24 @@ class InboundLinks:
             terms.rank,
         ):
             raise HandoffRefused("the link is for another worker, life or rank")
-        if hello.link in self._hellos:
+        if hello.link in self._hellos or hello.link in self._links:
             raise HandoffRefused("the link's hello has been used")
         now = time.monotonic()
         self._hellos.add(hello.link, now, now + HELLO_SECONDS + 2 * CLOCK_TOLERANCE_SECONDS)
         if not 0 < hello.slots * hello.slot_bytes <= self._link_terms.memory_bytes:
             raise HandoffRefused("the link asks for more than handoff.link_bytes, or for nothing")
+        if hello.slots > MAX_SLOTS or hello.slot_bytes % ALIGNMENT:
+            raise HandoffRefused("the link asks for slots that no payload fits in well")
         if len(self._links) + self._opening >= MAX_LINKS:
             raise HandoffRefused(f"there are {MAX_LINKS} links already")
         self._opening += 1
-        link = Link(hello.unique_id, 1, self._link_terms, hello.slots, hello.slot_bytes)
         try:
-            await link.up()
-        except BaseException:  # the peer has gone, perhaps
-            link.abort("the link did not come up")
-            raise
+            link = Link(hello.unique_id, 1, self._link_terms, hello.slots, hello.slot_bytes)
+            try:
+                await link.up()
+            except BaseException:  # the peer has gone, perhaps
+                link.abort("the link did not come up")
+                raise
         finally:
             self._opening -= 1
         return link
@@ -199,5 +207,5 @@ class InboundLinks:
         return left
 
     def close(self) -> None:
-        for link in self._links.values():
+        for link in list(self._links.values()):
             link.abort("the worker stops")

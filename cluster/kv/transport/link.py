@@ -94,6 +94,7 @@ class Link:
         used_at: CLOCK_MONOTONIC seconds.
         copies: the stream on which slots are filled, or read.
         puts: payloads are put into the peer's memory; known once it is up.
+        stuck_seconds: see `LinkTerms`.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Link:
         device = terms.device
         self._device = device
         self._rank = rank
-        self._stuck_seconds = terms.stuck_seconds
+        self.stuck_seconds = terms.stuck_seconds
         self._shape = slots, slot_bytes
         self._memory: PeerMemory | None = None
         self._slots: LinkSlots | None = None
@@ -132,7 +133,7 @@ class Link:
     async def up(self) -> None:
         """Waits for the peer to join. Raises HandoffRefused if it does not."""
         try:
-            async with asyncio.timeout(self._stuck_seconds):
+            async with asyncio.timeout(self.stuck_seconds):
                 await self._settle()
                 self._comm.split()
                 await self._settle()
@@ -155,16 +156,18 @@ class Link:
         with torch.cuda.device(self._device):
             self._memory = PeerMemory(self._shape[0] * self._shape[1])
             try:
-                self.puts = self._comm.expose(self._memory) and self._first_put(self._memory)
+                self.puts = self._comm.expose(self._memory)
+                if self.puts:  # also for an abort that comes meanwhile
+                    self._first_put(self._memory)
             except NcclError as error:
+                self.puts = False
                 log.info("transfers over the link take kernels: %s", error)
             if not self.puts:
                 self._first_transfer(self._memory)
 
-    def _first_put(self, memory: PeerMemory) -> bool:
+    def _first_put(self, memory: PeerMemory) -> None:
         self._comm.put(memory.bytes.data_ptr(), 0, _FIRST_BYTES, self._wire.cuda_stream)
         self._wire.synchronize()
-        return True
 
     def _first_transfer(self, memory: PeerMemory) -> None:
         transfer = self._comm.send if self._rank == 0 else self._comm.receive
@@ -243,7 +246,7 @@ class Link:
                 while self._under_way and self._under_way[0][1].query():
                     self._under_way.popleft()
                     moved = time.monotonic()
-                late = time.monotonic() - self._stuck_seconds
+                late = time.monotonic() - self.stuck_seconds
                 if self._under_way and max(moved, self._under_way[0][0]) < late:
                     self.abort("a transfer over the link stood still")
                 elif not self.broken:

@@ -15,6 +15,11 @@ import torch
 from cluster.errors import HandoffRefused
 from cluster.kv.transport.staging import Slot
 
+MAX_SLOTS = 1024
+"""Of one link."""
+ALIGNMENT = 64
+"""Of slots: devices read and write payloads by the word."""
+
 
 class LinkSlots:
     """Lives on the agent's event loop.

@@ -19,6 +19,7 @@ from cluster.kv.transport.grpc import GrpcTransport
 from cluster.kv.transport.hello import Hello, decode_link_reply, encode_hello
 from cluster.kv.transport.inbound_links import InboundLinks
 from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
+from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS
 from cluster.kv.transport.linked_inbound import LinkedInbound
 from cluster.kv.transport.nccl_library import library, new_unique_id
 from cluster.kv.transport.outbound_links import NcclOutbound, OutboundLink
@@ -75,7 +76,8 @@ class NcclTransport:
         self._required = required
         self._checksums = checksums
         self._link_terms = links
-        self.frame_bytes = max(min(SLOT_BYTES, links.memory_bytes // 2), cache.block_bytes)
+        frame_bytes = max(min(SLOT_BYTES, links.memory_bytes // 2), cache.block_bytes)
+        self.frame_bytes = _aligned(frame_bytes, cache.block_bytes)
         self._links: dict[Peer, asyncio.Task[OutboundLink]] = {}
         self._failed: dict[Peer, float] = {}
 
@@ -88,8 +90,8 @@ class NcclTransport:
         return self._grpc.listen({"Push": push, "Link": self._inbound.serve})
 
     async def open(self, peer: Peer, handoff_id: str) -> Outbound:
-        inner = await self._grpc.open(peer, handoff_id)
         link = await self._link_to(peer)
+        inner = await self._grpc.open(peer, handoff_id)
         if link is None:
             return inner
         return NcclOutbound(inner, link, handoff_id, self._checksums)
@@ -101,17 +103,22 @@ class NcclTransport:
         if task is None:
             if not self._required and time.monotonic() < self._failed.get(peer, 0.0):
                 return None
+            if not self._has_room():
+                if self._required:
+                    raise HandoffRefused(f"{MAX_LINKS} links are in use already")
+                return None
             task = self._links[peer] = asyncio.create_task(self._make(peer))
         if not self._required and not task.done():
             return None
         try:
             return await asyncio.shield(task)
-        except HandoffRefused as refusal:
-            self._links.pop(peer, None)
+        except Exception as error:  # the device's, too: it may have had no memory just then
+            if self._links.get(peer) is task:
+                del self._links[peer]
             self._failed[peer] = time.monotonic() + RETRY_SECONDS
             if self._required:
-                raise
-            log.warning("%s is reached over gRPC: %s", peer.worker_id, refusal)
+                raise HandoffRefused(str(error)) from error
+            log.warning("%s is reached over gRPC: %s", peer.worker_id, error)
             return None
 
     async def _make(self, peer: Peer) -> OutboundLink:
@@ -126,14 +133,18 @@ class NcclTransport:
             peer.rank,
             await asyncio.to_thread(new_unique_id),
             time.time(),
-            max(2, self._link_terms.memory_bytes // self.frame_bytes),
+            min(max(2, self._link_terms.memory_bytes // self.frame_bytes), MAX_SLOTS),
             self.frame_bytes,
         )
         stream = await self._grpc.call(peer.address, "Link")
         try:
             async with asyncio.timeout(self._link_terms.stuck_seconds):
-                await stream.send(encode_hello(hello, self._signer))
-                link = Link(hello.unique_id, 0, self._link_terms, hello.slots, hello.slot_bytes)
+                try:
+                    await stream.send(encode_hello(hello, self._signer))
+                    link = Link(hello.unique_id, 0, self._link_terms, hello.slots, hello.slot_bytes)
+                except BaseException:
+                    stream.cancel()
+                    raise
                 up = asyncio.create_task(link.up())  # the peer answers once it is
                 try:
                     wire = await stream.receive_whole()
@@ -154,22 +165,34 @@ class NcclTransport:
         log.info("linked to rank %d of %s, by %s", peer.rank, peer.worker_id, how)
         return OutboundLink(hello.link, stream, link)
 
+    def _up(self) -> dict[Peer, OutboundLink]:
+        return {
+            peer: task.result()
+            for peer, task in self._links.items()
+            if task.done() and not task.cancelled() and task.exception() is None
+        }
+
     def _drop_dead(self) -> None:
-        """Forgets links that broke; closes idle ones, and the longest unused of too many."""
-        up = {}
-        for peer, task in list(self._links.items()):
-            if not task.done() or task.cancelled() or task.exception() is not None:
-                continue
-            made = task.result()
-            if not made.link.broken and made.link.used_at > time.monotonic() - IDLE_SECONDS:
-                up[peer] = made
-                continue
-            made.close("idle")
-            del self._links[peer]
-        while len(up) >= MAX_LINKS:
-            peer = min(up, key=lambda p: up[p].link.used_at)
-            up.pop(peer).close("too many links")
-            del self._links[peer]
+        """Forgets links that broke, and closes idle ones."""
+        for peer, made in self._up().items():
+            idle = not made.pushes and made.link.used_at < time.monotonic() - IDLE_SECONDS
+            if made.link.broken or idle:
+                self._close(peer, made, "idle")
+
+    def _has_room(self) -> bool:
+        """For one link more: closes the longest unused of those that no push uses."""
+        if len(self._links) < MAX_LINKS:
+            return True
+        unused = {peer: made for peer, made in self._up().items() if not made.pushes}
+        if not unused:
+            return False
+        peer = min(unused, key=lambda p: unused[p].link.used_at)
+        self._close(peer, unused[peer], "too many links")
+        return True
+
+    def _close(self, peer: Peer, made: OutboundLink, why: str) -> None:
+        made.close(why)
+        del self._links[peer]
 
     async def stop(self) -> None:
         for task in self._links.values():
@@ -179,3 +202,9 @@ class NcclTransport:
                 task.cancel()
         self._inbound.close()
         await self._grpc.stop()
+
+
+def _aligned(size: int, least: int) -> int:
+    """A multiple of the slots' alignment: below `size`, unless that were below `least`."""
+    below = size // ALIGNMENT * ALIGNMENT
+    return below if below >= least else below + ALIGNMENT

@@ -6,8 +6,9 @@ for every transfer of such a communicator, which takes longer than many a transf
 ranks are there, transfers go over a blocking one that is split off.
 
 From NCCL 2.29 on a rank can put bytes into memory of the other one, where both lie within reach of
-each other's copy engines or NCCL has a plugin that does it over the network. No multiprocessor
-takes part, and the other rank's device waits for nothing.
+each other's copy engines. No multiprocessor takes part, and the other rank's device waits for
+nothing. NCCL can also put over a network; that is not asked for: the device's stream would wait for
+a peer, for ever if it has gone, and no abort ends that wait (`rma_proxy.cc`).
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class Communicator:
 
     def expose(self, memory: PeerMemory) -> bool:
         """Lets the ranks put bytes into each other's memory; both must, with as much memory, and
-        wait for each other. False: NCCL cannot do it between them."""
+        wait for each other. False: they are not within reach of each other's copy engines."""
         if not hasattr(library(), "ncclPutSignal"):
             return False
         size = ctypes.c_size_t(memory.bytes.numel())
@@ -157,7 +158,17 @@ class Communicator:
                 ctypes.c_int(_SYMMETRIC),
             )
         )
-        return bool(self._window)
+        there = ctypes.c_void_p()
+        if self._window:
+            _check(
+                library().ncclGetPeerDevicePointer(
+                    self._window,
+                    ctypes.c_size_t(0),
+                    ctypes.c_int(self._peer),
+                    ctypes.byref(there),
+                )
+            )
+        return bool(there)
 
     def put(self, address: int, offset: int, size: int, stream: int) -> None:
         """Queues the copying of `size` bytes of exposed memory to `offset` of the peer's. The first

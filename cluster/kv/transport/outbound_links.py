@@ -15,7 +15,7 @@ from cluster.kv.transport.checksums import DeviceSum, value
 from cluster.kv.transport.frames import Abort, Commit, Open, Reply
 from cluster.kv.transport.grpc_streams import GrpcOutbound
 from cluster.kv.transport.hello import Payload, decode_link_reply, encode_payloads
-from cluster.kv.transport.link import Link
+from cluster.kv.transport.link import WATCH_SECONDS, Link
 from cluster.kv.transport.seam import Buffer
 from cluster.kv.transport.staging import Slot
 from cluster.kv.transport.streams.reading import Broken
@@ -29,6 +29,7 @@ class _Leaving:
     Attributes:
         sent: done when it has left; fails with HandoffRefused.
         announced: the peer was told of it, or is being told.
+        read: the peer has read it.
     """
 
     payload: Payload
@@ -36,6 +37,7 @@ class _Leaving:
     filled: Fence | None
     sent: asyncio.Future[None]
     announced: bool = False
+    read: bool = False
 
 
 class OutboundLink:
@@ -48,6 +50,9 @@ class OutboundLink:
     Args:
         link_id: names it on both sides.
         stream: the gRPC stream of its headers.
+
+    Attributes:
+        pushes: how many use it now.
     """
 
     def __init__(self, link_id: int, stream: Stream, link: Link) -> None:
@@ -58,8 +63,11 @@ class OutboundLink:
         self._crossing: asyncio.Queue[tuple[_Leaving, Fence]] = asyncio.Queue()
         self._next: tuple[_Leaving, Fence] | None = None
         self._under_way: dict[int, _Leaving] = {}
+        self._reads = 0
+        self.pushes = 0
         pumps = (self._put_all, self._announce_all) if link.puts else (self._send_all,)
         self._pumps = [asyncio.create_task(self._pump(pump)) for pump in pumps]
+        self._pumps.append(asyncio.create_task(self._notice_standstill()))
         self._watcher = asyncio.create_task(self._watch())
         link.when_down(self._lose_all)
 
@@ -125,14 +133,16 @@ class OutboundLink:
             return
         if self.link.broken:
             leaving.sent.set_exception(HandoffRefused(self.link.broken))
-        else:
-            leaving.sent.set_result(None)
+            return
+        leaving.sent.set_result(None)
+        self._free_if_read(leaving)
 
     def _lose_all(self) -> None:
         for pump in self._pumps:
             pump.cancel()
         for leaving in list(self._under_way.values()):
             self._lose(leaving)
+        self._stream.cancel()  # whatever took the link down: the peer is to hear of it
 
     def _lose(self, leaving: _Leaving) -> None:
         """It does not leave, or nobody will say that it was read: its slot is free when it has been
@@ -165,14 +175,31 @@ class OutboundLink:
         if self.link.broken:
             return
         leaving = self._under_way.get(index)
-        if leaving is None or not leaving.announced:
+        if leaving is None or leaving.read or not leaving.announced:
             raise HandoffRefused("the peer has read a slot that it was not told of")
-        del self._under_way[index]
-        self.link.slots.give_back(index)
+        leaving.read = True
+        self._reads += 1
+        self._free_if_read(leaving)
+
+    def _free_if_read(self, leaving: _Leaving) -> None:
+        """Whatever the peer says, the slot is not filled anew before its payload has left."""
+        if leaving.read and leaving.sent.done():
+            del self._under_way[leaving.slot.index]
+            self.link.slots.give_back(leaving.slot.index)
+
+    async def _notice_standstill(self) -> None:
+        """Ends a link whose peer was told of payloads and reads none of them for too long. Counts
+        its own turns: a loop that was held up itself has not heard the peer meanwhile."""
+        waited = 0.0
+        while waited < self.link.stuck_seconds:
+            reads = self._reads
+            await asyncio.sleep(WATCH_SECONDS)
+            told = any(leaving.announced for leaving in self._under_way.values())
+            waited = waited + WATCH_SECONDS if told and reads == self._reads else 0.0
+        self.link.abort("the peer reads nothing that crosses the link")
 
     def close(self, reason: str) -> None:
         self.link.abort(reason)
-        self._stream.cancel()
 
 
 async def _all_of(queue: asyncio.Queue[_Leaving]) -> list[_Leaving]:
@@ -198,6 +225,8 @@ class NcclOutbound:
         self._checksums = checksums
         self._sum: DeviceSum | None = None
         self._sent: list[asyncio.Future[None]] = []
+        self._over = False
+        link.pushes += 1
         self.link = link.id
         self.stream = link.link.copies
         self.frame_bytes = link.link.slots.slot_bytes
@@ -249,3 +278,6 @@ class NcclOutbound:
 
     def cancel(self) -> None:
         self._inner.cancel()
+        if not self._over:
+            self._over = True
+            self._link.pushes -= 1

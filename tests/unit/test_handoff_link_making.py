@@ -1,0 +1,218 @@
+"""Links from prefill's side, without a device: when one is made, kept or given up, and what happens
+where none can be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.errors import HandoffRefused
+from cluster.kv.transport import link as link_module
+from cluster.kv.transport import nccl, nccl_library
+from cluster.kv.transport.hello import decode_hello
+from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
+from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS
+from cluster.kv.transport.nccl import NcclTransport
+from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES, Communicator, NcclError
+from cluster.kv.transport.seam import Peer
+from tests.handoff.fake_links import SIGNER, TERMS
+
+CPU = torch.device("cpu")
+
+
+class Grpc:
+    """Streams that nobody answers."""
+
+    frame_bytes = 64
+
+    def __init__(self) -> None:
+        self.said: list[bytes] = []
+        self.cancelled = 0
+        self.opened = 0
+
+    async def call(self, address: str, method: str) -> Grpc:
+        return self
+
+    async def open(self, peer: Peer, handoff_id: str) -> SimpleNamespace:
+        self.opened += 1
+        return SimpleNamespace(transport="grpc", cancel=lambda: None)
+
+    async def send(self, wire: bytes) -> None:
+        self.said.append(wire)
+
+    async def receive_whole(self) -> None:
+        await asyncio.Event().wait()
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+class Made:
+    """An OutboundLink that is up."""
+
+    def __init__(self, used_at: float) -> None:
+        self.id, self.pushes, self.closed = 1, 0, ""
+        slots = SimpleNamespace(slot_bytes=64)
+        self.link = SimpleNamespace(broken="", used_at=used_at, copies=None, slots=slots)
+
+    def close(self, reason: str) -> None:
+        self.closed = self.link.broken = reason
+
+
+def transport(memory: int = 1 << 20, required: bool = False, block: int = 64) -> NcclTransport:
+    terms = LinkTerms(CPU, 600.0, None, memory)
+    cache: Any = SimpleNamespace(block_bytes=block)
+    return NcclTransport(Grpc(), cache, SIGNER, TERMS, required, 0, terms)  # type: ignore[arg-type]
+
+
+def peer(number: int) -> Peer:
+    return Peer("host:1", f"decode-{number}", "life", 0)
+
+
+async def fill(made: NcclTransport) -> list[Made]:
+    """As many links as there may be, the first one unused for longest."""
+    links = [Made(time.monotonic() + i) for i in range(MAX_LINKS)]
+    for number, link in enumerate(links):
+        task: Any = asyncio.get_running_loop().create_future()
+        task.set_result(link)
+        made._links[peer(number)] = task
+    return links
+
+
+async def test_as_many_links_as_there_may_be_stay_in_use() -> None:
+    pool = transport()
+    links = await fill(pool)
+    for number in range(MAX_LINKS):
+        push = await pool.open(peer(number), "a" * 32)
+        assert push.transport == "nccl"
+        push.cancel()
+        push.cancel()
+    assert not any(link.closed or link.pushes for link in links)
+
+
+@pytest.mark.parametrize("required", [False, True])
+async def test_a_link_makes_room_that_no_push_uses(
+    required: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = transport(required=required)
+    links = await fill(pool)
+    pushes = [await pool.open(peer(number), "a" * 32) for number in range(MAX_LINKS)]
+    with pytest.raises(HandoffRefused, match="in use") if required else contextlib.nullcontext():
+        assert (await pool.open(peer(99), "a" * 32)).transport == "grpc"
+    assert peer(99) not in pool._links and not any(link.closed for link in links)
+    pushes[3].cancel()
+
+    async def make(peer: Peer) -> Made:
+        return Made(time.monotonic())
+
+    monkeypatch.setattr(pool, "_make", make)
+    await pool.open(peer(99), "a" * 32)
+    assert [i for i, link in enumerate(links) if link.closed] == [3]
+    assert len(pool._links) == MAX_LINKS
+
+
+@pytest.mark.parametrize("required", [False, True])
+async def test_a_device_that_has_no_memory_now_is_no_reason_for_ever(
+    required: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool: Any = transport(required=required)
+
+    def no_memory(*args: object) -> Link:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nccl, "Link", no_memory)
+    monkeypatch.setattr(nccl, "new_unique_id", lambda: bytes(UNIQUE_ID_BYTES))
+    if not required:
+        assert (await pool.open(peer(0), "a" * 32)).transport == "grpc"
+        await asyncio.wait(pool._links.values(), timeout=10)
+        assert (await pool.open(peer(0), "a" * 32)).transport == "grpc"
+    else:
+        with pytest.raises(HandoffRefused, match="out of memory"):
+            await pool.open(peer(0), "a" * 32)
+        assert not pool._grpc.opened, "no push waits at the peer for a link"
+    assert pool._grpc.cancelled == 1, "the peer waits for nobody"
+    assert not pool._links and pool._failed
+
+
+@pytest.mark.parametrize(
+    ("memory", "block"), [(1 << 20, 64), (16_000_007, 64), (1 << 20, 700_001), (1 << 40, 64)]
+)
+async def test_slots_are_such_as_a_peer_takes(
+    memory: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool: Any = transport(memory, block=block)
+    monkeypatch.setattr(nccl, "new_unique_id", lambda: bytes(UNIQUE_ID_BYTES))
+    monkeypatch.setattr(nccl, "Link", lambda *args: pytest.fail("no device"))
+    with contextlib.suppress(pytest.fail.Exception):
+        await pool._make(peer(0))
+    said = decode_hello(pool._grpc.said[0], SIGNER)
+    assert not said.slot_bytes % ALIGNMENT and 2 <= said.slots <= MAX_SLOTS
+    assert said.slot_bytes >= block
+    assert said.slots * said.slot_bytes <= max(memory, 2 * said.slot_bytes)
+
+
+class Comm:
+    """A communicator that can put, or is refused it when it does."""
+
+    def __init__(self, link: Link, refused: bool) -> None:
+        self._link, self._refused = link, refused
+        self.puts_meanwhile = False
+        self.received = 0
+
+    def expose(self, memory: object) -> bool:
+        return True
+
+    def put(self, *args: int) -> None:
+        self.puts_meanwhile = self._link.puts
+        if self._refused:
+            raise NcclError("NCCL: invalid usage")
+
+    def receive(self, *args: int) -> None:
+        self.received += 1
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_abort_meanwhile_waits_for_the_first_put(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory of the peer's is reached until then; kernels are ended by the abort."""
+    link: Any = Link.__new__(Link)
+    memory = SimpleNamespace(bytes=torch.zeros(64, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(link_module, "PeerMemory", lambda size: memory)
+    link._device, link._rank, link._shape, link.puts = CPU, 1, (1, 64), False
+    link._wire = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    link._comm = comm = Comm(link, refused)
+    link._begin()
+    assert comm.puts_meanwhile
+    assert link.puts == (not refused) and comm.received == refused
+
+
+@pytest.mark.parametrize(("window", "pointer"), [(0, 0), (7, 0), (7, 9)])
+def test_only_a_peer_within_reach_is_put_to(
+    window: int, pointer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def register(comm: Any, address: Any, size: Any, found: Any, flags: Any) -> int:
+        found._obj.value = window
+        return 0
+
+    def reach(asked: ctypes.c_void_p, offset: Any, peer: Any, found: Any) -> int:
+        assert (asked.value, peer.value) == (window, 1)
+        found._obj.value = pointer
+        return 0
+
+    fake = SimpleNamespace(
+        ncclPutSignal=None, ncclCommWindowRegister=register, ncclGetPeerDevicePointer=reach
+    )
+    monkeypatch.setattr(nccl_library, "library", lambda: fake)
+    comm: Any = Communicator.__new__(Communicator)
+    comm._quick, comm._window, comm._peer = ctypes.c_void_p(1), ctypes.c_void_p(), 1
+    memory: Any = SimpleNamespace(bytes=torch.zeros(64, dtype=torch.uint8))
+    assert comm.expose(memory) == bool(pointer)
