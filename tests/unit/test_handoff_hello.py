@@ -226,7 +226,7 @@ async def test_a_link_of_slots_that_cannot_be_is_refused(
 ) -> None:
     """Numbers without end would hold up the loop; a payload that is not aligned ends the engine."""
     monkeypatch.setattr("cluster.kv.transport.inbound_links.MAX_SLOTS", SLOTS - 1)
-    said = encode_hello(hello(slots=slots, slot_bytes=slot_bytes), SIGNER)
+    said = encode_hello(hello(link=9, slots=slots, slot_bytes=slot_bytes), SIGNER)
     assert await serve(Bench().links, said) == [
         "the link asks for slots that no payload fits in well"
     ]
@@ -234,7 +234,7 @@ async def test_a_link_of_slots_that_cannot_be_is_refused(
 
 @pytest.mark.parametrize(("slots", "slot_bytes"), [(SLOTS + 1, SIZE), (1, 1 << 40), (0, SIZE)])
 async def test_a_link_that_wants_too_much_memory_is_refused(slots: int, slot_bytes: int) -> None:
-    said = encode_hello(hello(slots=slots, slot_bytes=slot_bytes), SIGNER)
+    said = encode_hello(hello(link=9, slots=slots, slot_bytes=slot_bytes), SIGNER)
     assert await serve(Bench().links, said) == [
         "the link asks for more than handoff.link_bytes, or for nothing"
     ]

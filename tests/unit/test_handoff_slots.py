@@ -181,8 +181,8 @@ async def test_what_has_been_read_is_not_filled_anew_before_it_has_left(
     """A peer's word for it may come early; twice it may not."""
     wire: Any = link.link
     _, sent = await leave(link)
-    await until(lambda: bool(wire.transfers))
     if wire.puts:
+        await until(lambda: bool(wire.transfers))
         wire.transfers[0].reach()
     await until(lambda: link._under_way[0].announced)
     call.told.put_nowait(encode_link_reply(free=[0]))
@@ -190,6 +190,7 @@ async def test_what_has_been_read_is_not_filled_anew_before_it_has_left(
     await asyncio.sleep(0.01)
     assert wire.slots.free == SLOTS - 1 and not wire.broken
     call.open.set()
+    await until(lambda: bool(wire.transfers))
     wire.transfers[0].reach()
     await sent
     await until(lambda: wire.slots.free == SLOTS)
