@@ -171,8 +171,8 @@ def _handoff(report: common_pb2.HandoffReport) -> Handoff:
 
 @lru_cache(maxsize=64)
 def _sampling(sampling: Sampling) -> common_pb2.SamplingParams:
-    """Unset stays unset: the engine's defaults are vLLM's. Two workers are sent the same, and so are
-    most of an application's requests: nobody changes what this returns."""
+    """Unset stays unset: the engine's defaults are vLLM's. Both workers of a request are sent the
+    same, and most requests of an application: nobody changes what this returns."""
     plain = {name: getattr(sampling, name) for name in _PLAIN_SAMPLING}
     message = common_pb2.SamplingParams(
         n=sampling.n,
