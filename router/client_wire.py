@@ -42,7 +42,7 @@ def refuse_unknown_fields(message: Message) -> None:
     """
     known = type(message)()
     known.CopyFrom(message)
-    known.DiscardUnknownFields()  # type: ignore[attr-defined]
+    known.DiscardUnknownFields()
     if known.ByteSize() != message.ByteSize():
         _name_unknown_field(message, "")
 
