@@ -12,9 +12,10 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
-from cluster.kv.transport.checksums import PART_BYTES, DeviceSum, value
+from cluster.kv.orders import LEAST_BYTES, frame_size
+from cluster.kv.transport.checksums import AT_ONCE_BYTES, PART_BYTES, DeviceSum, value
 from cluster.kv.transport.frames import Blocks, Commit
-from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench
+from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench, FakeLink
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.open()
     yield bench
     bench.inbound.close()
-    await bench.all_slots_free()
+    assert bench.all_slots_free()
 
 
 async def test_a_commit_comes_behind_the_payloads_it_counts(bench: Bench) -> None:
@@ -54,9 +55,9 @@ async def test_an_empty_handoff_commits_at_once(bench: Bench) -> None:
 
 
 async def test_payloads_keep_their_order_and_their_bytes(bench: Bench) -> None:
-    for sequence in range(SLOTS - 1):
+    for sequence in range(SLOTS):
         await bench.arrive(sequence)
-    for sequence in range(SLOTS - 1):
+    for sequence in range(SLOTS):
         blocks = await bench.next()
         assert isinstance(blocks, Blocks) and blocks.run.sequence == sequence
         assert set(blocks.payload.tolist()) == {sequence}
@@ -76,23 +77,65 @@ async def test_another_handoffs_payload_is_dropped_and_its_slot_freed(bench: Ben
 async def test_what_was_not_taken_is_freed_with_the_push(bench: Bench) -> None:
     await bench.arrive(0)
     await bench.arrive(1)
-    assert bench.staging._free.qsize() == SLOTS - 2
+    assert bench.link.slots.free == SLOTS - 2
     bench.inbound.close()
-    await bench.all_slots_free()
+    assert bench.all_slots_free()
     await bench.arrive(2)  # too late: it has no owner
-    await bench.all_slots_free()
+    assert bench.all_slots_free()
 
 
-async def test_one_link_never_takes_every_slot(bench: Bench) -> None:
-    for sequence in range(SLOTS - 1):
+async def test_a_sender_waits_until_a_slot_has_been_read(bench: Bench) -> None:
+    for sequence in range(SLOTS):
         await bench.arrive(sequence)
-    more = asyncio.create_task(bench.arrive(SLOTS - 1))
+    more = asyncio.create_task(bench.arrive(SLOTS))
     await asyncio.sleep(0.01)
-    assert not more.done() and bench.staging._free.qsize() == 1
+    assert not more.done()
     blocks = await bench.next()
     assert isinstance(blocks, Blocks)
     bench.inbound.done(blocks)
     await more
+
+
+@pytest.mark.parametrize(
+    ("index", "size", "reason"),
+    [
+        (SLOTS, SIZE, "in no slot"),
+        (-1, SIZE, "in no slot"),
+        (0, SIZE + 1, "in no slot"),
+        (0, 0, "in no slot"),
+        (1, SIZE, "in use"),
+    ],
+)
+async def test_a_payload_that_lies_where_none_can(
+    bench: Bench, index: int, size: int, reason: str
+) -> None:
+    bench.link.slots.hold(1, SIZE)
+    with pytest.raises(HandoffRefused, match=reason):
+        bench.link.slots.hold(index, size)
+    bench.link.slots.give_back(1)
+    with pytest.raises(HandoffRefused, match="not in use"):
+        bench.link.slots.give_back(1)
+
+
+async def test_memory_is_given_up_when_a_link_is_down_and_nobody_uses_a_slot() -> None:
+    link = FakeLink()
+    waiting = [asyncio.create_task(link.slots.take(SIZE)) for _ in range(SLOTS + 2)]
+    await asyncio.sleep(0.01)
+    taken = [task.result() for task in waiting if task.done()]
+    assert len(taken) == SLOTS
+    link.abort("gone")
+    late = [task for task in waiting if not task.done()]
+    for task in late:
+        with pytest.raises(HandoffRefused, match="gone"):
+            await task
+    with pytest.raises(HandoffRefused, match="gone"):
+        await link.slots.take(SIZE)
+    for slot in taken:
+        assert not link.unused
+        link.slots.give_back(slot.index)
+    assert link.unused == 1
+    with pytest.raises(HandoffRefused, match="gone"):
+        await link.slots.take(SIZE)
 
 
 async def test_a_wait_that_is_broken_off_loses_no_payload(bench: Bench) -> None:
@@ -109,7 +152,7 @@ async def test_a_wait_that_is_broken_off_loses_no_payload(bench: Bench) -> None:
             assert isinstance(blocks, Blocks)
             bench.inbound.done(blocks)
     bench.inbound.close()
-    await bench.all_slots_free()
+    assert bench.all_slots_free()
 
 
 async def test_a_commit_is_told_once(bench: Bench) -> None:
@@ -211,6 +254,28 @@ def test_a_device_checksum_sees_the_place_of_a_part_of_a_large_payload() -> None
     moved = torch.zeros_like(payload)
     moved[PART_BYTES] = 1
     assert len({summed(payload), summed(moved), summed(torch.zeros_like(payload))}) == 3
+
+
+def test_a_device_checksum_counts_parts_at_once_as_one_after_the_other() -> None:
+    payload = torch.randint(0, 256, (AT_ONCE_BYTES + 2 * PART_BYTES + 9,), dtype=torch.uint8)
+    parts = list(payload[:-9].split(PART_BYTES))
+    by_itself = summed(*parts, payload[-9:-1], payload[-1:])
+    assert summed(payload) == summed(payload[: 3 * PART_BYTES], payload[3 * PART_BYTES :])
+    assert summed(payload) == by_itself
+    assert summed(payload) != summed(payload[PART_BYTES:], payload[:PART_BYTES])
+
+
+@pytest.mark.parametrize(
+    ("most", "step", "frame"),
+    [
+        (64 << 20, 1 << 30, 64 << 20),
+        (64 << 20, 64 << 20, 16 << 20),
+        (64 << 20, 1 << 20, LEAST_BYTES),
+        (1 << 20, 1 << 30, 1 << 20),
+    ],
+)
+def test_a_step_leaves_in_several_frames(most: int, step: int, frame: int) -> None:
+    assert frame_size(most, step) == frame
 
 
 async def test_when_a_link_breaks_its_pushes_hear_of_it(bench: Bench) -> None:
