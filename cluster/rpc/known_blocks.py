@@ -30,8 +30,7 @@ class KnownBlocks:
     def open(self, protocol: H2Connection, stream_id: int, block: bytes) -> Opening | None:
         """Opens a stream whose headers are `block`, all of them; None, and nothing has happened,
         where h2 is to do it: it reads the block next."""
-        if self._table_changed(protocol):
-            self._known.clear()
+        self._forget_if_changed(protocol)
         asked = self._known.get(block)
         if asked is None:
             self._reading = (stream_id, block)
@@ -53,18 +52,20 @@ class KnownBlocks:
         self._reading = (0, b"")
         if (
             stream.stream_id == reading
-            and not self._table_changed(protocol)
+            and not self._forget_if_changed(protocol)
             and stream._expected_content_length is None
             and len(block) <= MAX_BLOCK_BYTES
             and len(self._known) < MAX_BLOCKS
         ):
             self._known[block] = asked
 
-    def _table_changed(self, protocol: H2Connection) -> bool:
-        """Since it was asked last. Each entry is an object of its own; the oldest ones go."""
+    def _forget_if_changed(self, protocol: H2Connection) -> bool:
+        """Whether the table has changed since the last time. Each entry is an object of its
+        own; the oldest ones go."""
         entries = protocol.decoder.header_table.dynamic_entries
         newest, count = entries[0] if entries else None, len(entries)
         if newest is self._newest and count == self._entries:
             return False
         self._newest, self._entries = newest, count
+        self._known.clear()
         return True
