@@ -1,8 +1,8 @@
 """What `pdserve profile` measures on an idle cluster, and how.
 
-Prompts alone, uncached and behind a cached prefix; decodes alone, in batches whose prompts the
-caches hold, over the time in which all of a batch run. Where workers share cores: decodes beside a
-stream of prompts with and without handoffs, and prompts beside decodes.
+Prompts alone, uncached and behind a cached prefix, each after a rest; decodes alone, in batches whose
+prompts the caches hold, over the time in which all of a batch run. Where workers share cores: decodes
+beside a stream of prompts with and without handoffs, and prompts beside decodes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ PROMPTS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 1024)
 REPEATS = 3
+PROMPT_REPEATS = 5
+REST_SECONDS = 0.06
+"""Before a prompt. In a load one seldom follows the other at once, and a core that has rested computes
+the next one more slowly: on CPUs by a fifth to two fifths."""
 DECODE_TOKENS, TOKENS_A_SEQUENCE = 48, 2
 """Of a batch's sequences: so many, and so many more for each of them, until all have begun."""
 SHARED_DECODES = ((2, 128), (8, 128), (4, 1024))
@@ -120,15 +124,15 @@ class Run:
     async def _prefills(self, to: grpc.aio.Channel) -> None:
         for length in (n for n in PROMPTS if n <= self._longest):
             self._tell(f"computing prompts of {length} tokens")
-            prompts = [self._ids(length) for _ in range(REPEATS)]
-            served = [await self._ask(to, ids, 2) for ids in prompts]
+            prompts = [self._ids(length) for _ in range(PROMPT_REPEATS)]
+            served = [await self._rested(to, ids) for ids in prompts]
             if fresh := [s.prefill for s in served if not s.cached and s.prefill > 0]:
                 self.prefill.append(PrefillSample(length, 0, median(fresh)))
             self.path += [s.path for s in served if s.prefill > 0 and s.path.seconds > 0]
             if not self.chunk or length <= self.chunk:  # others are handed off while computed
                 self.handoff += [s.handoff for s in served if s.handoff is not None]
             half = length // 2
-            warm = [await self._ask(to, ids[:half] + self._ids(length - half), 2)
+            warm = [await self._rested(to, ids[:half] + self._ids(length - half))
                     for ids in prompts]  # fmt: skip
             for s in warm:
                 if s.cached and s.prefill > 0:
@@ -176,12 +180,12 @@ class Run:
 
     async def _prompts_beside_decodes(self, to: grpc.aio.Channel) -> None:
         lengths = [n for n in SHARED_PROMPTS if n <= self._longest]
-        alone = {n: [await self._computed(to, n) for _ in range(REPEATS)] for n in lengths}
+        alone = {n: [await self._computed(to, n) for _ in range(PROMPT_REPEATS)] for n in lengths}
         context = min(CONTEXTS[0], self._longest)
         async with self._stream(to, STREAMS, context, self._max_len - context - 1):
             for length in lengths:
                 self._tell(f"computing prompts of {length} tokens beside decodes")
-                for _ in range(REPEATS):
+                for _ in range(PROMPT_REPEATS):
                     beside = await self._computed(to, length)
                     for step, seconds in beside.items():
                         before = median(times[step] for times in alone[length])
@@ -189,8 +193,8 @@ class Run:
                             self.shared.append(Shared(step, before, seconds, seconds))
 
     async def _computed(self, to: grpc.aio.Channel, length: int) -> dict[str, float]:
-        """Seconds of a prompt that is not handed off, and of its ways."""
-        served = await self._ask(to, self._ids(length), 1)
+        """Seconds of a prompt, and of its ways."""
+        served = await self._rested(to, self._ids(length))
         return {"prefill": served.prefill, "dispatch": served.path.before}
 
     async def _decodes_beside_prompts(self, to: grpc.aio.Channel, batch: int, context: int) -> None:
@@ -243,6 +247,11 @@ class Run:
         for end in ends:
             if isinstance(end, Exception):
                 raise end
+
+    async def _rested(self, to: grpc.aio.Channel, ids: list[int]) -> Served:
+        """A prompt that is handed off, some time after whatever was before it."""
+        await asyncio.sleep(REST_SECONDS)
+        return await self._ask(to, ids, 2)
 
     def _ids(self, count: int) -> list[int]:
         return [self._rng.randrange(1, self._vocab) for _ in range(count)]
