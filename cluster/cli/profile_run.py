@@ -28,11 +28,9 @@ from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 PROMPTS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 1024)
-REPEATS = 3
-PROMPT_REPEATS = 5
+REPEATS, PROMPT_REPEATS = 3, 5
 REST_SECONDS = 0.06
-"""Before a prompt. In a load one seldom follows the other at once, and a core that has rested computes
-the next one more slowly: on CPUs by a fifth to two fifths."""
+"""Before a prompt: in a load few follow another at once, and cores that have rested are slower."""
 DECODE_TOKENS, TOKENS_A_SEQUENCE = 48, 2
 """Of a batch's sequences: so many, and so many more for each of them, until all have begun."""
 SHARED_DECODES = ((2, 128), (8, 128), (4, 1024))
@@ -186,14 +184,12 @@ class Run:
             for length in lengths:
                 self._tell(f"computing prompts of {length} tokens beside decodes")
                 for _ in range(PROMPT_REPEATS):
-                    beside = await self._computed(to, length)
-                    for step, seconds in beside.items():
+                    for step, seconds in (await self._computed(to, length)).items():
                         before = median(times[step] for times in alone[length])
                         if before > 0 and seconds > 0:
                             self.shared.append(Shared(step, before, seconds, seconds))
 
     async def _computed(self, to: grpc.aio.Channel, length: int) -> dict[str, float]:
-        """Seconds of a prompt, and of its ways."""
         served = await self._rested(to, self._ids(length))
         return {"prefill": served.prefill, "dispatch": served.path.before}
 
@@ -202,8 +198,7 @@ class Run:
         quiet = steps_within(await self._batch(to, prompts))
         for prompt, output in SHARED_STREAMS:
             self._tell(f"decoding {batch} sequences beside prompts of {prompt} tokens")
-            length = min(prompt, self._longest)
-            async with self._stream(to, STREAMS, length, output) as others:
+            async with self._stream(to, STREAMS, min(prompt, self._longest), output) as others:
                 window = steps_within(await self._batch(to, prompts))
             if quiet is None or window is None:
                 continue
