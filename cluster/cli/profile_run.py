@@ -1,8 +1,8 @@
 """What `pdserve profile` measures on an idle cluster, and how.
 
-Prompts alone, uncached and behind a cached prefix, each after a rest; decodes alone, in batches whose
-prompts the caches hold, over the time in which all of a batch run. Where workers share cores: decodes
-beside a stream of prompts with and without handoffs, and prompts beside decodes.
+Prompts alone, uncached and behind a cached prefix, each after a rest; decodes alone, in batches
+whose prompts the caches hold, over the time in which all of a batch run. Where workers share cores:
+decodes beside a stream of prompts with and without handoffs, and prompts beside decodes.
 """
 
 from __future__ import annotations

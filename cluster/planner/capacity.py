@@ -3,8 +3,8 @@
 Distributions and queues, not averages. Prompts wait in a G/G/c queue with the sample's own service
 times. Decodes are an M/G/∞ population, spread evenly: a worker's batch decides its step time, and
 the population's fluctuation how often that is too long. On aggregated workers prompts' chunks
-stretch the steps of the decodes beside them. Workers on one host's cores slow each other's steps, in
-balance; an engine that plans ahead tells a short prompt's token late when the next one has come.
+stretch the steps of the decodes beside them. Workers on one host's cores slow each other, in
+balance; engines that plan ahead tell a short prompt's token late when the next one has come.
 """
 
 from __future__ import annotations

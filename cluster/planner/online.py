@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from cluster.planner.performance import Performance
-from cluster.planner.sharing import NOTHING, Beside, slowed
+from cluster.planner.sharing import Beside, slowed
 
 MEMORY_SAMPLES = 200
 """A sample's weight falls to 1/e after so many more."""
