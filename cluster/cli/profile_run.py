@@ -120,7 +120,7 @@ class Run:
         self._longest = int(min(self._longest, self._max_len - DECODE_TOKENS - 1))
 
     async def _prefills(self, to: grpc.aio.Channel) -> None:
-        for length in (n for n in PROMPTS if n <= self._longest):
+        for length in (*(n for n in PROMPTS if n < self._longest), self._longest):
             self._tell(f"computing prompts of {length} tokens")
             prompts = [self._ids(length) for _ in range(PROMPT_REPEATS)]
             served = [await self._rested(to, ids) for ids in prompts]
