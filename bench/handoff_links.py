@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="2,16,128,512", help="MiB, comma-separated")
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--staging", type=int, help="MiB of device memory for payloads under way")
+    parser.add_argument("--link", type=int, help="MiB of device memory that a link takes (256)")
     parser.add_argument(
         "--max-ctas", type=int, help="thread blocks of a transfer over NCCL (it decides)"
     )
@@ -35,7 +35,7 @@ def main() -> None:
             2 * max(sizes) * MIB // BLOCK_BYTES,
             tuple(args.devices),
             transport,
-            args.staging,
+            args.link,
             args.frame,
             args.max_ctas,
         )

@@ -114,7 +114,7 @@ class HandoffConfig(Section):
     max_ahead_bytes: Annotated[
         int,
         Field(ge=0, description="KV that prefill may pin, per rank, before decode has room."),
-    ] = 1 << 30
+    ] = 4 << 30
     link_checksums: Annotated[
         int, Field(ge=0, description="Every how many payloads over nccl are checked; 0: none.")
     ] = 16
@@ -127,13 +127,18 @@ class HandoffConfig(Section):
         Field(
             ge=1,
             le=64,
-            description="Thread blocks that a transfer over nccl may take from the GPU's own work;"
-            " unset: NCCL decides.",
+            description="Thread blocks that a transfer over nccl may take from the GPU's own work"
+            " where it needs kernels; unset: NCCL decides.",
         ),
     ] = None
-    staging_bytes: Annotated[
-        int, Field(ge=256 * MIB, description="GPU memory for payloads under way over nccl.")
-    ] = 512 * MIB
+    link_bytes: Annotated[
+        int,
+        Field(
+            ge=16 * MIB,
+            description="GPU memory of a link over nccl, at either end; a GPU has at most 16 links"
+            " each way.",
+        ),
+    ] = 256 * MIB
 
 
 class TargetsConfig(Section):

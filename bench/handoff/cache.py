@@ -27,16 +27,16 @@ def make_agent(
     transport: Choice = "grpc",
     frame_bytes: int = 2 << 20,
     checksums: int = 16,
-    staging: int | None = None,
+    link: int | None = None,
     max_ctas: int | None = None,
 ) -> tuple[HandoffAgent, PagedCache]:
     """A cache of random bits and its agent, started.
 
     Args:
-        staging: MiB; None: as configured by default.
+        link: MiB of device memory that a link takes; None: as configured by default.
         max_ctas: thread blocks of a transfer over NCCL; None: it decides.
     """
-    more = {} if staging is None else {"staging_bytes": staging << 20}
+    more = {} if link is None else {"link_bytes": link << 20}
     generator = torch.Generator(device).manual_seed(len(name))
     shape = (blocks, HEADS, TOKENS, CONTENT)
     cache = PagedCache(

@@ -28,12 +28,12 @@ def serve_decode(
     device: str,
     transport: str,
     frame: int,
-    staging: int | None,
+    link: int | None,
     max_ctas: int | None,
 ) -> None:
     """Reserves blocks for each ticket it is told, and answers when their KV has landed."""
     agent, cache = make_agent(
-        "decode", blocks, device, transport, frame << 20, staging=staging, max_ctas=max_ctas  # type: ignore[arg-type]
+        "decode", blocks, device, transport, frame << 20, link=link, max_ctas=max_ctas  # type: ignore[arg-type]
     )  # fmt: skip
     say(address=agent.address, cpu=cpu_seconds())
     for line in sys.stdin:
@@ -91,5 +91,5 @@ def wait_for_result(mailbox: Mailbox, handoff_id: str) -> Any:
 
 if __name__ == "__main__":
     blocks, device, transport, frame, *limits = sys.argv[1:]
-    staging, max_ctas = (int(limit) if limit else None for limit in limits)
-    serve_decode(int(blocks), device, transport, int(frame), staging, max_ctas)
+    link, max_ctas = (int(limit) if limit else None for limit in limits)
+    serve_decode(int(blocks), device, transport, int(frame), link, max_ctas)

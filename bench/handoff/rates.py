@@ -144,7 +144,7 @@ class HandoffRate:
     """Agent to agent: ticket, grant, gather, checksums, transfer, scatter, verdict.
 
     Args:
-        staging: MiB of device memory; None: as configured by default.
+        link: MiB of device memory that a link takes; None: as configured by default.
         frame: MiB of a payload over gRPC.
         max_ctas: thread blocks of a transfer over NCCL; None: it decides.
     """
@@ -154,7 +154,7 @@ class HandoffRate:
         blocks: int,
         devices: tuple[str, str],
         transport: str,
-        staging: int | None = None,
+        link: int | None = None,
         frame: int = 16,
         max_ctas: int | None = None,
     ) -> None:
@@ -165,11 +165,11 @@ class HandoffRate:
             devices[0],
             transport,
             frame << 20,
-            staging=staging,
+            link=link,
             max_ctas=max_ctas,
         )
         self._peer = PeerProcess(
-            "peers", blocks, devices[1], transport, frame, staging or "", max_ctas or ""
+            "peers", blocks, devices[1], transport, frame, link or "", max_ctas or ""
         )
 
     def run(self, size: int, compare: bool = False) -> Transfer:

@@ -167,7 +167,7 @@ class VllmEngine:
                         "link_checksums": self._handoff.link_checksums,
                         "link_seconds": self._handoff.link_seconds,
                         "link_max_ctas": self._handoff.link_max_ctas,
-                        "staging_bytes": self._handoff.staging_bytes,
+                        "link_bytes": self._handoff.link_bytes,
                     },
                 },
             ),

@@ -136,7 +136,7 @@ class Landing:
     def _settled(self, frame: Blocks) -> None:
         self.reservation.writing -= 1
         self.reservation.saw_frame(time.monotonic())
-        self.inbound.done(frame)
+        self.inbound.done(frame, read=True)
         if self.reservation.error:
             self.given_up(self.reservation)
 

@@ -20,15 +20,16 @@ from cluster.kv.transport.hello import (
     encode_payloads,
 )
 from cluster.kv.transport.inbound_links import InboundLinks
+from cluster.kv.transport.link import MAX_LINKS
 from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES
 from cluster.ticket import CLOCK_TOLERANCE_SECONDS, TicketSigner
-from tests.handoff.fake_links import HANDOFF, LINK, SIGNER, SIZE, Bench, FakeLink
+from tests.handoff.fake_links import HANDOFF, LINK, SIGNER, SIZE, SLOTS, Bench, FakeLink
 
 
 def hello(**changes: Any) -> Hello:
     right = Hello(
         LINK, "prefill", "prefill-life", 0, "decode", "decode-life", 0,
-        bytes(UNIQUE_ID_BYTES), time.time(),
+        bytes(UNIQUE_ID_BYTES), time.time(), SLOTS, SIZE,
     )  # fmt: skip
     return replace(right, **changes)
 
@@ -79,7 +80,7 @@ class Told:
         return self._frames.pop(0) if self._frames else None
 
     async def send(self, wire: bytes) -> None:
-        self.replies.append(decode_link_reply(wire))
+        self.replies.append(decode_link_reply(wire)[0])
 
 
 async def serve(links: InboundLinks, *frames: bytes) -> list[str]:
@@ -111,15 +112,18 @@ async def test_a_hello_is_good_once_and_a_link_ends_with_what_is_no_announcement
 
     monkeypatch.setattr("cluster.kv.transport.inbound_links.Link", Made)
     said = encode_hello(hello(link=8), SIGNER)
-    payload = encode_payloads([Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), SIZE, False)])
+    payload = encode_payloads([Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), SIZE, False, 2)])
     assert await serve(bench.links, said, payload, said) == [""]
     assert (made[0].received, made[0].aborted) == (1, "the peer closed the link")
     assert await serve(bench.links, said) == ["the link's hello has been used"]
     assert len(made) == 1 and 8 not in bench.links._links
-    await bench.all_slots_free()
+    assert made[0].unused == 1, "every slot is free, and the memory is given up"
 
 
-async def test_a_payload_larger_than_a_slot_ends_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "slot"), [(1 << 40, 0), (SIZE, SLOTS)])
+async def test_a_payload_that_lies_in_no_slot_ends_the_link(
+    monkeypatch: pytest.MonkeyPatch, size: int, slot: int
+) -> None:
     bench = Bench()
 
     class Made(FakeLink):
@@ -129,7 +133,22 @@ async def test_a_payload_larger_than_a_slot_ends_the_link(monkeypatch: pytest.Mo
         async def up(self) -> None: ...
 
     monkeypatch.setattr("cluster.kv.transport.inbound_links.Link", Made)
-    payload = encode_payloads([Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), 1 << 40, False)])
+    payload = encode_payloads([Payload(HANDOFF, BlockRun(0, 0, 1, 0, 1), size, False, slot)])
     assert await serve(bench.links, encode_hello(hello(link=9), SIGNER), payload) == [""]
     assert 9 not in bench.links._links
-    await bench.all_slots_free()
+
+
+@pytest.mark.parametrize(("slots", "slot_bytes"), [(SLOTS + 1, SIZE), (1, 1 << 40), (0, SIZE)])
+async def test_a_link_that_wants_too_much_memory_is_refused(slots: int, slot_bytes: int) -> None:
+    said = encode_hello(hello(slots=slots, slot_bytes=slot_bytes), SIGNER)
+    assert await serve(Bench().links, said) == [
+        "the link asks for more than handoff.link_bytes, or for nothing"
+    ]
+
+
+async def test_links_are_not_without_number() -> None:
+    bench = Bench()
+    bench.links._links |= dict.fromkeys(range(100, 99 + MAX_LINKS), bench.link)  # type: ignore[arg-type]
+    assert await serve(bench.links, encode_hello(hello(link=9), SIGNER)) == [
+        f"there are {MAX_LINKS} links already"
+    ]

@@ -14,7 +14,7 @@ from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.transport.checksums import PART_BYTES, DeviceSum, value
 from cluster.kv.transport.frames import Blocks, Commit
-from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench
+from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench, FakeLink
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.open()
     yield bench
     bench.inbound.close()
-    await bench.all_slots_free()
+    assert bench.all_slots_free()
 
 
 async def test_a_commit_comes_behind_the_payloads_it_counts(bench: Bench) -> None:
@@ -54,9 +54,9 @@ async def test_an_empty_handoff_commits_at_once(bench: Bench) -> None:
 
 
 async def test_payloads_keep_their_order_and_their_bytes(bench: Bench) -> None:
-    for sequence in range(SLOTS - 1):
+    for sequence in range(SLOTS):
         await bench.arrive(sequence)
-    for sequence in range(SLOTS - 1):
+    for sequence in range(SLOTS):
         blocks = await bench.next()
         assert isinstance(blocks, Blocks) and blocks.run.sequence == sequence
         assert set(blocks.payload.tolist()) == {sequence}
@@ -76,23 +76,65 @@ async def test_another_handoffs_payload_is_dropped_and_its_slot_freed(bench: Ben
 async def test_what_was_not_taken_is_freed_with_the_push(bench: Bench) -> None:
     await bench.arrive(0)
     await bench.arrive(1)
-    assert bench.staging._free.qsize() == SLOTS - 2
+    assert bench.link.slots.free == SLOTS - 2
     bench.inbound.close()
-    await bench.all_slots_free()
+    assert bench.all_slots_free()
     await bench.arrive(2)  # too late: it has no owner
-    await bench.all_slots_free()
+    assert bench.all_slots_free()
 
 
-async def test_one_link_never_takes_every_slot(bench: Bench) -> None:
-    for sequence in range(SLOTS - 1):
+async def test_a_sender_waits_until_a_slot_has_been_read(bench: Bench) -> None:
+    for sequence in range(SLOTS):
         await bench.arrive(sequence)
-    more = asyncio.create_task(bench.arrive(SLOTS - 1))
+    more = asyncio.create_task(bench.arrive(SLOTS))
     await asyncio.sleep(0.01)
-    assert not more.done() and bench.staging._free.qsize() == 1
+    assert not more.done()
     blocks = await bench.next()
     assert isinstance(blocks, Blocks)
     bench.inbound.done(blocks)
     await more
+
+
+@pytest.mark.parametrize(
+    ("index", "size", "reason"),
+    [
+        (SLOTS, SIZE, "in no slot"),
+        (-1, SIZE, "in no slot"),
+        (0, SIZE + 1, "in no slot"),
+        (0, 0, "in no slot"),
+        (1, SIZE, "in use"),
+    ],
+)
+async def test_a_payload_that_lies_where_none_can(
+    bench: Bench, index: int, size: int, reason: str
+) -> None:
+    bench.link.slots.hold(1, SIZE)
+    with pytest.raises(HandoffRefused, match=reason):
+        bench.link.slots.hold(index, size)
+    bench.link.slots.give_back(1)
+    with pytest.raises(HandoffRefused, match="not in use"):
+        bench.link.slots.give_back(1)
+
+
+async def test_memory_is_given_up_when_a_link_is_down_and_nobody_uses_a_slot() -> None:
+    link = FakeLink()
+    waiting = [asyncio.create_task(link.slots.take(SIZE)) for _ in range(SLOTS + 2)]
+    await asyncio.sleep(0.01)
+    taken = [task.result() for task in waiting if task.done()]
+    assert len(taken) == SLOTS
+    link.abort("gone")
+    late = [task for task in waiting if not task.done()]
+    for task in late:
+        with pytest.raises(HandoffRefused, match="gone"):
+            await task
+    with pytest.raises(HandoffRefused, match="gone"):
+        await link.slots.take(SIZE)
+    for slot in taken:
+        assert not link.unused
+        link.slots.give_back(slot.index)
+    assert link.unused == 1
+    with pytest.raises(HandoffRefused, match="gone"):
+        await link.slots.take(SIZE)
 
 
 async def test_a_wait_that_is_broken_off_loses_no_payload(bench: Bench) -> None:
@@ -109,7 +151,7 @@ async def test_a_wait_that_is_broken_off_loses_no_payload(bench: Bench) -> None:
             assert isinstance(blocks, Blocks)
             bench.inbound.done(blocks)
     bench.inbound.close()
-    await bench.all_slots_free()
+    assert bench.all_slots_free()
 
 
 async def test_a_commit_is_told_once(bench: Bench) -> None:

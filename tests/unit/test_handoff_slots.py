@@ -1,4 +1,5 @@
-"""Slots of staging memory: each is free again once, and not before its last copy is done."""
+"""Slots of links' and of staging memory: each is free again once, and not before its last copy is
+done, or its payload has been read."""
 
 from __future__ import annotations
 
@@ -13,17 +14,21 @@ from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.milestones import Milestones
 from cluster.kv.transport.grpc_streams import StagedOutbound
-from cluster.kv.transport.hello import Payload, decode_payloads
+from cluster.kv.transport.hello import Payload, decode_payloads, encode_link_reply
 from cluster.kv.transport.link import Link
+from cluster.kv.transport.link_slots import LinkSlots
 from cluster.kv.transport.outbound_links import OutboundLink
-from cluster.kv.transport.staging import Staging
+from cluster.kv.transport.staging import Slot, Staging
 from cluster.kv.transport.streams.reading import Broken
 from cluster.kv.transport.streams.stream import Seal
 from tests.unit.test_milestones import Point, until
 
 SIZE, SLOTS = 64, 4
 RUN = BlockRun(0, 0, 1, 0, 1)
-PAYLOAD = Payload("a" * 32, RUN, SIZE, False)
+
+
+def payload(slot: Slot) -> Payload:
+    return Payload("a" * 32, RUN, SIZE, False, slot.index)
 
 
 @pytest.fixture
@@ -42,6 +47,7 @@ class Call:
         self.written: list[bytes] = []
         self.fails = False
         self.open = asyncio.Event()
+        self.told: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     async def send(self, *pieces: bytes | memoryview) -> None:
         await self.open.wait()
@@ -58,17 +64,27 @@ class Call:
     async def receive(self) -> None:
         await asyncio.Event().wait()
 
+    async def receive_whole(self) -> bytes | None:
+        return await self.told.get()
+
     def cancel(self) -> None: ...
 
 
 class Wire(Link):
     """A link without a device: a transfer is over when the test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, puts: bool) -> None:
         self.broken = ""
+        self.puts = puts
+        self.unused = 0
         self._milestones = Milestones("test")
         self._aborting = None
+        self._when_down = []
+        self._slots = LinkSlots(torch.zeros(SLOTS, SIZE, dtype=torch.uint8), self._gone)
         self.transfers: list[Point] = []
+
+    def _gone(self) -> None:
+        self.unused += 1
 
     async def send(self, slot: Any, filled: Any) -> Point:
         self._raise_if_broken()
@@ -79,6 +95,9 @@ class Wire(Link):
         if not self.broken:
             self.broken = reason
             self._aborting = asyncio.get_running_loop().create_future()
+            self.slots.close(reason)
+            for down in self._when_down:
+                down()
 
 
 @pytest.fixture
@@ -86,68 +105,123 @@ async def call() -> Call:
     return Call()
 
 
-@pytest.fixture
-async def link(call: Call, staging: Staging) -> AsyncIterator[OutboundLink]:
-    made = OutboundLink(1, call, Wire(), staging)  # type: ignore[arg-type]
+@pytest.fixture(params=[True, False], ids=["puts", "kernels"])
+async def link(call: Call, request: pytest.FixtureRequest) -> AsyncIterator[OutboundLink]:
+    made = OutboundLink(1, call, Wire(request.param))  # type: ignore[arg-type]
     yield made
     made.close("over")
 
 
-async def test_a_slot_is_free_when_its_payload_has_left(
-    link: OutboundLink, call: Call, staging: Staging
+async def leave(link: OutboundLink, filled: Any = None) -> tuple[Slot, asyncio.Future[None]]:
+    slot = await link.link.slots.take(SIZE)
+    return slot, link.send(payload(slot), slot, filled)
+
+
+async def test_a_slot_is_free_when_the_peer_has_read_it(link: OutboundLink, call: Call) -> None:
+    wire: Any = link.link
+    call.open.set()
+    (first, sent), (second, also) = [await leave(link) for _ in range(2)]
+    await until(lambda: len(wire.transfers) == 2)
+    assert bool(call.written) == (not wire.puts), "ahead, or once it is there"
+    for transfer in wire.transfers:
+        transfer.reach()
+    await sent
+    await also
+    told = [found for written in call.written for found in decode_payloads(written)]
+    assert [found.slot for found in told] == [first.index, second.index]
+    assert wire.slots.free == SLOTS - 2
+    call.told.put_nowait(encode_link_reply(free=[second.index]))
+    await until(lambda: wire.slots.free == SLOTS - 1)
+    call.told.put_nowait(encode_link_reply(free=[first.index]))
+    await until(lambda: wire.slots.free == SLOTS)
+    assert not wire.broken
+
+
+async def test_headers_of_all_that_is_as_far_go_together(link: OutboundLink, call: Call) -> None:
+    wire: Any = link.link
+    sent = [(await leave(link))[1] for _ in range(SLOTS)]
+    if wire.puts:
+        await until(lambda: len(wire.transfers) == SLOTS)
+        for transfer in wire.transfers[:-1]:
+            transfer.reach()
+    await asyncio.sleep(0.02)
+    call.open.set()
+    await until(lambda: len(wire.transfers) == SLOTS and bool(call.written))
+    wire.transfers[-1].reach()
+    await until(lambda: sum(len(decode_payloads(each)) for each in call.written) == SLOTS)
+    assert len(call.written) <= 1 + wire.puts
+    for transfer in wire.transfers[:-1]:
+        transfer.reach()
+    await asyncio.gather(*sent)
+
+
+@pytest.mark.parametrize("index", [0, 1, SLOTS], ids=["not there yet", "not in use", "none"])
+async def test_a_peer_that_has_read_what_it_was_not_told_of(
+    link: OutboundLink, call: Call, index: int
+) -> None:
+    wire: Any = link.link
+    if index == 0 and not wire.puts:
+        pytest.skip("it is told of what is on its way")
+    slot, sent = await leave(link)
+    assert slot.index == 0
+    call.told.put_nowait(encode_link_reply(free=[index]))
+    await until(lambda: bool(wire.broken))
+    assert "not told of" in wire.broken and wire.slots.free < SLOTS
+    wire._aborting.set_result(None)
+    with pytest.raises(HandoffRefused):
+        await sent
+    await until(lambda: wire.slots.free == SLOTS and wire.unused == 1)
+
+
+@pytest.mark.parametrize("when", ["it waits for more", "it waits for the peer", "it is long down"])
+async def test_a_broken_link_gives_a_slot_back_when_it_has_been_filled_and_the_abort_is_over(
+    link: OutboundLink, call: Call, when: str
 ) -> None:
     wire: Any = link.link
     call.open.set()
-    slots = [await link.staging.take(SIZE) for _ in range(2)]
-    sent = [link.send(PAYLOAD, slot, None) for slot in slots]
-    await until(lambda: len(wire.transfers) == 2)
-    assert [len(decode_payloads(wire)) for wire in call.written] == [2], "headers go together"
-    assert free(staging) == SLOTS - 2
-    for i, transfer in enumerate(wire.transfers):
-        transfer.reach()
-        await sent[i]
-    assert free(staging) == SLOTS
-
-
-@pytest.mark.parametrize("when", ["its pump has ended", "its pump waits for more"])
-async def test_a_broken_link_gives_a_slot_back_when_it_has_been_filled(
-    link: OutboundLink, call: Call, staging: Staging, when: str
-) -> None:
-    """The abort may have been long ago, and the copy into the slot still be under way."""
-    wire: Any = link.link
-    if when == "its pump has ended":
-        link._pump.cancel()
-        await asyncio.sleep(0.01)
-    else:
-        call.open.set()
-        wire.abort("gone")
-    wire._aborting.set_result(None)
+    slot = await wire.slots.take(SIZE)
     filling = Point()
-    sent = link.send(PAYLOAD, await link.staging.take(SIZE), filling)
+    if when == "it is long down":
+        wire.abort("gone")
+        wire._aborting.set_result(None)
+        await asyncio.sleep(0.01)
+    sent = link.send(payload(slot), slot, filling)
+    if when == "it waits for the peer":
+        await until(lambda: bool(wire.transfers))
+    if when != "it is long down":
+        wire.abort("gone")
+        for transfer in wire.transfers:
+            transfer.reach()
+        wire._aborting.set_result(None)
     await asyncio.sleep(0.02)
-    assert free(staging) == SLOTS - 1 and not sent.done()
+    assert wire.slots.free == SLOTS - 1 and not wire.unused
+    assert not sent.done() or when == "it waits for the peer"
     filling.reach()
     with pytest.raises(HandoffRefused):
         await sent
-    assert free(staging) == SLOTS
+    await until(lambda: wire.slots.free == SLOTS and wire.unused == 1)
 
 
-async def test_what_may_be_leaving_is_free_after_the_abort_too(
-    link: OutboundLink, call: Call, staging: Staging
+async def test_what_may_be_leaving_is_free_after_the_abort_only(
+    link: OutboundLink, call: Call
 ) -> None:
+    """Announced or not, read or not: nobody tells any more."""
     wire: Any = link.link
     filled, filling = Point(), Point()
     filled.reach()
     call.fails = True
-    sent = [link.send(PAYLOAD, await link.staging.take(SIZE), fence) for fence in (filled, filling)]
+    sent = [(await leave(link, fence))[1] for fence in (filled, filling)]
+    if wire.puts:
+        await until(lambda: len(wire.transfers) == 2)
+        wire.transfers[0].reach()
     call.open.set()
     await until(lambda: bool(wire.broken))
     await asyncio.sleep(0.01)
-    assert free(staging) == SLOTS - 2
+    assert wire.slots.free == SLOTS - 2
     wire._aborting.set_result(None)
-    await until(lambda: free(staging) == SLOTS - 1)
+    await until(lambda: wire.slots.free == SLOTS - 1)
     filling.reach()
-    await until(lambda: free(staging) == SLOTS)
+    await until(lambda: wire.slots.free == SLOTS and wire.unused == 1)
     assert all(isinstance(each.exception(), HandoffRefused) for each in sent)
 
 

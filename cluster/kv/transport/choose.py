@@ -9,6 +9,7 @@ from cluster.errors import ConfigError
 from cluster.kv.doorkeeper import Terms
 from cluster.kv.paged import PagedCache
 from cluster.kv.transport.grpc import GrpcTransport
+from cluster.kv.transport.link import LinkTerms
 from cluster.kv.transport.nccl import NcclTransport, nccl_available
 from cluster.kv.transport.seam import Transport
 from cluster.ports import ANY
@@ -28,9 +29,9 @@ class TransportOptions:
         ports: the transfer port is one of them.
         link_checksums: every how many payloads over NCCL are checked; 0: none.
         link_seconds: how long a link may stand still before it is taken for dead.
-        link_max_ctas: thread blocks of the GPU that a transfer over a link may take; None: NCCL
+        link_max_ctas: thread blocks of the GPU that a transfer by kernels may take; None: NCCL
             decides.
-        staging_bytes: device memory for payloads under way over links, half of it each way.
+        link_bytes: device memory that a link takes.
     """
 
     transport: Choice
@@ -41,7 +42,7 @@ class TransportOptions:
     link_checksums: int = 16
     link_seconds: float = 10.0
     link_max_ctas: int | None = None
-    staging_bytes: int = 512 << 20
+    link_bytes: int = 256 << 20
 
 
 def make_transport(
@@ -70,7 +71,7 @@ def make_transport(
         terms,
         required=options.transport == "nccl",
         checksums=options.link_checksums,
-        stuck_seconds=options.link_seconds,
-        max_ctas=options.link_max_ctas,
-        staging_bytes=options.staging_bytes,
+        links=LinkTerms(
+            cache.device, options.link_seconds, options.link_max_ctas, options.link_bytes
+        ),
     )

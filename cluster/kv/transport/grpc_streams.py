@@ -255,7 +255,7 @@ class GrpcInbound:
         try:
             await self._read(coming, [memoryview(slot.payload.numpy())], None, seed)
         except BaseException:
-            self._memory.give_back(slot)
+            self._memory.give_back(slot, read=True)
             raise
         self._slots[id(slot.payload)] = slot
         return Blocks(coming.run, slot.payload)
@@ -270,9 +270,9 @@ class GrpcInbound:
         if commit.checksum:
             raise HandoffRefused("a checksum of payloads that did not come over a link")
 
-    def done(self, blocks: Blocks) -> None:
+    def done(self, blocks: Blocks, read: bool = False) -> None:
         if slot := self._slots.pop(id(blocks.payload), None):
-            self._memory.give_back(slot)
+            self._memory.give_back(slot, read)
 
     async def send(self, reply: Reply) -> None:
         with contextlib.suppress(Broken, TimeoutError):  # a peer that is gone needs no reply

@@ -26,6 +26,8 @@ class Hello:
         link: drawn at random; names the link on both sides, never 0.
         unique_id: NCCL's name for the communicator.
         issued_at: seconds since 1970.
+        slots: of the memory that either end sets aside.
+        slot_bytes: bytes of each.
     """
 
     link: int
@@ -37,6 +39,8 @@ class Hello:
     decode_rank: int
     unique_id: bytes
     issued_at: float
+    slots: int
+    slot_bytes: int
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,14 @@ class Payload:
 
     Attributes:
         summed: it counts for the checksum in the commit.
+        slot: where it is.
     """
 
     handoff_id: str
     run: BlockRun
     size: int
     summed: bool
+    slot: int
 
 
 def encode_hello(hello: Hello, signer: TicketSigner) -> bytes:
@@ -65,6 +71,8 @@ def encode_hello(hello: Hello, signer: TicketSigner) -> bytes:
         decode_rank=hello.decode_rank,
         unique_id=hello.unique_id,
         issued_at=hello.issued_at,
+        slots=hello.slots,
+        slot_bytes=hello.slot_bytes,
     )
     proof = signer.proof(message.SerializeToString(deterministic=True))
     message.proof = proof
@@ -92,6 +100,8 @@ def decode_hello(wire: bytes, signer: TicketSigner) -> Hello:
         message.decode_rank,
         message.unique_id,
         message.issued_at,
+        message.slots,
+        message.slot_bytes,
     )
 
 
@@ -110,7 +120,11 @@ def _payload(payload: Payload) -> pb.LinkPayload:
         num_blocks=run.num_blocks,
     )
     return pb.LinkPayload(
-        handoff_id=payload.handoff_id, blocks=blocks, size=payload.size, summed=payload.summed
+        handoff_id=payload.handoff_id,
+        blocks=blocks,
+        size=payload.size,
+        summed=payload.summed,
+        slot=payload.slot,
     )
 
 
@@ -131,6 +145,7 @@ def decode_payloads(wire: bytes) -> list[Payload]:
             ),
             message.size,
             message.summed,
+            message.slot,
         )
         for message in frame.payloads.payloads
     ]
@@ -143,13 +158,17 @@ def _frame(wire: bytes) -> pb.LinkFrame:
         raise HandoffRefused("a message on a link is malformed") from error
 
 
-def encode_link_reply(refused: str) -> bytes:
-    return pb.LinkReply(refused=refused).SerializeToString()
+def encode_link_reply(refused: str = "", free: Sequence[int] = ()) -> bytes:
+    """What the receiver says: why the link is refused, or that it is up; later, which slots'
+    payloads have been read."""
+    return pb.LinkReply(refused=refused, free=free).SerializeToString()
 
 
-def decode_link_reply(wire: bytes) -> str:
-    """Why the link is refused; empty if it is up."""
+def decode_link_reply(wire: bytes) -> tuple[str, Sequence[int]]:
+    """Why the link is refused, empty if it is up; and slots that are free. Raises HandoffRefused
+    for anything else."""
     try:
-        return pb.LinkReply.FromString(wire).refused
+        reply = pb.LinkReply.FromString(wire)
     except DecodeError as error:
         raise HandoffRefused("the peer's reply to a link is malformed") from error
+    return reply.refused, reply.free

@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.doorkeeper import Recent, Terms
@@ -21,8 +20,8 @@ from cluster.kv.transport.hello import (
     decode_payloads,
     encode_link_reply,
 )
-from cluster.kv.transport.link import Link
-from cluster.kv.transport.staging import Share, Slot, Staging
+from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
+from cluster.kv.transport.staging import Slot
 from cluster.kv.transport.streams.reading import Broken
 from cluster.kv.transport.streams.stream import Stream
 from cluster.ticket import CLOCK_TOLERANCE_SECONDS, TicketSigner
@@ -34,19 +33,19 @@ HELLO_TIMEOUT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Arriving:
-    """A payload on its way into a slot; what is queued on `link.copies` finds it there."""
+    """A payload in a slot; what is queued on `link.copies` finds it there."""
 
     payload: Payload
     slot: Slot
     link: Link
-    room: Share
+    read: Callable[[int], None]
 
 
 class Arrivals(asyncio.Queue["Arriving | None"]):
     """A push's payloads, None at the end of its link.
 
     Attributes:
-        coming: set while there is one.
+        coming: set when one comes.
     """
 
     def __init__(self) -> None:
@@ -57,11 +56,30 @@ class Arrivals(asyncio.Queue["Arriving | None"]):
         super().put_nowait(item)
         self.coming.set()
 
-    def get_nowait(self) -> Arriving | None:
-        item = super().get_nowait()
-        if self.empty():
-            self.coming.clear()
-        return item
+
+class _Reads:
+    """Tells the sender which slots' payloads have been read, as many as there are at once."""
+
+    def __init__(self, stream: Stream, link: Link) -> None:
+        self._stream = stream
+        self._link = link
+        self._read: asyncio.Queue[int] = asyncio.Queue()
+        self._task = asyncio.create_task(self._tell())
+
+    def add(self, index: int) -> None:
+        """Nothing touches the slot any more."""
+        self._link.slots.give_back(index)
+        self._read.put_nowait(index)
+
+    async def _tell(self) -> None:
+        with contextlib.suppress(Broken):
+            while True:
+                first = await self._read.get()
+                free = [first, *(self._read.get_nowait() for _ in range(self._read.qsize()))]
+                await self._stream.send(encode_link_reply(free=free))
+
+    def stop(self) -> None:
+        self._task.cancel()
 
 
 class InboundLinks:
@@ -71,20 +89,14 @@ class InboundLinks:
         self,
         signer: TicketSigner,
         terms: Terms,
-        device: torch.device,
-        stuck_seconds: float,
-        max_ctas: int | None,
-        staging: Staging,
+        link_terms: LinkTerms,
     ) -> None:
         self._signer = signer
         self._terms = terms
-        self._device = device
-        self._stuck_seconds = stuck_seconds
-        self._max_ctas = max_ctas
-        self._staging = staging
+        self._link_terms = link_terms
         self._strangers = Seldom(log)
         self._links: dict[int, Link] = {}
-        self._rooms: dict[int, Share] = {}
+        self._opening = 0
         self._hellos: Recent[int] = Recent()
         self._claims: dict[tuple[int, str], Arrivals] = {}
 
@@ -104,17 +116,18 @@ class InboundLinks:
                 await stream.send(encode_link_reply(str(refusal)))
             return
         self._links[hello.link] = link
+        reads = _Reads(stream, link)
         try:
-            await stream.send(encode_link_reply(""))
+            await stream.send(encode_link_reply())
             while (wire := await stream.receive_whole()) is not None:
                 for payload in decode_payloads(wire):
-                    await self._arrive(hello.link, link, payload)
-        except (HandoffRefused, ValueError, Broken) as error:
+                    await self._arrive(hello.link, link, payload, reads.add)
+        except (HandoffRefused, Broken) as error:
             log.warning("link broke: %s", error)
         finally:
             link.abort("the peer closed the link")
+            reads.stop()
             del self._links[hello.link]
-            self._rooms.pop(hello.link, None)
             for (owner, _), queue in list(self._claims.items()):
                 if owner == hello.link:
                     queue.put_nowait(None)
@@ -131,25 +144,33 @@ class InboundLinks:
             raise HandoffRefused("the link's hello has been used")
         now = time.monotonic()
         self._hellos.add(hello.link, now, now + HELLO_SECONDS + 2 * CLOCK_TOLERANCE_SECONDS)
-        link = Link(hello.unique_id, 1, self._device, self._stuck_seconds, self._max_ctas)
+        if not 0 < hello.slots * hello.slot_bytes <= self._link_terms.memory_bytes:
+            raise HandoffRefused("the link asks for more than handoff.link_bytes, or for nothing")
+        if len(self._links) + self._opening >= MAX_LINKS:
+            raise HandoffRefused(f"there are {MAX_LINKS} links already")
+        self._opening += 1
+        link = Link(hello.unique_id, 1, self._link_terms, hello.slots, hello.slot_bytes)
         try:
             await link.up()
         except BaseException:  # the peer has gone, perhaps
             link.abort("the link did not come up")
             raise
+        finally:
+            self._opening -= 1
         return link
 
-    async def _arrive(self, link_id: int, link: Link, payload: Payload) -> None:
+    async def _arrive(
+        self, link_id: int, link: Link, payload: Payload, read: Callable[[int], None]
+    ) -> None:
         """Receives a payload, whoever it is for: the next one comes behind it."""
-        room = self._rooms.setdefault(link_id, Share(self._staging))
-        slot = await room.take(payload.size)
+        slot = link.slots.hold(payload.slot, payload.size)
         try:
             await link.receive(slot)
         except BaseException:
             link.abort("a payload was broken off")
-            link.release(None, lambda: room.give_back(slot))
+            link.release(None, lambda: read(slot.index))
             raise
-        arriving = Arriving(payload, slot, link, room)
+        arriving = Arriving(payload, slot, link, read)
         claim = self._claims.get((link_id, payload.handoff_id))
         if claim is None:  # its push has ended
             self.discard(arriving)
@@ -159,7 +180,7 @@ class InboundLinks:
     def discard(self, arriving: Arriving) -> None:
         """Frees a payload's slot as soon as nothing writes to it or reads it."""
         link = arriving.link
-        link.release(link.mark(), lambda: arriving.room.give_back(arriving.slot))
+        link.release(link.mark(), lambda: arriving.read(arriving.slot.index))
 
     def claim(self, link_id: int, handoff_id: str) -> tuple[Link, Arrivals]:
         """Payloads of this handoff from now on. Raises HandoffRefused if there is no such link."""

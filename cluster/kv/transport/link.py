@@ -1,9 +1,17 @@
 """A link: one NCCL communicator between a prefill rank and a decode rank.
 
-Payloads cross in the order of their headers, which travel on one gRPC stream. Everything is queued
-on the device and nothing on the host waits for it: copies on one stream, transfers on another, each
-held by an event until the other has done its part. A link that breaks, stands still for too long,
-or whose stream ends, is aborted as a whole, on the device too; what was under way on it is refused.
+Payloads cross in the order of their headers, which travel on one gRPC stream. Copies are queued on
+one stream of the device, transfers on another, and events hold each until the other has done its
+part.
+
+Where NCCL can, the sender **puts** a payload into the receiver's memory by the copy engines, and
+its header follows once it is there: neither side's multiprocessors work for it, and the receiver's
+device never waits. Else the header goes first and the payload is sent and received, by kernels that
+wait for each other.
+
+A link that breaks, stands still for too long, or whose stream ends, is aborted as a whole, on the
+device too; what was under way on it is refused. What a peer may still put afterwards ends in the
+link's own memory, which was never anything else's.
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +31,8 @@ import torch
 from cluster.errors import HandoffRefused
 from cluster.kv.milestones import Fence, Milestones
 from cluster.kv.transport.checksums import PART_BYTES, DeviceSum
-from cluster.kv.transport.nccl_library import Communicator
+from cluster.kv.transport.link_slots import LinkSlots
+from cluster.kv.transport.nccl_library import Communicator, NcclError, PeerMemory
 from cluster.kv.transport.staging import Slot
 
 log = logging.getLogger(__name__)
@@ -48,8 +58,27 @@ class _Streams:
 
 _streams = _Streams()
 
+MAX_LINKS = 16
+"""That an agent has each way."""
 WATCH_SECONDS = 0.25
 _PAUSE = 1e-3
+_FIRST_BYTES = 8
+
+
+@dataclass(frozen=True)
+class LinkTerms:
+    """What this end asks of its links.
+
+    Attributes:
+        stuck_seconds: a transfer that takes longer has a dead peer.
+        max_ctas: thread blocks that a transfer by kernels may take; None: NCCL decides.
+        memory_bytes: device memory that a link may take.
+    """
+
+    device: torch.device
+    stuck_seconds: float
+    max_ctas: int | None
+    memory_bytes: int
 
 
 class Link:
@@ -57,34 +86,48 @@ class Link:
 
     Args:
         rank: 0 sends, 1 receives.
-        stuck_seconds: a transfer that takes longer has a dead peer.
+        slots: of its memory, as many as at the other end.
+        slot_bytes: the same there.
 
     Attributes:
         broken: why it is down; empty while it is up.
         used_at: CLOCK_MONOTONIC seconds.
         copies: the stream on which slots are filled, or read.
+        puts: payloads are put into the peer's memory; known once it is up.
     """
 
     def __init__(
         self,
         unique_id: bytes,
         rank: int,
-        device: torch.device,
-        stuck_seconds: float,
-        max_ctas: int | None,
+        terms: LinkTerms,
+        slots: int,
+        slot_bytes: int,
     ) -> None:
+        device = terms.device
         self._device = device
         self._rank = rank
-        self._stuck_seconds = stuck_seconds
+        self._stuck_seconds = terms.stuck_seconds
+        self._shape = slots, slot_bytes
+        self._memory: PeerMemory | None = None
+        self._slots: LinkSlots | None = None
+        self.puts = False
         self.broken = ""
         self.used_at = time.monotonic()
         self.copies, self._wire = _streams.take(device), _streams.take(device)
         self._milestones = Milestones("link", device)
         self._under_way: deque[tuple[float, Any]] = deque()
         self._aborting: asyncio.Future[None] | None = None
+        self._when_down: list[Callable[[], None]] = []
         self._warm_up()
-        self._comm = Communicator(unique_id, rank, max_ctas)
+        self._comm = Communicator(unique_id, rank, terms.max_ctas)
         self._watcher = asyncio.create_task(self._watch())
+
+    @property
+    def slots(self) -> LinkSlots:
+        """Its memory, once it is up."""
+        assert self._slots is not None
+        return self._slots
 
     async def up(self) -> None:
         """Waits for the peer to join. Raises HandoffRefused if it does not."""
@@ -93,19 +136,40 @@ class Link:
                 await self._settle()
                 self._comm.split()
                 await self._settle()
-                # The first transfer waits for the peer on the host, the others on the device only.
-                await asyncio.shield(_in_a_thread(self._first_transfer))
+                # The first transfer waits for the peer on the host, the others do not.
+                began = _in_a_thread(self._begin)
+                try:
+                    await asyncio.shield(began)
+                    self._raise_if_broken()
+                except BaseException:
+                    self.abort("the link did not come up")
+                    began.add_done_callback(lambda _: self._give_up_memory())
+                    raise
         except TimeoutError:
             self.abort("the peer did not join the link")
-            raise HandoffRefused(self.broken) from None
+            raise HandoffRefused("the peer did not join the link") from None
+        assert self._memory is not None
+        self._slots = LinkSlots(self._memory.bytes.view(self._shape), self._give_up_memory)
 
-    def _first_transfer(self) -> None:
+    def _begin(self) -> None:
         with torch.cuda.device(self._device):
-            payload = torch.zeros(8, dtype=torch.uint8, device=self._device)
-            torch.cuda.current_stream().synchronize()
-            transfer = self._comm.send if self._rank == 0 else self._comm.receive
-            transfer(payload.data_ptr(), payload.numel(), self._wire.cuda_stream)
-            self._wire.synchronize()
+            self._memory = PeerMemory(self._shape[0] * self._shape[1])
+            try:
+                self.puts = self._comm.expose(self._memory) and self._first_put(self._memory)
+            except NcclError as error:
+                log.info("transfers over the link take kernels: %s", error)
+            if not self.puts:
+                self._first_transfer(self._memory)
+
+    def _first_put(self, memory: PeerMemory) -> bool:
+        self._comm.put(memory.bytes.data_ptr(), 0, _FIRST_BYTES, self._wire.cuda_stream)
+        self._wire.synchronize()
+        return True
+
+    def _first_transfer(self, memory: PeerMemory) -> None:
+        transfer = self._comm.send if self._rank == 0 else self._comm.receive
+        transfer(memory.bytes.data_ptr(), _FIRST_BYTES, self._wire.cuda_stream)
+        self._wire.synchronize()
 
     def _warm_up(self) -> None:
         """Has memory for what is queued on `copies` allocated now: an allocation can wait for the
@@ -119,13 +183,20 @@ class Link:
         self._raise_if_broken()
         if filled is not None:
             self._wire.wait_event(filled)
-        fence: Fence = await self._queue(self._comm.send, slot)
+        fence: Fence = await self._queue(self._put if self.puts else self._comm.send, slot)
         return fence
 
     async def receive(self, slot: Slot) -> None:
-        """Queues the next payload's arrival; `copies` goes on once it is there."""
+        """Queues the next payload's arrival, if it has not been put there; `copies` goes on once it
+        is there."""
         self._raise_if_broken()
-        self.copies.wait_event(await self._queue(self._comm.receive, slot))
+        self.used_at = time.monotonic()
+        if not self.puts:
+            self.copies.wait_event(await self._queue(self._comm.receive, slot))
+
+    def _put(self, address: int, size: int, stream: int) -> None:
+        assert self._memory is not None
+        self._comm.put(address, address - self._memory.bytes.data_ptr(), size, stream)
 
     async def _queue(self, transfer: Any, slot: Slot) -> Any:
         transfer(slot.payload.data_ptr(), slot.payload.numel(), self._wire.cuda_stream)
@@ -193,10 +264,34 @@ class Link:
         self._watcher.cancel()
         self._aborting = _in_a_thread(self._abort)
         self._aborting.add_done_callback(lambda _: _streams.give_back(self.copies, self._wire))
+        if self._slots is not None:
+            self._slots.close(self.broken)
+        for call in self._when_down:
+            call()
+
+    def when_down(self, call: Callable[[], None]) -> None:
+        """Calls it once the link is down."""
+        if self.broken:
+            return call()
+        self._when_down.append(call)
 
     def _abort(self) -> None:
         with torch.cuda.device(self._device):
-            self._comm.abort()
+            try:
+                if self.puts:  # they end by themselves; the peer's memory is reached until then
+                    self._wire.synchronize()
+            finally:
+                self._comm.abort()
+
+    def _give_up_memory(self) -> None:
+        """Nobody uses a slot any more."""
+        assert self._aborting is not None
+        self._aborting.add_done_callback(lambda _: _in_a_thread(self._free_memory))
+
+    def _free_memory(self) -> None:
+        with torch.cuda.device(self._device):
+            if self._memory is not None:
+                self._memory.free()
 
 
 def _in_a_thread(call: Callable[[], None]) -> asyncio.Future[None]:

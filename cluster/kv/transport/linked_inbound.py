@@ -65,13 +65,11 @@ class LinkedInbound(Inbound):
     async def _next(self, queue: Arrivals) -> Frame | None:
         if self._control is None:
             self._control = asyncio.create_task(self._inner.receive())
-        if queue.empty():
-            # Only looked at, not taken, until nothing can break this wait off any more.
-            arrival = asyncio.create_task(queue.coming.wait())
-            try:
-                await asyncio.wait({arrival, self._control}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                arrival.cancel()
+            self._control.add_done_callback(lambda _: queue.coming.set())
+        # Only looked at, not taken, until nothing can break this wait off any more.
+        while queue.empty() and not self._control.done():
+            queue.coming.clear()
+            await queue.coming.wait()
         if not queue.empty():
             return self._deliver(queue.get_nowait())
         control, self._control = self._control, None
@@ -124,11 +122,14 @@ class LinkedInbound(Inbound):
         if found != commit.checksum:
             raise HandoffRefused("checksum differs")
 
-    def done(self, blocks: Blocks) -> None:
+    def done(self, blocks: Blocks, read: bool = False) -> None:
         if arriving := self._taken.pop(id(blocks.payload), None):
-            self._links.discard(arriving)
+            if read:
+                arriving.read(arriving.slot.index)
+            else:
+                self._links.discard(arriving)
         else:
-            self._inner.done(blocks)
+            self._inner.done(blocks, read)
 
     async def send(self, reply: Any) -> None:
         await self._inner.send(reply)

@@ -18,23 +18,22 @@ from cluster.kv.paged import PagedCache
 from cluster.kv.transport.grpc import GrpcTransport
 from cluster.kv.transport.hello import Hello, decode_link_reply, encode_hello
 from cluster.kv.transport.inbound_links import InboundLinks
-from cluster.kv.transport.link import Link
+from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
 from cluster.kv.transport.linked_inbound import LinkedInbound
 from cluster.kv.transport.nccl_library import library, new_unique_id
 from cluster.kv.transport.outbound_links import NcclOutbound, OutboundLink
 from cluster.kv.transport.seam import Outbound, Peer, Serve
-from cluster.kv.transport.staging import Staging
 from cluster.kv.transport.streams.reading import Broken
 from cluster.kv.transport.streams.stream import Stream
 from cluster.ticket import TicketSigner
 
 log = logging.getLogger(__name__)
 
-SLOT_BYTES = 32 << 20
+SLOT_BYTES = 64 << 20
+"""Larger payloads take less of the engines' Python, smaller ones less memory."""
 RETRY_SECONDS = 60.0
 """A peer that could not be linked is tried again so long after."""
 IDLE_SECONDS = 600.0
-MAX_LINKS = 16
 
 
 def nccl_available(cache: PagedCache) -> str:
@@ -55,9 +54,7 @@ class NcclTransport:
         grpc: the control streams, and the way for peers that cannot be linked.
         required: refuse rather than go over gRPC.
         checksums: every how many payloads of a push are checked; 0: none.
-        stuck_seconds: a link that stands still for so long is taken for dead.
-        max_ctas: thread blocks that a transfer may take; None: NCCL decides.
-        staging_bytes: device memory for payloads under way, half of it each way.
+        links: what this end asks of them.
     """
 
     name = "nccl"
@@ -70,41 +67,25 @@ class NcclTransport:
         terms: Terms,
         required: bool,
         checksums: int,
-        stuck_seconds: float,
-        max_ctas: int | None,
-        staging_bytes: int,
+        links: LinkTerms,
     ) -> None:
         self._grpc = grpc
-        self._device = cache.device
         self._signer = signer
         self._terms = terms
         self._required = required
         self._checksums = checksums
-        self._stuck_seconds = stuck_seconds
-        self._max_ctas = max_ctas
-        self._staging_bytes = staging_bytes
-        self.frame_bytes = max(SLOT_BYTES, cache.block_bytes)
+        self._link_terms = links
+        self.frame_bytes = max(min(SLOT_BYTES, links.memory_bytes // 2), cache.block_bytes)
         self._links: dict[Peer, asyncio.Task[OutboundLink]] = {}
         self._failed: dict[Peer, float] = {}
 
     async def start(self, serve: Serve) -> str:
-        self._staging = self._new_staging()
-        self._inbound = InboundLinks(
-            self._signer,
-            self._terms,
-            self._device,
-            self._stuck_seconds,
-            self._max_ctas,
-            self._new_staging(),
-        )
+        self._inbound = InboundLinks(self._signer, self._terms, self._link_terms)
 
         async def push(stream: Stream) -> None:
             await serve(LinkedInbound(self._grpc.inbound(stream), self._inbound))
 
         return self._grpc.listen({"Push": push, "Link": self._inbound.serve})
-
-    def _new_staging(self) -> Staging:
-        return Staging(self._device, self._staging_bytes // 2, self.frame_bytes)
 
     async def open(self, peer: Peer, handoff_id: str) -> Outbound:
         inner = await self._grpc.open(peer, handoff_id)
@@ -145,16 +126,18 @@ class NcclTransport:
             peer.rank,
             await asyncio.to_thread(new_unique_id),
             time.time(),
+            max(2, self._link_terms.memory_bytes // self.frame_bytes),
+            self.frame_bytes,
         )
         stream = await self._grpc.call(peer.address, "Link")
         try:
-            async with asyncio.timeout(self._stuck_seconds):
+            async with asyncio.timeout(self._link_terms.stuck_seconds):
                 await stream.send(encode_hello(hello, self._signer))
-                link = Link(hello.unique_id, 0, self._device, self._stuck_seconds, self._max_ctas)
+                link = Link(hello.unique_id, 0, self._link_terms, hello.slots, hello.slot_bytes)
                 up = asyncio.create_task(link.up())  # the peer answers once it is
                 try:
                     wire = await stream.receive_whole()
-                    refused = "closed" if wire is None else decode_link_reply(wire)
+                    refused = "closed" if wire is None else decode_link_reply(wire)[0]
                     if refused:
                         raise HandoffRefused(f"the peer refused the link: {refused}")
                     await up
@@ -167,8 +150,9 @@ class NcclTransport:
             raise HandoffRefused("the link did not come up in time") from None
         except Broken as broken:
             raise HandoffRefused(f"the peer cannot be linked: {broken}") from None
-        log.info("linked to rank %d of %s", peer.rank, peer.worker_id)
-        return OutboundLink(hello.link, stream, link, self._staging)
+        how = "puts" if link.puts else "kernels on both sides"
+        log.info("linked to rank %d of %s, by %s", peer.rank, peer.worker_id, how)
+        return OutboundLink(hello.link, stream, link)
 
     def _drop_dead(self) -> None:
         """Forgets links that broke; closes idle ones, and the longest unused of too many."""

@@ -4,6 +4,10 @@ Communicators are opened non-blocking, so that one whose peer never comes can be
 then answer "in progress", and `settled` tells when it has come to an end. But NCCL starts a thread
 for every transfer of such a communicator, which takes longer than many a transfer; so once both
 ranks are there, transfers go over a blocking one that is split off.
+
+From NCCL 2.29 on a rank can put bytes into memory of the other one, where both lie within reach of
+each other's copy engines or NCCL has a plugin that does it over the network. No multiprocessor
+takes part, and the other rank's device waits for nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +16,14 @@ import ctypes
 from functools import cache
 from typing import Any
 
+import torch
+
 from cluster.errors import HandoffRefused
 
 _SUCCESS, _IN_PROGRESS = 0, 7
 _UINT8 = 1
 _UNDEFINED = -(1 << 31)
+_SYMMETRIC = 1
 UNIQUE_ID_BYTES = 128
 
 
@@ -59,6 +66,39 @@ def new_unique_id() -> bytes:
     return bytes(unique.internal)
 
 
+class _Bytes:
+    """Device memory, as torch takes it."""
+
+    def __init__(self, address: int | None, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 2,
+        }
+
+
+class PeerMemory:
+    """Memory on the current CUDA device that a peer can be given access to. A peer that has it
+    keeps it: what it still writes after `free` ends in memory that is nobody else's.
+
+    Raises:
+        NcclError: there is not so much left.
+
+    Attributes:
+        bytes: uint8, flat; not to be used after `free`.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._address = ctypes.c_void_p()
+        _check(library().ncclMemAlloc(ctypes.byref(self._address), ctypes.c_size_t(size)))
+        self.bytes = torch.as_tensor(_Bytes(self._address.value, size), device="cuda")
+
+    def free(self) -> None:
+        """Nothing on this device may touch it any more. May take a while."""
+        _check(library().ncclMemFree(self._address))
+
+
 class Communicator:
     """Two ranks of one. Made for the current CUDA device, which must stay it for every call.
 
@@ -70,6 +110,7 @@ class Communicator:
     def __init__(self, unique_id: bytes, rank: int, max_ctas: int | None) -> None:
         self._comm = ctypes.c_void_p()
         self._quick = ctypes.c_void_p()
+        self._window = ctypes.c_void_p()
         self._rank = rank
         self._peer = 1 - rank
         self._max_ctas = max_ctas
@@ -100,6 +141,42 @@ class Communicator:
             _check(library().ncclCommGetAsyncError(self._quick, ctypes.byref(state)))
         _check(state.value)
         return state.value == _SUCCESS
+
+    def expose(self, memory: PeerMemory) -> bool:
+        """Lets the ranks put bytes into each other's memory; both must, with as much memory, and
+        wait for each other. False: NCCL cannot do it between them."""
+        if not hasattr(library(), "ncclPutSignal"):
+            return False
+        size = ctypes.c_size_t(memory.bytes.numel())
+        _check(
+            library().ncclCommWindowRegister(
+                self._quick,
+                ctypes.c_void_p(memory.bytes.data_ptr()),
+                size,
+                ctypes.byref(self._window),
+                ctypes.c_int(_SYMMETRIC),
+            )
+        )
+        return bool(self._window)
+
+    def put(self, address: int, offset: int, size: int, stream: int) -> None:
+        """Queues the copying of `size` bytes of exposed memory to `offset` of the peer's. The first
+        time, both ranks must, and wait for each other."""
+        _check(
+            library().ncclPutSignal(
+                ctypes.c_void_p(address),
+                ctypes.c_size_t(size),
+                ctypes.c_int(_UINT8),
+                ctypes.c_int(self._peer),
+                self._window,
+                ctypes.c_size_t(offset),
+                ctypes.c_int(0),
+                ctypes.c_int(0),
+                ctypes.c_uint(0),
+                self._quick,
+                ctypes.c_void_p(stream),
+            )
+        )
 
     def send(self, address: int, size: int, stream: int) -> None:
         """Queues the sending of `size` bytes of device memory on a CUDA stream."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from cluster.errors import HandoffRefused
@@ -13,60 +14,71 @@ from cluster.kv.milestones import Fence
 from cluster.kv.transport.checksums import DeviceSum, value
 from cluster.kv.transport.frames import Abort, Commit, Open, Reply
 from cluster.kv.transport.grpc_streams import GrpcOutbound
-from cluster.kv.transport.hello import Payload, encode_payloads
+from cluster.kv.transport.hello import Payload, decode_link_reply, encode_payloads
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.seam import Buffer
-from cluster.kv.transport.staging import Share, Slot, Staging
+from cluster.kv.transport.staging import Slot
 from cluster.kv.transport.streams.reading import Broken
 from cluster.kv.transport.streams.stream import Stream
 
-_Queued = tuple[Payload, Slot, Fence | None, asyncio.Future[None]]
+
+@dataclass
+class _Leaving:
+    """A payload on its way out.
+
+    Attributes:
+        sent: done when it has left; fails with HandoffRefused.
+        announced: the peer was told of it, or is being told.
+    """
+
+    payload: Payload
+    slot: Slot
+    filled: Fence | None
+    sent: asyncio.Future[None]
+    announced: bool = False
 
 
 class OutboundLink:
     """A link to a peer, from its making to its end.
 
-    Payloads are queued here and leave in that order: the headers of all that wait in one message,
-    then the payloads, which is the order in which the peer receives them.
+    Payloads are queued here and leave in that order, the headers of all that are as far in one
+    message: once they are in the peer's memory, or before they are sent. A slot is free when the
+    peer has read its payload.
 
     Args:
         link_id: names it on both sides.
         stream: the gRPC stream of its headers.
     """
 
-    def __init__(self, link_id: int, stream: Stream, link: Link, staging: Staging) -> None:
+    def __init__(self, link_id: int, stream: Stream, link: Link) -> None:
         self.id = link_id
         self.link = link
-        self.staging = Share(staging)
         self._stream = stream
-        self._queue: asyncio.Queue[_Queued] = asyncio.Queue()
-        self._batch: list[_Queued] = []
-        self._pump = asyncio.create_task(self._send_all())
+        self._queue: asyncio.Queue[_Leaving] = asyncio.Queue()
+        self._crossing: asyncio.Queue[tuple[_Leaving, Fence]] = asyncio.Queue()
+        self._next: tuple[_Leaving, Fence] | None = None
+        self._under_way: dict[int, _Leaving] = {}
+        pumps = (self._put_all, self._announce_all) if link.puts else (self._send_all,)
+        self._pumps = [asyncio.create_task(self._pump(pump)) for pump in pumps]
         self._watcher = asyncio.create_task(self._watch())
+        link.when_down(self._lose_all)
 
     def send(self, payload: Payload, slot: Slot, filled: Fence | None) -> asyncio.Future[None]:
         """Done when the payload has left; fails with HandoffRefused."""
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sent.add_done_callback(lambda _: sent.cancelled() or sent.exception())  # may go unheard
-        self._queue.put_nowait((payload, slot, filled, sent))
-        if self._pump.done():
-            self._give_up()
+        leaving = _Leaving(payload, slot, filled, sent)
+        self._under_way[slot.index] = leaving
+        if self.link.broken:
+            self._lose(leaving)
+        else:
+            self._queue.put_nowait(leaving)
         return sent
 
-    async def _send_all(self) -> None:
+    async def _pump(self, pump: Callable[[], Awaitable[None]]) -> None:
         try:
             while True:
-                first = await self._queue.get()
-                self._batch = [
-                    first,
-                    *(self._queue.get_nowait() for _ in range(self._queue.qsize())),
-                ]
-                await self._stream.send(encode_payloads([queued[0] for queued in self._batch]))
-                while self._batch:
-                    _, slot, filled, sent = self._batch[0]
-                    fence = await self.link.send(slot, filled)
-                    del self._batch[0]
-                    self.link.release(fence, partial(self._left, slot, sent))
+                await pump()
         except Broken:
             self.link.abort("the peer closed the link")
         except HandoffRefused as broken:
@@ -74,38 +86,99 @@ class OutboundLink:
         finally:
             # A header without its payload would shift every payload behind it.
             self.link.abort("a payload was broken off")
-            self._give_up()
 
-    def _left(self, slot: Slot, sent: asyncio.Future[None]) -> None:
-        self.staging.give_back(slot)
-        if sent.done():
+    async def _send_all(self) -> None:
+        batch = await _all_of(self._queue)
+        await self._announce(batch)
+        for leaving in batch:
+            fence = await self.link.send(leaving.slot, leaving.filled)
+            self.link.release(fence, partial(self._left, leaving))
+
+    async def _put_all(self) -> None:
+        leaving = await self._queue.get()
+        fence = await self.link.send(leaving.slot, leaving.filled)
+        self._crossing.put_nowait((leaving, fence))
+
+    async def _announce_all(self) -> None:
+        """What has crossed by the time the first one has."""
+        leaving, fence = self._next or await self._crossing.get()
+        self._next = None
+        await self.link.reached(fence)
+        there = [leaving]
+        while not self._crossing.empty():
+            leaving, fence = self._crossing.get_nowait()
+            if not fence.query():
+                self._next = leaving, fence
+                break
+            there.append(leaving)
+        await self._announce(there)
+        for leaving in there:
+            self._left(leaving)
+
+    async def _announce(self, batch: list[_Leaving]) -> None:
+        for leaving in batch:
+            leaving.announced = True
+        await self._stream.send(encode_payloads([leaving.payload for leaving in batch]))
+
+    def _left(self, leaving: _Leaving) -> None:
+        if leaving.sent.done():
             return
         if self.link.broken:
-            sent.set_exception(HandoffRefused(self.link.broken))
+            leaving.sent.set_exception(HandoffRefused(self.link.broken))
         else:
-            sent.set_result(None)
+            leaving.sent.set_result(None)
 
-    def _give_up(self) -> None:
-        """What has not left does not leave: its slot is free when it has been filled. The first of
-        a batch may have begun to leave: its slot is free after the abort, too."""
-        waiting = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
-        for _, slot, filled, sent in self._batch[:1]:
-            left = partial(self._left, slot, sent)
-            self.link.release(filled, partial(self.link.release, None, left))
-        for _, slot, filled, sent in self._batch[1:] + waiting:
-            self.link.release(filled, partial(self._left, slot, sent))
-        self._batch = []
+    def _lose_all(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        for leaving in list(self._under_way.values()):
+            self._lose(leaving)
+
+    def _lose(self, leaving: _Leaving) -> None:
+        """It does not leave, or nobody will say that it was read: its slot is free when it has been
+        filled and, as it may have begun to leave, after the abort."""
+        self._under_way.pop(leaving.slot.index, None)
+
+        def over() -> None:
+            self._left(leaving)
+            self.link.slots.give_back(leaving.slot.index)
+
+        self.link.release(leaving.filled, partial(self.link.release, None, over))
 
     async def _watch(self) -> None:
-        """Ends the link with its stream."""
-        with contextlib.suppress(Broken):
-            await self._stream.receive()
-        self.link.abort("the peer closed the link")
+        """Takes back what the peer has read, and ends the link with its stream."""
+        reason = "the peer closed the link"
+        try:
+            with contextlib.suppress(Broken):
+                while (wire := await self._stream.receive_whole()) is not None:
+                    refused, free = decode_link_reply(wire)
+                    if refused:
+                        raise HandoffRefused(f"the peer gave the link up: {refused}")
+                    for index in free:
+                        self._read(index)
+        except HandoffRefused as broken:
+            reason = str(broken)
+        finally:
+            self.link.abort(reason)
+
+    def _read(self, index: int) -> None:
+        if self.link.broken:
+            return
+        leaving = self._under_way.get(index)
+        if leaving is None or not leaving.announced:
+            raise HandoffRefused("the peer has read a slot that it was not told of")
+        del self._under_way[index]
+        self.link.slots.give_back(index)
 
     def close(self, reason: str) -> None:
         self.link.abort(reason)
-        self._pump.cancel()
         self._stream.cancel()
+
+
+async def _all_of(queue: asyncio.Queue[_Leaving]) -> list[_Leaving]:
+    """Waits for one, and takes what there is by then."""
+    first = await queue.get()
+    return [first, *(queue.get_nowait() for _ in range(queue.qsize()))]
 
 
 class NcclOutbound:
@@ -127,10 +200,10 @@ class NcclOutbound:
         self._sent: list[asyncio.Future[None]] = []
         self.link = link.id
         self.stream = link.link.copies
-        self.frame_bytes = link.staging.slot_bytes
+        self.frame_bytes = link.link.slots.slot_bytes
 
     async def buffer(self, size: int) -> Buffer:
-        return await self._link.staging.take(size)
+        return await self._link.link.slots.take(size)
 
     async def send_blocks(
         self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
@@ -146,7 +219,7 @@ class NcclOutbound:
                 self.discard(buffer)
                 raise
             filled = self._link.link.mark()  # the slot is read until then
-        payload = Payload(self._handoff_id, run, buffer.payload.numel(), summed)
+        payload = Payload(self._handoff_id, run, buffer.payload.numel(), summed, buffer.index)
         self._sent.append(self._link.send(payload, buffer, filled))
 
     async def send_pieces(self, run: BlockRun, pieces: Sequence[memoryview], seed: int) -> None:
@@ -166,7 +239,7 @@ class NcclOutbound:
     def discard(self, buffer: Buffer) -> None:
         assert isinstance(buffer, Slot)
         link = self._link.link
-        link.release(link.mark(), lambda: self._link.staging.give_back(buffer))
+        link.release(link.mark(), lambda: link.slots.give_back(buffer.index))
 
     async def send(self, frame: Open | Commit | Abort) -> None:
         await self._inner.send(frame)

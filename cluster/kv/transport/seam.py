@@ -154,8 +154,9 @@ class Inbound(Protocol):
         """Once every payload has landed: raises HandoffRefused unless they are what was sent."""
         ...
 
-    def done(self, blocks: Blocks) -> None:
-        """The payload's memory may be used again."""
+    def done(self, blocks: Blocks, read: bool = False) -> None:
+        """The payload's memory may be used again: once what is queued on the device is done, or at
+        once if it has been read."""
         ...
 
     async def send(self, reply: Reply) -> None: ...

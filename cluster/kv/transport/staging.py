@@ -91,7 +91,7 @@ class HostMemory:
     async def take(self, size: int) -> Slot:
         return Slot(0, torch.empty(size, dtype=torch.uint8))
 
-    def give_back(self, slot: Slot) -> None:
+    def give_back(self, slot: Slot, read: bool) -> None:
         """Nothing: it is memory of its own."""
 
 
@@ -112,6 +112,7 @@ class PinnedMemory:
     async def take(self, size: int) -> Slot:
         return await self._staging.take(size)
 
-    def give_back(self, slot: Slot) -> None:
+    def give_back(self, slot: Slot, read: bool) -> None:
         """Once no read of it is queued any more."""
-        self._milestones.then(self._mark(), lambda _: self._staging.give_back(slot))
+        fence = None if read else self._mark()
+        self._milestones.then(fence, lambda _: self._staging.give_back(slot))
