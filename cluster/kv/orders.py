@@ -12,6 +12,16 @@ from cluster.kv.handoff import HandoffResult
 from cluster.kv.milestones import Fence
 from cluster.kv.transport.seam import Peer
 
+FRAMES_A_STEP = 4
+"""A step's blocks leave in as many frames at least, so that little is left when it ends …"""
+LEAST_BYTES = 8 << 20
+"""… unless they would be smaller than that: a frame takes time of its own."""
+
+
+def frame_size(most: int, step_bytes: int) -> int:
+    """Of the frames in which a step's blocks cross, where none is larger than `most`."""
+    return min(most, max(LEAST_BYTES, step_bytes // FRAMES_A_STEP))
+
 
 @dataclass(frozen=True)
 class Ready:

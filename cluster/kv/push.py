@@ -17,7 +17,7 @@ from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.generations import Generations, Stamp
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.orders import Order, Ready, Sent
+from cluster.kv.orders import Order, Ready, Sent, frame_size
 from cluster.kv.paged import BlockIndex, PagedCache
 from cluster.kv.transport.frames import Ack, Commit, Grant, Open, Refused, Reply
 from cluster.kv.transport.seam import Buffer, Outbound, Transport
@@ -150,17 +150,16 @@ class Push:
 
     def _group(self, frame_bytes: int) -> list[Ready]:
         """Takes the next items that make a frame; none while more layers are to join them."""
+        if not self.ready:
+            return []
+        size = len(self.ready[0].block_ids) * self._head_bytes
+        room = frame_size(frame_bytes, size * self.cache.num_layers) // size
         group: list[Ready] = []
         for item in self.ready:
-            if group and not group[-1].goes_on(item):
-                break
-            size = len(item.block_ids) * self._head_bytes
-            if group and (len(group) + 1) * size > frame_bytes:
+            if group and (len(group) >= room or not group[-1].goes_on(item)):
                 break
             group.append(item)
-        if not group:
-            return group
-        full = (len(group) + 1) * len(group[0].block_ids) * self._head_bytes > frame_bytes
+        full = len(group) >= room
         last_layer = group[-1].layer == self.cache.num_layers - 1
         if not (full or last_layer or len(group) < len(self.ready) or self.first_token is not None):
             return []

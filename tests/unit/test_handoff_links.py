@@ -12,7 +12,8 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
-from cluster.kv.transport.checksums import PART_BYTES, DeviceSum, value
+from cluster.kv.orders import LEAST_BYTES, frame_size
+from cluster.kv.transport.checksums import AT_ONCE_BYTES, PART_BYTES, DeviceSum, value
 from cluster.kv.transport.frames import Blocks, Commit
 from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench, FakeLink
 
@@ -253,6 +254,28 @@ def test_a_device_checksum_sees_the_place_of_a_part_of_a_large_payload() -> None
     moved = torch.zeros_like(payload)
     moved[PART_BYTES] = 1
     assert len({summed(payload), summed(moved), summed(torch.zeros_like(payload))}) == 3
+
+
+def test_a_device_checksum_counts_parts_at_once_as_one_after_the_other() -> None:
+    payload = torch.randint(0, 256, (AT_ONCE_BYTES + 2 * PART_BYTES + 9,), dtype=torch.uint8)
+    parts = list(payload[:-9].split(PART_BYTES))
+    by_itself = summed(*parts, payload[-9:-1], payload[-1:])
+    assert summed(payload) == summed(payload[: 3 * PART_BYTES], payload[3 * PART_BYTES :])
+    assert summed(payload) == by_itself
+    assert summed(payload) != summed(payload[PART_BYTES:], payload[:PART_BYTES])
+
+
+@pytest.mark.parametrize(
+    ("most", "step", "frame"),
+    [
+        (64 << 20, 1 << 30, 64 << 20),
+        (64 << 20, 64 << 20, 16 << 20),
+        (64 << 20, 1 << 20, LEAST_BYTES),
+        (1 << 20, 1 << 30, 1 << 20),
+    ],
+)
+def test_a_step_leaves_in_several_frames(most: int, step: int, frame: int) -> None:
+    assert frame_size(most, step) == frame
 
 
 async def test_when_a_link_breaks_its_pushes_hear_of_it(bench: Bench) -> None:

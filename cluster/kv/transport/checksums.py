@@ -15,6 +15,9 @@ from cluster.kv.transport.streams.views import Views
 _MASK = (1 << 64) - 1
 _FACTOR = 0x1E3779B97F4A7C15
 PART_BYTES = 4 << 20
+_PARTS = 4
+AT_ONCE_BYTES = _PARTS * PART_BYTES
+"""More at once takes more memory, less takes more of the engine's Python."""
 
 
 def host_checksum(payload: torch.Tensor, seed: int) -> int:
@@ -75,19 +78,25 @@ class DeviceSum:
 
     def __init__(self, device: torch.device, stream: Any, seed: int) -> None:
         self._stream = stream
-        self._weights = _weights(device)
+        self._weights, self._powers = _weights(device)
         with torch.cuda.stream(stream):
             self._sum = torch.full((), seed - (1 << 63), dtype=torch.int64, device=device)
 
     def add(self, payload: torch.Tensor) -> None:
         """Of uint8, flat; it may not change before the stream has got past this point."""
+        whole = payload.numel() // PART_BYTES * PART_BYTES
         with torch.cuda.stream(self._stream):
-            for part in payload.split(PART_BYTES):
-                words = part[: part.numel() // 4 * 4].view(torch.int32)
-                weighted = words * self._weights[: words.numel()]
-                self._sum.mul_(_FACTOR).add_(weighted.sum(dtype=torch.int64))
-                if tail := part.numel() % 4:
-                    self._sum.mul_(_FACTOR).add_(part[-tail:].sum(dtype=torch.int64))
+            for start in range(0, whole, AT_ONCE_BYTES):
+                parts = payload[start : min(start + AT_ONCE_BYTES, whole)]
+                words = parts.view(torch.int32).view(-1, PART_BYTES // 4)
+                sums = (words * self._weights).sum(1, dtype=torch.int64)
+                counted = (sums * self._powers[-len(sums) :]).sum()
+                self._sum.mul_(_signed(_FACTOR ** len(sums))).add_(counted)
+            rest = payload[whole:]
+            words = rest[: rest.numel() // 4 * 4].view(torch.int32)
+            for last in (words * self._weights[: words.numel()], rest[4 * words.numel() :]):
+                if last.numel():
+                    self._sum.mul_(_FACTOR).add_(last.sum(dtype=torch.int64))
 
     def fetch(self) -> torch.Tensor:
         """The sum so far, int64 on the host, there once the stream has got past this point; see
@@ -105,8 +114,15 @@ def value(fetched: torch.Tensor) -> int:
 
 
 @cache
-def _weights(device: torch.device) -> torch.Tensor:
+def _weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the words of a part, and of parts that are counted at once."""
     generator = torch.Generator().manual_seed(7)
     words = PART_BYTES // 4
     drawn = torch.randint(-(1 << 31), 1 << 31, (words,), generator=generator, dtype=torch.int64)
-    return (drawn | 1).to(torch.int32).to(device)
+    powers = torch.tensor([_signed(_FACTOR**i) for i in reversed(range(_PARTS))])
+    return (drawn | 1).to(torch.int32).to(device), powers.to(device)
+
+
+def _signed(number: int) -> int:
+    """Modulo 2^64, as an int64."""
+    return (number + (1 << 63) & _MASK) - (1 << 63)

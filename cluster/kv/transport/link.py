@@ -30,7 +30,7 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.transport.checksums import PART_BYTES, DeviceSum
+from cluster.kv.transport.checksums import AT_ONCE_BYTES, DeviceSum
 from cluster.kv.transport.link_slots import LinkSlots
 from cluster.kv.transport.nccl_library import Communicator, NcclError, PeerMemory
 from cluster.kv.transport.staging import Slot
@@ -175,7 +175,7 @@ class Link:
         """Has memory for what is queued on `copies` allocated now: an allocation can wait for the
         whole device, and the device may be waiting for a payload."""
         with torch.cuda.stream(self.copies):
-            part = torch.zeros(PART_BYTES, dtype=torch.uint8, device=self._device)
+            part = torch.zeros(AT_ONCE_BYTES, dtype=torch.uint8, device=self._device)
         DeviceSum(self._device, self.copies, 0).add(part)
 
     async def send(self, slot: Slot, filled: Fence | None) -> Fence:
