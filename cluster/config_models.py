@@ -123,6 +123,12 @@ class ModelConfig(Section):
     decode: WorkerPoolConfig = WorkerPoolConfig()
 
     @model_validator(mode="after")
+    def _a_simulated_engine_is_told_its_length(self) -> ModelConfig:
+        if self.engine == "simulated" and self.max_model_len is None:
+            raise ValueError("max_model_len: set it, no model tells it to a simulated engine")
+        return self
+
+    @model_validator(mode="after")
     def _engine_args_do_not_collide(self) -> ModelConfig:
         own = {
             "model",

@@ -39,7 +39,8 @@ class Advice:
 
     Attributes:
         verdicts: best first.
-        second_loses: the share of the best one's goodput that the second best lacks.
+        second_loses: the share of the best one's goodput that the second best lacks; None if there
+            is no second.
         costs: dollars per request at each option's goodput, in the order of `verdicts`.
         rate: of the trace, requests/s.
     """
@@ -49,7 +50,7 @@ class Advice:
     rate: float
     verdicts: tuple[Verdict, ...]
     costs: tuple[Cost, ...]
-    second_loses: float
+    second_loses: float | None
     sensitivity: tuple[Sensitivity, ...]
 
     @property
@@ -68,8 +69,6 @@ def advise(question: Question, run: Run, exhaustive: bool = False) -> Advice:
     """
     least = check_reachable(question.performance, question.arrivals, question.goal)
     verdicts = contest(question, run, exhaustive)
-    first = verdicts[0].goodput
-    second = verdicts[1].goodput if len(verdicts) > 1 else 0.0
     sensitivity = [*_of_targets(question, verdicts), *_of_traffic(question, verdicts, run)]
     return Advice(
         question,
@@ -77,9 +76,16 @@ def advise(question: Question, run: Run, exhaustive: bool = False) -> Advice:
         mean_rate(question.arrivals),
         tuple(verdicts),
         tuple(_cost(question, verdict) for verdict in verdicts),
-        (first - second) / first if first > 0 else 0.0,
+        _second_loses(verdicts),
         tuple(sensitivity),
     )
+
+
+def _second_loses(verdicts: Sequence[Verdict]) -> float | None:
+    if len(verdicts) < 2:
+        return None
+    first, second = verdicts[0].goodput, verdicts[1].goodput
+    return (first - second) / first if first > 0 else 0.0
 
 
 def _cost(question: Question, verdict: Verdict) -> Cost:

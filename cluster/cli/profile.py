@@ -44,6 +44,7 @@ class Wanted:
 def run(terminal: Terminal, address: str, token: str, wanted: Wanted, as_json: bool) -> int:
     """Measures, fits, and writes the profile; says how far the fit is off."""
     shape, gpu = load_shape(wanted.model), hardware(wanted.gpu)
+    _write(wanted.out, "", "a")  # else a minute of measuring would be lost
     with terminal.err.status("measuring") as status:
         run = Run(wanted.served, wanted.max_prompt, wanted.max_batch, wanted.shared, status.update)
         asyncio.run(run.measure(address, token))
@@ -61,10 +62,7 @@ def run(terminal: Terminal, address: str, token: str, wanted: Wanted, as_json: b
         run.graph_tokens,
     )
     fitted = calibrate(roofline(shape, gpu, wanted.tensor_parallel), profile)
-    try:
-        wanted.out.write_text(profile.to_json() + "\n")
-    except OSError as error:
-        raise InvalidRequest("--out", f"{wanted.out} cannot be written: {error}") from error
+    _write(wanted.out, profile.to_json() + "\n", "w")
     errors = {
         "prefill": {"median": fitted.prefill_error.median, "p90": fitted.prefill_error.p90},
         "decode": {"median": fitted.decode_error.median, "p90": fitted.decode_error.p90},
@@ -93,3 +91,11 @@ def run(terminal: Terminal, address: str, token: str, wanted: Wanted, as_json: b
                 markup=False,
             )
     return EXIT_OK
+
+
+def _write(out: Path, text: str, mode: str) -> None:
+    try:
+        with out.open(mode) as file:
+            file.write(text)
+    except OSError as error:
+        raise InvalidRequest("OUT", f"{out} cannot be written: {error.strerror}") from error

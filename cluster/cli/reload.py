@@ -53,7 +53,8 @@ class Reloads:
         except Exception as failure:  # whatever is wrong with the file, the cluster serves on
             error = f"not reloaded: {type(failure).__name__}: {failure}"
         reply = {"id": asked["id"], "error": error, "changed": changed}
-        write_private(self._rundir.path / REPLY, json.dumps(reply))
+        with suppress(Unavailable):  # a full disk; who asked will say that there was no answer
+            write_private(self._rundir.path / REPLY, json.dumps(reply))
 
     async def _apply(self, file: Path | None) -> list[str]:
         config = self._load(file)
@@ -86,7 +87,8 @@ def reload(terminal: Terminal, name: str | None, file: Path | None) -> int:
                 return _tell(terminal, reply["error"], reply["changed"])
         time.sleep(0.1)
     raise Unavailable(
-        f"`pdserve up` did not answer within {REPLY_SECONDS:g} s: is it still starting?"
+        f"`pdserve up` did not answer within {REPLY_SECONDS:g} s: is it still starting, or "
+        f"{rundir.path} full?"
     )
 
 

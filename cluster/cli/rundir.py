@@ -190,9 +190,16 @@ def wait_gone(state: RunState, seconds: float) -> bool:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replaces the file at once; only its owner reads it."""
+    """Replaces the file at once; only its owner reads it.
+
+    Raises:
+        Unavailable: it cannot be written, as on a full disk; what was there stays.
+    """
     new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    new.replace(path)
+    try:
+        new.unlink(missing_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        new.replace(path)
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be written: {error.strerror}") from error

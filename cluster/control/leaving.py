@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.config import Config
 from cluster.control.runtime import controller_name
-from cluster.errors import Unavailable
+from cluster.errors import ConfigError, Unavailable
 
 ANSWER_SECONDS = 30.0
 """What ending the lives may take beyond their drain."""
@@ -14,14 +14,20 @@ def leave(config: Config, drain_seconds: float) -> list[str]:
     """Drains every life on this Ray host; the slots they were in.
 
     Raises:
+        ConfigError: the cluster is one with an embedded Ray, on one host.
         Unavailable: this is no Ray host, the cluster does not run, or the drain took too long.
     """
+    if config.ray.address is None:
+        raise ConfigError(
+            "ray.address is not set: a cluster with a Ray of its own is on one host, and "
+            "`pdserve down` ends it; for another give its file with -f, or --ray-address"
+        )
     import ray
     from ray.exceptions import RayError
 
     try:
         ray.init(
-            address="auto",
+            address=config.ray.address,
             namespace=config.ray.namespace,
             log_to_driver=False,
             logging_level="ERROR",

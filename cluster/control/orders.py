@@ -103,7 +103,9 @@ def _targets(state: PlanState, order: Order) -> tuple[PlanState, str]:
             raise InvalidRequest(name, f"must be above 0 and finite, not {seconds:g}")
     given = {name: seconds for name, seconds in given.items() if seconds}
     if not given:
-        raise InvalidRequest("ttft_seconds", "neither it nor tpot_seconds is given")
+        raise InvalidRequest(
+            "targets", "give a time to first token, a time per output token, or both"
+        )
     targets = {**state.targets.get(order.slo_class, {}), **given}
     spoken = " and ".join(f"{name.split('_')[0].upper()} {s:g} s" for name, s in targets.items())
     return replace(state, targets={**state.targets, order.slo_class: targets}), (

@@ -16,6 +16,10 @@ class Targets:
     ttft: float
     tpot: float
 
+    def __str__(self) -> str:
+        both = (("TTFT", self.ttft), ("TPOT", self.tpot))
+        return " and ".join(f"{name} ≤ {t:g} s" for name, t in both if math.isfinite(t))
+
 
 @dataclass(frozen=True)
 class Outcome:

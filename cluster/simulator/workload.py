@@ -59,6 +59,21 @@ def at_rate(arrivals: Sequence[Arrival], rate: float) -> list[Arrival]:
     return [replace(each, at=each.at * factor) for each in arrivals]
 
 
+def repeated(arrivals: Sequence[Arrival], least: int) -> tuple[Arrival, ...]:
+    """At least `least` requests: the same ones again and again, at their rate. Each repetition has
+    prefixes of its own, so that no cache knows it from the one before."""
+    if len(arrivals) < 2:
+        return tuple(arrivals)
+    times = max(1, math.ceil(least / len(arrivals)))
+    every = (arrivals[-1].at - arrivals[0].at) * len(arrivals) / (len(arrivals) - 1)
+    again = (
+        replace(each, at=each.at + k * every, blocks=tuple(hash((k, b)) for b in each.blocks))
+        for k in range(1, times)
+        for each in arrivals
+    )
+    return (*arrivals, *again)
+
+
 def mean_rate(arrivals: Sequence[Arrival]) -> float:
     """Requests/s from the first to the last arrival."""
     span = arrivals[-1].at - arrivals[0].at if arrivals else 0.0

@@ -52,7 +52,10 @@ class StructuredOutputs(_Body):
 
 
 class _Generate(_Body, ABC):
-    """What both endpoints take; the fields behind `user` are vLLM's."""
+    """What both endpoints take; the fields behind `user` are vLLM's.
+
+    Fields of type None are OpenAI's and not supported; a client may say that it leaves them out.
+    """
 
     model: str
     n: int | None = None
@@ -158,6 +161,7 @@ class _Generate(_Body, ABC):
 class CompletionBody(_Generate):
     """POST /v1/completions."""
 
+    suffix: None = None
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
     logprobs: int | None = None
@@ -196,6 +200,13 @@ class Message(_Body):
 
     role: str
     content: str | list[TextPart]
+    name: None = None
+    # What an answer carries, so that it can be sent back as it is for the next turn.
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     @property
     def text(self) -> str:
@@ -209,6 +220,15 @@ class ChatBody(_Generate):
     """POST /v1/chat/completions."""
 
     messages: list[Message]
+    tools: None = None
+    tool_choice: None = None
+    parallel_tool_calls: None = None
+    functions: None = None
+    function_call: None = None
+    metadata: None = None
+    store: None = None
+    service_tier: None = None
+    reasoning_effort: None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

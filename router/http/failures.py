@@ -93,6 +93,8 @@ def refuse_body(error: ValidationError) -> InvalidRequest:
     )
     if first["type"] == "extra_forbidden":
         return InvalidRequest(path[:100], "is not a field that this server takes")
+    if first["type"] == "none_required":
+        return InvalidRequest(path[:100], "is not supported")
     if first["type"] == "missing":
         return InvalidRequest(path, "is required")
     return InvalidRequest(path[:100], first["msg"][:1].lower() + first["msg"][1:])

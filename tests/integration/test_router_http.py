@@ -121,6 +121,23 @@ async def test_chat_stream(client: openai.AsyncOpenAI) -> None:
     assert finished == {0, 1}
 
 
+async def test_an_answer_goes_back_as_it_is_for_the_next_turn(client: openai.AsyncOpenAI) -> None:
+    reply = await client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=1)
+    turns: list[Any] = [*HELLO, reply.choices[0].message, {"role": "user", "content": "and?"}]
+    reply = await client.chat.completions.create(model=MODEL, messages=turns, max_tokens=1)
+    assert reply.choices[0].message.content == "t0 "
+
+
+async def test_openais_other_fields_may_be_left_out_by_name(http: aiohttp.ClientSession) -> None:
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 1, "tools": None, "tool_choice": None}
+    async with http.post("/v1/chat/completions", json=body) as reply:
+        assert reply.status == 200
+    async with http.post("/v1/chat/completions", json={**body, "tools": []}) as reply:
+        error = (await reply.json())["error"]
+    assert (reply.status, error["param"]) == (400, "tools")
+    assert "not supported" in error["message"]
+
+
 async def test_logprobs(client: openai.AsyncOpenAI) -> None:
     reply = await client.completions.create(model=MODEL, prompt="hi", max_tokens=2, logprobs=2)
     logprobs = reply.choices[0].logprobs
@@ -165,6 +182,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "stop": [""]}, "stop[0]", "not be empty"),
     ({"prompt": "x", "kv_transfer_params": {"a": 1}}, "kv_transfer_params", "not a field"),
     ({"prompt": "x", "surprise": 1}, "surprise", "not a field"),
+    ({"prompt": "x", "surprise": None}, "surprise", "not a field"),
+    ({"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
     ({"prompt": "x", "stream_options": {}}, "stream_options", "needs stream"),
     ({"prompt": "x", "request_id": "a b"}, "request_id", "128 characters"),
 ]

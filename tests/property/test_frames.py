@@ -74,9 +74,11 @@ def test_blocks_come_back_and_are_protobuf(run: BlockRun, payload: bytes, checks
     assert message.blocks.num_layers == run.num_layers
 
 
-@given(RUNS, st.text(min_size=1, max_size=40), U64)
-def test_announcements_on_a_link_come_back(run: BlockRun, handoff_id: str, size: int) -> None:
-    payloads = [Payload(handoff_id, run, size, summed) for summed in (True, False)]
+@given(RUNS, st.text(min_size=1, max_size=40), U64, U32)
+def test_announcements_on_a_link_come_back(
+    run: BlockRun, handoff_id: str, size: int, slot: int
+) -> None:
+    payloads = [Payload(handoff_id, run, size, summed, slot) for summed in (True, False)]
     assert decode_payloads(encode_payloads(payloads)) == payloads
 
 

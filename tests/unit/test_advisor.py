@@ -29,7 +29,7 @@ from cluster.planner.shape import load_shape
 from cluster.simulator.engine import EngineLimits
 from cluster.simulator.goodput import Goal, goodput, holds
 from cluster.simulator.outcome import Targets
-from cluster.simulator.workload import Arrival, poisson
+from cluster.simulator.workload import Arrival, mean_rate, poisson, repeated
 
 SHAPE, GPU = load_shape("llama-3.1-8b"), hardware("H200")
 LONG_PROMPTS = poisson(8, 30, lambda r: (r.randint(6000, 10_000), r.randint(40, 160)), 1)
@@ -67,7 +67,7 @@ def test_tight_tpot_and_long_prompts_want_a_split() -> None:
     assert advice.best.option.prefill > advice.best.option.decode
     whole = next(v for v in advice.verdicts if v.option.both)
     assert whole.goodput < 0.7 * advice.best.goodput
-    assert 0 < advice.second_loses < 1
+    assert advice.second_loses is not None and 0 < advice.second_loses < 1
     assert [v.goodput for v in advice.verdicts] == sorted(
         (v.goodput for v in advice.verdicts), reverse=True
     )
@@ -120,6 +120,35 @@ def test_targets_that_no_load_spoils_have_a_goodput_on_every_option() -> None:
     few = [Arrival(i / 8, 100, 4) for i in range(20)]
     advice = advise(question(few, "ttft=60,tpot=9", 3), here)
     assert all(v.goodput > 100 and v.goodput99 == v.goodput for v in advice.verdicts)
+
+
+def test_a_short_trace_is_repeated_until_queues_can_build_up() -> None:
+    few = MIXED[:12]
+    short, long = question(few, "ttft=1", 2), question(repeated(few, 100), "ttft=1", 2)
+    of_short, of_long = advise(short, here), advise(long, here)
+    assert [v.goodput for v in of_short.verdicts] == [v.goodput for v in of_long.verdicts]
+    idle = evaluate.run_at(short, Option(both=2), few, of_short.best.goodput * 4)
+    assert idle.attainment(short.goal.targets) == 1.0  # what they alone would have promised
+
+
+def test_repetitions_keep_the_rate_and_share_no_prefixes() -> None:
+    few = [Arrival(5 + i / 4, 100, 9, (7, 8)) for i in range(4)]
+    again = repeated(few, 9)
+    assert len(again) == 12 and again[:4] == tuple(few)
+    assert mean_rate(again) == pytest.approx(mean_rate(few))
+    assert [len({a.blocks for a in again[i : i + 4]}) for i in (0, 4, 8)] == [1, 1, 1]
+    assert len({block for a in again for block in a.blocks}) == 6
+    assert repeated(few, 3) == tuple(few)
+
+
+def test_one_option_has_no_second() -> None:
+    advice = advise(question(MIXED, "ttft=1", gpus=1), here)
+    assert advice.second_loses is None and report(advice)["second_loses"] is None
+
+
+def test_targets_are_spoken_without_those_that_ask_for_nothing() -> None:
+    assert str(parse_slo("ttft=0.5,tpot=0.02")) == "TTFT ≤ 0.5 s and TPOT ≤ 0.02 s"
+    assert str(parse_slo("tpot=0.02")) == "TPOT ≤ 0.02 s"
 
 
 def test_every_option_is_answered_and_drawn() -> None:
@@ -201,7 +230,8 @@ def test_a_chart_of_nothing_is_a_chart() -> None:
         ({"--slo": "ttft=0.001"}, "floor"),
         ({"--trace": "/nowhere.csv"}, "cannot be read"),
         ({"--share": "1.5"}, "share"),
-        ({"--profile": "/nowhere.json"}, "profile"),
+        ({"--profile": "/nowhere.json"}, "/nowhere.json cannot be read: No such file"),
+        ({"--plot": "/dev/null/plots"}, "/dev/null/plots cannot be made: Not a directory"),
     ],
 )
 def test_the_command_names_the_option_that_is_wrong(

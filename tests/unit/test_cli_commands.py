@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from cluster.cli import checks
 from cluster.cli.calls import grpc_errors
-from cluster.errors import Unauthenticated
+from cluster.config import Config
+from cluster.errors import ConfigError, Unauthenticated
 
 ENV_PATH = os.pathsep.join(filter(None, sys.path))
 
@@ -100,8 +103,9 @@ def test_without_a_cluster_the_way_to_one_is_named(pdserve, args: tuple[str, ...
     assert "Traceback" not in done.stderr
 
 
-def test_an_address_where_no_router_listens(pdserve) -> None:  # type: ignore[no-untyped-def]
-    done = pdserve("generate", "hello", "--address", "127.0.0.1:1")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", ":", "no-such-host.invalid:1"])
+def test_an_address_where_no_router_listens(pdserve, address: str) -> None:  # type: ignore[no-untyped-def]
+    done = pdserve("generate", "hello", "--address", address)
     assert done.returncode == 1
     assert "no router answers at this address" in done.stderr
     assert "PDSERVE_CA_FILE" in done.stderr
@@ -133,10 +137,17 @@ def test_config_diff_tells_what_would_reload(pdserve, tmp_path: Path) -> None:  
     new.write_text(json.dumps(changed))
     done = pdserve("config", "diff", "-f", str(new), "--against", old)
     assert (done.returncode, done.stdout) == (0, "targets.ttft_seconds: 2.0 → 1.0  (live)\n")
+    assert pdserve("config", "diff", "-f", old, "--against", old).stdout == "nothing differs\n"
     new.write_text(json.dumps({**changed, "store": {"url": "redis://:hunter3@h:1/0"}}))
     done = pdserve("config", "diff", "-f", str(new), "--against", old)
     assert done.returncode == 1 and "store.url: changed  (every process" in done.stdout
     assert "hunter" not in done.stdout
+
+
+def test_a_host_of_no_ray_cluster_has_nothing_to_drain(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = pdserve("drain-host", "-f", cluster_file(tmp_path))
+    assert done.returncode == 1
+    assert "`pdserve down` ends it" in done.stderr and "--ray-address" in done.stderr
 
 
 def test_reload_without_a_cluster_names_the_way_to_one(pdserve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -188,6 +199,24 @@ def test_up_refuses_a_model_that_is_not_there_before_starting_anything(
     assert done.returncode == 1
     assert "/no/such/model does not exist" in done.stderr
     assert "store" not in done.stderr
+
+
+def test_up_refuses_a_disk_without_room_and_doctor_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PDSERVE_RUNTIME_DIR", str(tmp_path / "run"))
+    config = Config.load(Path(cluster_file(tmp_path, router={"grpc_port": 0, "http_port": 0})))
+    free = checks.MIN_DISK
+
+    def usage(_: object) -> shutil._ntuple_diskusage:
+        return shutil._ntuple_diskusage(1 << 40, (1 << 40) - free, free)
+
+    monkeypatch.setattr(checks.shutil, "disk_usage", usage)
+    checks.before_start(config)
+    assert [check.verdict for check in checks.disk()] == ["warn"]
+    free -= 1
+    with pytest.raises(ConfigError, match=f"free at {tmp_path}; .*PDSERVE_RUNTIME_DIR"):
+        checks.before_start(config)
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,19 @@ import psutil
 import pytest
 from rich.console import Console
 
-from cluster.cli import rundir
+from cluster.cli import profile, rundir
+from cluster.cli.batch import Job, _show
 from cluster.cli.calls import ClusterView, WorkerView
+from cluster.cli.checks import engine_bytes
 from cluster.cli.demo import _held, make_questions
+from cluster.cli.profile import Wanted
 from cluster.cli.progress import Progress
 from cluster.cli.rundir import RunDir, RunState
 from cluster.cli.status import _print
 from cluster.cli.terminal import Terminal
 from cluster.cli.timeline import BAR_COLUMNS, Handoff, Served, bar, show, spoken_bytes
-from cluster.errors import ConfigError, Unavailable
+from cluster.config import ModelConfig
+from cluster.errors import ConfigError, InvalidRequest, Unavailable
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +162,28 @@ def test_status_says_what_a_worker_waits_for_however_narrow_the_terminal(
     )
     _print(Terminal(), ClusterView("c", True, (waits,)))
     assert f"m-decode-0 waiting: {why}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_narrow_terminal_cuts_nothing_of_a_job_but_its_endpoint() -> None:
+    terminal, out = Terminal(), io.StringIO()
+    terminal.out = Console(file=out, width=80)
+    name = "batch_5d64880f1e04aa04b455c5c7"
+    job = Job(name, "in_progress", "/v1/chat/completions", 12, 9, 3, 1.8e9, 0.0)
+    assert _show(terminal, [job], as_json=False, one=True) == 0
+    head, row = out.getvalue().splitlines()
+    assert head.split()[:6] == ["batch", "state", "lines", "done", "failed", "created"]
+    assert row.split()[:5] == [name, "in_progress", "12", "9", "3"]
+    assert "…" not in row.partition("/v1")[0]
+
+
+def test_simulated_engines_are_not_counted_as_real_ones(tmp_path: Path) -> None:
+    model = {"name": "m", "path": str(tmp_path), "max_model_len": 64, "kv_cache_bytes": 1 << 30}
+    real = ModelConfig.model_validate(model)
+    simulated = ModelConfig.model_validate({**model, "engine": "simulated"})
+    assert engine_bytes(simulated) * 10 < engine_bytes(real)
+
+
+def test_a_profile_that_cannot_be_written_is_not_measured_first() -> None:
+    wanted = Wanted("llama-3.1-8b", "H200", 1, "", 1024, 8, Path("/dev/null/profile.json"))
+    with pytest.raises(InvalidRequest, match=r"profile\.json cannot be written: Not a dir"):
+        profile.run(Terminal(), "127.0.0.1:1", "", wanted, as_json=False)

@@ -127,3 +127,16 @@ def test_a_cluster_that_does_not_answer_is_not_waited_for_for_ever(
     monkeypatch.setattr(command, "REPLY_SECONDS", 0.05)
     with pytest.raises(Unavailable, match="still starting"):
         command.reload(Terminal(), "c", file(tmp_path))
+
+
+async def test_an_answer_that_cannot_be_written_ends_no_cluster(
+    rundir: RunDir, tmp_path: Path
+) -> None:
+    (rundir.path / "reload.new").mkdir()  # as a full disk: the file cannot be made
+    given = file(tmp_path, targets={"ttft_seconds": 1})
+    cluster = RunningCluster(rundir)
+    (rundir.path / "reload.request").write_text(json.dumps({"id": "x", "file": str(given)}))
+    await Reloads(cluster, rundir, Config.load).answer()  # type: ignore[arg-type]
+    assert cluster.taken and not (rundir.path / "reload.reply").exists()
+    with pytest.raises(Unavailable, match=r"reload\.request cannot be written: Is a directory"):
+        command.reload(Terminal(), "c", given)

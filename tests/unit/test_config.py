@@ -46,6 +46,7 @@ def load(folder: Path, text: str) -> Config:
         (GOOD + "store: x", ["store: must be a section with fields of url, "]),
         ("models:\n- {name: m, path: p, engine_args: {block_size: 1}}", ["block_size"]),
         ("models:\n- {name: m, path: p, engine_args: {speculative_config: {}}}", ["speculative"]),
+        ("models:\n- {name: m, path: p, engine: simulated}", ["models.0", "max_model_len"]),
         ("models:\n- {name: m, path: p, decode: {replicas: -1}}", ["models.0.decode.replicas"]),
     ],
 )

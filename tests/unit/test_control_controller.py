@@ -374,7 +374,7 @@ async def test_targets_by_hand_reach_the_routers_and_outlive_a_reload(
         (Order("release", model="m"), 5, "no pool of 'm' is held"),
         (Order("release", worker_id="m-decode-0"), 3, "is not drained"),
         (Order("targets", slo_class="vip", ttft_seconds=1), 3, "interactive, standard, batch"),
-        (Order("targets", slo_class="batch"), 3, "neither it nor"),
+        (Order("targets", slo_class="batch"), 3, "or both"),
     ],
 )  # fmt: skip
 async def test_orders_that_cannot_be(

@@ -50,6 +50,7 @@ def config(mode: str, **planner: Any) -> Config:
         "name": "m",
         "path": "/m",
         "engine": "simulated",
+        "max_model_len": 4096,
         "simulation": {"step_seconds": 0.02, "prefill_token_seconds": 1e-4},
         "prefill": {"replicas": 2},
         "decode": {"replicas": 2},

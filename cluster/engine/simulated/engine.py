@@ -25,7 +25,7 @@ from cluster.engine.simulated.scheduler import Scheduler, Sequence, Shape
 from cluster.engine.simulated.timing import Timing
 from cluster.engine.simulated.tokens import TokenSource, refuse_unsimulated, text_of
 from cluster.engine.simulated.wire import TRANSPORT
-from cluster.errors import ConfigError, EngineFailed
+from cluster.errors import EngineFailed
 from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.prefix import block_hashes
 from cluster.ticket import TicketSigner
@@ -89,11 +89,7 @@ class SimulatedEngine:
         self.held_blocks = HeldBlocks()
 
     async def start(self) -> EngineInfo:
-        if self._model.max_model_len is None:
-            raise ConfigError(
-                f"models.{self._model.name}.max_model_len: a simulated engine has no model that "
-                "tells it; set it"
-            )
+        assert self._model.max_model_len is not None  # its configuration sees to that
         address = await self._port.open(self._host)
         self._failed = asyncio.get_running_loop().create_future()
         self._loop = asyncio.create_task(self._run(), name="simulated engine")
