@@ -12,10 +12,10 @@ from cluster.kv.handoff import HandoffResult
 from cluster.kv.milestones import Fence
 from cluster.kv.transport.seam import Peer
 
-FRAMES_A_STEP = 4
+FRAMES_A_STEP = 2
 """A step's blocks leave in as many frames at least, so that little is left when it ends …"""
-LEAST_BYTES = 8 << 20
-"""… unless they would be smaller than that: a frame takes time of its own."""
+LEAST_BYTES = 32 << 20
+"""… unless they would be smaller than that: a frame takes the engine's own Python, too."""
 
 
 def frame_size(most: int, step_bytes: int) -> int:

@@ -269,7 +269,7 @@ def test_a_device_checksum_counts_parts_at_once_as_one_after_the_other() -> None
     ("most", "step", "frame"),
     [
         (64 << 20, 1 << 30, 64 << 20),
-        (64 << 20, 64 << 20, 16 << 20),
+        (64 << 20, 96 << 20, 48 << 20),
         (64 << 20, 1 << 20, LEAST_BYTES),
         (1 << 20, 1 << 30, 1 << 20),
     ],
