@@ -25,7 +25,7 @@ from cluster.planner.profile import SharedSample as Shared
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
 PROMPTS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384)
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (128, 1024)
 REPEATS, PROMPT_REPEATS, SHARED_REPEATS = 3, 2, 5
 """Rounds of decodes; prompts of a kind in each round; prompts beside decodes."""
