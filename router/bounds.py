@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 
 MAX_BOUNDS = 16
@@ -17,7 +16,7 @@ class Bounds:
     """
 
     def __init__(self) -> None:
-        self._count: Counter[float] = Counter()
+        self._count: dict[float, int] = {}
         self._counted_as: dict[float, list[float]] = {}
         self.strictest = math.inf
 
@@ -31,7 +30,7 @@ class Bounds:
             stricter = [each for each in self._count if each < seconds]
             kept = max(stricter, default=self.strictest)
         self._counted_as.setdefault(seconds, []).append(kept)
-        self._count[kept] += sequences
+        self._count[kept] = self._count.get(kept, 0) + sequences
         self.strictest = min(self.strictest, kept)
 
     def remove(self, seconds: float, sequences: int = 1) -> None:

@@ -34,12 +34,20 @@ _OPTIONAL_SAMPLING = (
 )
 
 
-def refuse_unknown_fields(message: Message, path: str = "") -> None:
+def refuse_unknown_fields(message: Message) -> None:
     """Clients supply what the schema has and nothing else, least of all a transfer field.
 
     Raises:
         InvalidRequest: `message` or one inside it carries a field that the schema does not have.
     """
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    if known.ByteSize() != message.ByteSize():
+        _name_unknown_field(message, "")
+
+
+def _name_unknown_field(message: Message, path: str) -> None:
     unknown = UnknownFieldSet(message)
     if len(unknown):
         number = unknown[0].field_number
@@ -50,7 +58,7 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
             continue
         inner = f"{path}.{field.name}" if path else field.name
         for each in value if field.is_repeated else (value,):
-            refuse_unknown_fields(each, inner)
+            _name_unknown_field(each, inner)
 
 
 def ask(

@@ -137,21 +137,23 @@ class Curves:
         """`row` took so long at this size."""
         self.version += 1
         knot, part = self._locate(size)
-        logs, seen = self._logs[row], self._seen[row]
+        logs, seen = self._logs[row].tolist(), self._seen[row].tolist()
         self._age[row] = 0
-        off = math.log(max(seconds, 1e-6)) - math.log(self.one(size, row))
+        here = logs[knot] + part * (logs[knot + 1] - logs[knot])
+        off = math.log(max(seconds, 1e-6)) - here
         if seen[knot] + seen[knot + 1] > 4:
             off = max(-math.log(MAX_RATIO), min(math.log(MAX_RATIO), off))
         gain = max(MIN_GAIN, 1.0 / (1.0 + seen[knot] * (1 - part) + seen[knot + 1] * part))
-        unseen = seen == 0
         # Moves of both knots that change the value between them by gain · off.
         weight = gain / ((1 - part) ** 2 + part**2)
-        logs[knot] += weight * (1 - part) * off
-        logs[knot + 1] += weight * part * off
-        unseen[knot] = unseen[knot + 1] = False
-        logs[unseen] += gain * off
-        seen[knot] += 1 - part
-        seen[knot + 1] += part
+        for i, count in enumerate(seen):
+            if i == knot or i == knot + 1:
+                share = part if i > knot else 1 - part
+                logs[i] += weight * share * off
+                seen[i] = count + share
+            elif not count:
+                logs[i] += gain * off
+        self._logs[row], self._seen[row] = logs, seen
 
     def _locate(self, size: float) -> tuple[int, float]:
         place = math.log2(size) if size > 1 else 0.0

@@ -164,7 +164,10 @@ class DemandLog:
         )
 
     def _class(self, kind: Kind) -> _Class:
-        return self._classes.setdefault(kind, _Class())
+        seen = self._classes.get(kind)
+        if seen is None:
+            seen = self._classes[kind] = _Class()
+        return seen
 
     def _counted(self, now: float, kind: Kind) -> _Class:
         seen = self._class(kind)

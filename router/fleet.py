@@ -252,13 +252,16 @@ class Fleet:
         self.slower[slot] = max(0.0, self.speeds.step.one(batch + 2.0, slot) - self.pace[slot])
         self.drag[slot] = batch * self.slower[slot]
 
-    def busy(self, now: float) -> NDArray[np.float64]:
-        """The share of time that each worker spends on prompts, as of late."""
-        return self.load(now)[0]
+    def busy_of(self, now: float, slot: int) -> float:
+        """The share of time that a worker spends on prompts, as of late."""
+        since = self.since[slot] = min(self.since.item(slot), now - IDLE_SECONDS)
+        fading = math.exp((self.work_at.item(slot) - now) / RATE_SECONDS)
+        weight = fading / -math.expm1((since - now) / RATE_SECONDS)
+        return min(self.work.item(slot) * weight, MAX_BUSY)
 
     def load(self, now: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """As `busy`, and seconds² of prompts a second: the variance of the work that comes in a
-        second, if prompts come at random (Campbell's theorem).
+        """As `busy_of`, of each worker, and seconds² of prompts a second: the variance of the work
+        that comes in a second, if prompts come at random (Campbell's theorem).
 
         A fading sum has seen only 1 − exp(−t / RATE_SECONDS) of what comes, t after it began.
         """

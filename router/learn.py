@@ -68,7 +68,7 @@ def learn(
         fleet.saw_prefill(first.slot, seen.uncached, seen.prefill)
     gaps = seen.tokens - 2
     if rest is not None and _lives(fleet, rest, chosen):
-        busy = float(fleet.busy(now)[rest.slot])
+        busy = fleet.busy_of(now, rest.slot)
         if gaps > 0 and seen.decode > 0 and busy < MAX_LEARNED_BUSY:
             # What prompts on the same worker take from its decodes is counted apart.
             batch = 1.0 + (rest.batch + max(0.0, float(fleet.decodes[rest.slot]))) / 2
@@ -90,7 +90,7 @@ def steps_of(
     gaps = seen.tokens - 2
     if rest is None or gaps <= 0 or seen.decode <= 0:
         return
-    busy = float(fleet.busy(now)[rest.slot])
+    busy = fleet.busy_of(now, rest.slot)
     if busy < MAX_BUSY_SHARE:
         batch = 1.0 + (rest.batch + max(0.0, float(fleet.decodes[rest.slot]))) / 2
         context = batch * (seen.prompt + seen.tokens / 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -104,11 +103,7 @@ class Observer:
         self._tenant(running, status)
         self._attainment(generation.model, generation.slo, end)
         seconds = self._clock.now() - generation.received_at
-        entry = replace(
-            self._entry(running),
-            completion_tokens=running.request.tokens,
-            error="" if isinstance(end, Completed) else status,
-        )
+        phases: dict[str, float] = {}
         fields: dict[str, object] = {
             "request_id": generation.request_id,
             "tenant": generation.tenant,
@@ -130,10 +125,11 @@ class Observer:
             self.demand.completed(_kind(generation), used, min(1.0, cached))
             first = end.completions[0]
             fields["ttft_seconds"] = round(first.ttft_seconds, 6)
-            entry = replace(entry, phases=dict(vars(first.phases)))
+            phases = dict(vars(first.phases))
         else:
             fields["error"] = str(end)
-        self._journal(entry)
+        error = "" if isinstance(end, Completed) else status
+        self._journal(self._entry(running, running.request.tokens, error, phases))
         log.info("request ended", extra={"fields": fields})
         self._trace(running, end, fields, seconds)
 
@@ -221,7 +217,13 @@ class Observer:
             rate = moved.bytes / moved.transfer_seconds
             self.metrics.handoff_rate.labels(moved.transport).observe(rate)
 
-    def _entry(self, running: Running) -> JournalEntry:
+    def _entry(
+        self,
+        running: Running,
+        tokens: int = 0,
+        error: str = "",
+        phases: dict[str, float] | None = None,
+    ) -> JournalEntry:
         generation = running.generation
         return JournalEntry(
             request_id=generation.request_id,
@@ -231,8 +233,11 @@ class Observer:
             router_id=self._router_id,
             prompt_tokens=len(generation.prompt_token_ids),
             slo_class=generation.slo.slo_class.value,
+            completion_tokens=tokens,
             received_at=running.received_wall,
             updated_at=self._clock.wall(),
+            error=error,
+            phases=phases or {},
         )
 
     def _journal(self, entry: JournalEntry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cluster.errors import PdserveError, Unavailable, error_from_code
 from pdserve.v1 import common_pb2, worker_pb2
@@ -168,8 +169,10 @@ def _handoff(report: common_pb2.HandoffReport) -> Handoff:
     )
 
 
+@lru_cache(maxsize=64)
 def _sampling(sampling: Sampling) -> common_pb2.SamplingParams:
-    """Unset stays unset: the engine's defaults are vLLM's."""
+    """Unset stays unset: the engine's defaults are vLLM's. Both workers of a request are sent the
+    same, and most requests of an application: nobody changes what this returns."""
     plain = {name: getattr(sampling, name) for name in _PLAIN_SAMPLING}
     message = common_pb2.SamplingParams(
         n=sampling.n,

@@ -1,34 +1,34 @@
 """What `pdserve profile` measures on an idle cluster, and how.
 
-Prompts alone, uncached and behind a cached prefix; decodes alone, in batches whose prompts the
-caches hold, over the time in which all of a batch run. Where workers share cores: decodes beside a
-stream of prompts with and without handoffs, and prompts beside decodes.
+Prompts alone, uncached and behind a cached prefix, each after a rest, in rounds between which all
+else is measured: a machine's speed drifts. Decodes alone, in batches whose prompts the caches hold,
+over the time in which all of a batch run. Where workers share cores: decodes beside a stream of
+prompts with and without handoffs, and prompts beside decodes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import grpc.aio
 
 from cluster.cli.access import channel
 from cluster.cli.calls import RouterView, cluster_view, grpc_errors
+from cluster.cli.profile_requests import Requests
 from cluster.cli.profile_served import Served, busy_seconds, samples_of, steps_within
 from cluster.errors import NotFound, Unavailable
 from cluster.planner.profile import DecodeSample, HandoffSample, PathSample, PrefillSample
 from cluster.planner.profile import SharedSample as Shared
-from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
 PROMPTS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384)
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (128, 1024)
-REPEATS = 3
+REPEATS, PROMPT_REPEATS, SHARED_REPEATS = 3, 2, 5
+"""Rounds of decodes; prompts of a kind in each round; prompts beside decodes."""
 DECODE_TOKENS, TOKENS_A_SEQUENCE = 48, 2
 """Of a batch's sequences: so many, and so many more for each of them, until all have begun."""
 SHARED_DECODES = ((2, 128), (8, 128), (4, 1024))
@@ -37,7 +37,6 @@ SHARED_STREAMS = ((512, 1), (128, 2), (512, 2))
 SHARED_PROMPTS = (128, 512, 1024)
 STREAMS = 2
 """That ask one prompt after another, so that there is always one to compute."""
-CALL_SECONDS = 120.0
 
 
 class Run:
@@ -61,13 +60,12 @@ class Run:
         shared: bool,
         tell: Callable[[str], None],
     ) -> None:
-        self._model = served
+        self._requests = Requests(served)
         self._longest = max_prompt
         self._max_batch = max_batch
         self._shares = shared
         self._tell = tell
-        self._rng = random.Random()
-        self._vocab = 2
+        self._alone: dict[int, list[float]] = defaultdict(list)
         self._max_len = 0
         self.chunk = self.graph_tokens = 0
         self.ahead = False
@@ -84,13 +82,18 @@ class Run:
         at = address if own.operator_address == own.grpc_address else own.grpc_address
         async with channel(at, token) as to:
             await self._choose(to)
-            await self._ask(to, self._ids(min(64, self._longest)), 3)  # what first use makes
+            await self._requests.ask(
+                to, self._requests.ids(min(64, self._longest)), 3
+            )  # what first use makes
             await self._prefills(to)
             for context in (n for n in CONTEXTS if n <= self._longest):
                 batches = [n for n in BATCHES if n <= self._max_batch]
                 await self._decodes(to, batches, await self._warm(to, max(batches), context))
+                await self._prefills(to)
             if self._shares:
                 await self._beside_each_other(to)
+        for length, seconds in self._alone.items():
+            self.prefill.append(PrefillSample(length, 0, median(seconds)))
 
     async def _check_idle(self, to: grpc.aio.Channel) -> RouterView:
         """The router that answers."""
@@ -107,38 +110,45 @@ class Run:
         stub = inference_pb2_grpc.InferenceStub(to)
         with grpc_errors():
             reply = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10)
-        found = [m for m in reply.models if self._model in ("", m.name)]
+        found = [m for m in reply.models if self._requests.model in ("", m.name)]
         if len(found) != 1:
             known = ", ".join(m.name for m in reply.models)
             raise NotFound(f"--served: say which of the cluster's models is meant: {known}")
         (model,) = found
-        self._model, self._vocab = model.name, max(2, model.vocab_size)
+        self._requests.model = model.name
+        self._requests.vocab = max(2, model.vocab_size)
         self._max_len, self.chunk = model.max_model_len, model.max_step_tokens
         self.ahead, self.graph_tokens = model.plans_ahead, model.graph_tokens
         self._longest = int(min(self._longest, self._max_len - DECODE_TOKENS - 1))
 
     async def _prefills(self, to: grpc.aio.Channel) -> None:
-        for length in (n for n in PROMPTS if n <= self._longest):
+        for length in (*(n for n in PROMPTS if n < self._longest), self._longest):
             self._tell(f"computing prompts of {length} tokens")
-            prompts = [self._ids(length) for _ in range(REPEATS)]
-            served = [await self._ask(to, ids, 2) for ids in prompts]
-            if fresh := [s.prefill for s in served if not s.cached and s.prefill > 0]:
-                self.prefill.append(PrefillSample(length, 0, median(fresh)))
-            self.path += [s.path for s in served if s.prefill > 0 and s.path.seconds > 0]
-            if not self.chunk or length <= self.chunk:  # others are handed off while computed
-                self.handoff += [s.handoff for s in served if s.handoff is not None]
+            prompts = [self._requests.ids(length) for _ in range(PROMPT_REPEATS)]
+            await self._prompts(to, prompts)
             half = length // 2
-            warm = [await self._ask(to, ids[:half] + self._ids(length - half), 2)
+            warm = [await self._requests.rested(to, ids[:half] + self._requests.ids(length - half))
                     for ids in prompts]  # fmt: skip
             for s in warm:
                 if s.cached and s.prefill > 0:
                     self.prefill.append(PrefillSample(s.prompt - s.cached, s.cached, s.prefill))
 
+    async def _prompts(self, to: grpc.aio.Channel, prompts: Sequence[list[int]]) -> list[Served]:
+        """One after another, alone; no cache holds any of them."""
+        served = [await self._requests.rested(to, ids) for ids in prompts]
+        for s in (s for s in served if not s.cached and s.prefill > 0):
+            self._alone[s.prompt].append(s.prefill)
+            if s.path.seconds > 0:
+                self.path.append(s.path)
+            if s.handoff is not None and (not self.chunk or s.prompt <= self.chunk):
+                self.handoff.append(s.handoff)  # longer ones leave while they are computed
+        return served
+
     async def _warm(self, to: grpc.aio.Channel, count: int, context: int) -> list[list[int]]:
         """Prompts that the caches hold, so that a batch of them begins nearly at once."""
         self._tell(f"computing {count} prompts of {context} tokens")
-        prompts = [self._ids(context) for _ in range(count)]
-        await asyncio.gather(*(self._ask(to, ids, 2) for ids in prompts))
+        prompts = [self._requests.ids(context) for _ in range(count)]
+        await asyncio.gather(*(self._requests.ask(to, ids, 2) for ids in prompts))
         return prompts
 
     async def _decodes(
@@ -163,7 +173,7 @@ class Run:
         most = self._max_len - len(prompts[0]) - 1
         output = min(DECODE_TOKENS + TOKENS_A_SEQUENCE * len(prompts), most)
         while True:
-            batch = await asyncio.gather(*(self._ask(to, ids, output) for ids in prompts))
+            batch = await asyncio.gather(*(self._requests.ask(to, ids, output) for ids in prompts))
             if output == most or steps_within(batch) is not None:
                 return batch
             output = min(2 * output, most)
@@ -176,30 +186,28 @@ class Run:
 
     async def _prompts_beside_decodes(self, to: grpc.aio.Channel) -> None:
         lengths = [n for n in SHARED_PROMPTS if n <= self._longest]
-        alone = {n: [await self._computed(to, n) for _ in range(REPEATS)] for n in lengths}
+        prompts = {n: [self._requests.ids(n) for _ in range(SHARED_REPEATS)] for n in lengths}
+        alone = {n: await self._prompts(to, prompts[n]) for n in lengths}
         context = min(CONTEXTS[0], self._longest)
-        async with self._stream(to, STREAMS, context, self._max_len - context - 1):
+        output = self._max_len - context - 1
+        async with self._requests.stream(to, STREAMS, context, output):
             for length in lengths:
                 self._tell(f"computing prompts of {length} tokens beside decodes")
-                for _ in range(REPEATS):
-                    beside = await self._computed(to, length)
-                    for step, seconds in beside.items():
-                        before = median(times[step] for times in alone[length])
+                for _ in range(SHARED_REPEATS):
+                    beside = await self._requests.rested(to, self._requests.ids(length))
+                    for step, of in (("prefill", _prefill), ("dispatch", _dispatch)):
+                        before, seconds = median(map(of, alone[length])), of(beside)
                         if before > 0 and seconds > 0:
                             self.shared.append(Shared(step, before, seconds, seconds))
-
-    async def _computed(self, to: grpc.aio.Channel, length: int) -> dict[str, float]:
-        """Seconds of a prompt that is not handed off, and of its ways."""
-        served = await self._ask(to, self._ids(length), 1)
-        return {"prefill": served.prefill, "dispatch": served.path.before}
 
     async def _decodes_beside_prompts(self, to: grpc.aio.Channel, batch: int, context: int) -> None:
         prompts = await self._warm(to, batch, context)
         quiet = steps_within(await self._batch(to, prompts))
         for prompt, output in SHARED_STREAMS:
             self._tell(f"decoding {batch} sequences beside prompts of {prompt} tokens")
-            length = min(prompt, self._longest)
-            async with self._stream(to, STREAMS, length, output) as others:
+            async with self._requests.stream(
+                to, STREAMS, min(prompt, self._longest), output
+            ) as others:
                 window = steps_within(await self._batch(to, prompts))
             if quiet is None or window is None:
                 continue
@@ -214,83 +222,11 @@ class Run:
                 )
             )
 
-    @asynccontextmanager
-    async def _stream(
-        self, to: grpc.aio.Channel, streams: int, prompt: int, output: int
-    ) -> AsyncIterator[list[Served]]:
-        """Other requests meanwhile, from when each stream's first one has a token; those served,
-        and at the end, unless they are long, those under way."""
-        served: list[Served] = []
-        over = asyncio.Event()
-        begun = [asyncio.Event() for _ in range(streams)]
 
-        async def keep_asking(first_token: asyncio.Event) -> None:
-            try:
-                while not over.is_set():
-                    served.append(await self._ask(to, self._ids(prompt), output, first_token))
-            finally:
-                first_token.set()  # nobody waits for one that failed
+def _prefill(served: Served) -> float:
+    return served.prefill
 
-        tasks = [asyncio.create_task(keep_asking(event)) for event in begun]
-        try:
-            await asyncio.gather(*(event.wait() for event in begun))
-            yield served
-        finally:
-            over.set()
-            for task in tasks if output > 2 else ():
-                task.cancel()
-            ends = await asyncio.gather(*tasks, return_exceptions=True)
-        for end in ends:
-            if isinstance(end, Exception):
-                raise end
 
-    def _ids(self, count: int) -> list[int]:
-        return [self._rng.randrange(1, self._vocab) for _ in range(count)]
-
-    async def _ask(
-        self,
-        to: grpc.aio.Channel,
-        ids: list[int],
-        output: int,
-        first_token: asyncio.Event | None = None,
-    ) -> Served:
-        request = inference_pb2.GenerateRequest(
-            model=self._model,
-            token_ids=inference_pb2.TokenIds(ids=ids),
-            sampling=common_pb2.SamplingParams(temperature=0, max_tokens=output, ignore_eos=True),
-        )
-        completed, sent, came, count = None, time.monotonic(), [], 0
-        with grpc_errors():
-            stub = inference_pb2_grpc.InferenceStub(to)
-            async for response in stub.Generate(request, timeout=CALL_SECONDS):
-                if response.HasField("completed"):
-                    completed = response.completed
-                elif response.delta.token_ids:
-                    count += len(response.delta.token_ids)
-                    came.append((time.monotonic(), count))
-                    if first_token is not None:
-                        first_token.set()
-        if completed is None:
-            raise Unavailable("the router ended a stream without its last message")
-        (report,) = completed.completions
-        moved, phases = report.handoff, report.phases
-        begins = sent + phases.queue_seconds + phases.prefill_queue_seconds
-        return Served(
-            phases.prefill_seconds,
-            len(ids),
-            completed.usage.cached_prompt_tokens,
-            report.decode_worker,
-            HandoffSample(moved.bytes, moved.transfer_seconds)
-            if report.HasField("handoff") and moved.bytes and moved.transfer_seconds > 0
-            else None,
-            PathSample(
-                len(ids),
-                moved.bytes if report.HasField("handoff") else 0,
-                report.ttft_seconds - phases.prefill_seconds,
-                phases.handoff_wait_seconds
-                + phases.decode_queue_seconds
-                + phases.first_step_seconds,
-            ),
-            (begins, begins + phases.prefill_seconds),
-            tuple(came),
-        )
+def _dispatch(served: Served) -> float:
+    """A prompt's ways, outside of its steps."""
+    return served.path.before

@@ -72,6 +72,7 @@ class ModelPlanner:
 
     def learn(self, steps: Iterable[PrefillStep | DecodeStep]) -> None:
         """Measured steps of this model's workers."""
+        self._online.shares(self._planner.beside)
         for step in steps:
             if step.model != self._model.name:
                 continue

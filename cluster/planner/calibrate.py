@@ -97,15 +97,18 @@ def calibrate(start: Performance, profile: Profile) -> Calibration:
     return Calibration(replace(fitted, label=label), prefill_error, decode_error)
 
 
-def _fit_prefill(start: Performance, samples: Sequence[PrefillSample]) -> Performance:
+def _fit_prefill(
+    start: Performance, samples: Sequence[PrefillSample], once: bool = True
+) -> Performance:
+    """What a prompt takes once can be told from what its steps do where some take several."""
     steps = [start.prefill_steps(s.new) for s in samples]
     rows = [
-        (float(n), float(s.new), float(s.new * (s.new + 2 * s.cached)))
+        (float(n), float(s.new), float(s.new * (s.new + 2 * s.cached)), float(once))
         for n, s in zip(steps, samples, strict=True)
     ]
-    base, per_token, per_pair = fit(rows, [s.seconds for s in samples])
+    base, per_token, per_pair, prompt = fit(rows, [s.seconds for s in samples])
     floor = min(start.prefill.floor, *(s.seconds / n for n, s in zip(steps, samples, strict=True)))
-    return replace(start, prefill=PrefillCost(base, per_token, per_pair, floor))
+    return replace(start, prefill=PrefillCost(base, per_token, per_pair, floor, prompt))
 
 
 def _fit_launches(
@@ -113,7 +116,7 @@ def _fit_launches(
 ) -> Performance:
     """Short prompts take as long as their step's launch, long ones as the device: of all lengths
     that could part them, the one with the least relative squared error."""
-    best, least = _fit_prefill(start, samples), math.inf
+    best, least = _fit_prefill(start, samples, once=False), math.inf
     for longest in (0, *sorted({s.new for s in samples})):
         launched = [s for s in samples if s.new <= longest]
         computed = [s for s in samples if s.new > longest]
@@ -121,7 +124,8 @@ def _fit_launches(
             break
         within = _level([s.seconds for s in launched if s.new <= graph_tokens])
         beyond = _level([s.seconds for s in launched if s.new > graph_tokens]) or within
-        worker = replace(_fit_prefill(start, computed), launch=Launch(graph_tokens, within, beyond))
+        fitted = _fit_prefill(start, computed, once=False)
+        worker = replace(fitted, launch=Launch(graph_tokens, within, beyond))
         off = sum((worker.prefill_seconds(s.new, s.cached) / s.seconds - 1) ** 2 for s in samples)
         if off < least:
             best, least = worker, off
@@ -227,7 +231,7 @@ def not_negative(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> li
     """Coefficients ≥ 0 that minimise Σ(row·c − w)². Few columns: every set of them is tried.
 
     The best least-squares fit whose coefficients are all positive, over all subsets of columns, is
-    the non-negative optimum; with three columns that is seven tiny systems.
+    the non-negative optimum; with four columns that is fifteen tiny systems.
     """
     columns = len(rows[0])
     scale = [max(abs(row[c]) for row in rows) or 1.0 for c in range(columns)]

@@ -3,7 +3,8 @@
 Distributions and queues, not averages. Prompts wait in a G/G/c queue with the sample's own service
 times. Decodes are an M/G/∞ population, spread evenly: a worker's batch decides its step time, and
 the population's fluctuation how often that is too long. On aggregated workers prompts' chunks
-stretch the steps of the decodes beside them.
+stretch the steps of the decodes beside them. Workers on one host's cores slow each other, in
+balance; engines that plan ahead tell a short prompt's token late when the next one has come.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from functools import cached_property
 from cluster.planner.demand import Demand, Lengths
 from cluster.planner.performance import Performance
 from cluster.planner.queueing import Wait, poisson_at_most, wait_mgc
-from cluster.planner.state import ClassTargets
+from cluster.planner.sharing import ALONE, NOTHING, Beside, in_balance, slowed
+from cluster.planner.state import ClassTargets, Counts
 
 IMBALANCE = 1.15
 """Placement is not one shared queue: it cannot move what it has placed. By so much longer is the
@@ -101,11 +103,13 @@ class Load:
 
     def split(self, prefill: int, decode: int) -> dict[str, Attainment]:
         """By class, on so many prefill and decode workers."""
-        wait = self._wait(prefill, 0.0)
+        if self.shares_cores:
+            return self._sharing(Counts(prefill, decode)).split(prefill, decode)
+        wait, late = self._wait(prefill, 0.0), self.rate / max(1, prefill)
         population = self._population(decode)
         return {
             kind: Attainment(
-                self._ttft_met(demand, self.targets[kind], wait, 0.0),
+                self._ttft_met(demand, self.targets[kind], wait, 0.0, late),
                 self._tpot_met(demand, self.targets[kind], decode, population),
             )
             for kind, demand in self.demands.items()
@@ -116,20 +120,63 @@ class Load:
         """By class, on so many aggregated workers."""
         if self.performance.whole is not None:
             return replace(self, performance=self.performance.whole).whole(workers)
+        if self.shares_cores:
+            return self._sharing(Counts(both=workers)).whole(workers)
         busy = self.prefill_work / workers if workers else math.inf
         batch, step = self._balance(workers, 1 - busy)
         if busy >= 1 or math.isinf(batch):
             return {k: Attainment(0.0, 0.0) for k, d in self.demands.items() if d.rate > 0}
         stretch = step - self.performance.decode_cost(max(1, int(batch))).base if batch else 0.0
         wait = self._wait(workers, stretch)
+        late = self.rate / workers * math.exp(-batch)  # beside decodes nothing is planned ahead
         return {
             kind: Attainment(
-                self._ttft_met(demand, self.targets[kind], wait, stretch + step / 2),
+                self._ttft_met(demand, self.targets[kind], wait, stretch + step / 2, late),
                 self._mixed_tpot_met(demand, self.targets[kind], workers, batch, step),
             )
             for kind, demand in self.demands.items()
             if demand.rate > 0
         }
+
+    # --- workers on the same cores --------------------------------------------------------------
+
+    @property
+    def shares_cores(self) -> bool:
+        """Its workers are on one host, and slow each other."""
+        return self.performance.contention != ALONE
+
+    def beside(self, counts: Counts) -> Beside:
+        """What these workers have beside them, on average; nothing where each has its own cores."""
+        if not self.shares_cores:
+            return NOTHING
+
+        def at(worker: Performance) -> Beside:
+            load = replace(self, performance=worker)
+            if counts.both:
+                return load._beside_whole(counts.both)
+            return load._beside_split(counts.prefill, counts.decode)
+
+        return in_balance(self.performance, at)
+
+    def _sharing(self, counts: Counts) -> Load:
+        """The same demand on workers as slow as they make each other."""
+        return replace(self, performance=slowed(self.performance, self.beside(counts)))
+
+    def _beside_split(self, prefill: int, decode: int) -> Beside:
+        prompts = min(1.0, self.prefill_work / max(1, prefill))
+        decodes = 1 - math.exp(-self._population(decode) / max(1, decode))
+        handoffs = sum(rate for rate, each in self._requests if each.output > 1) / max(1, decode)
+        return Beside(
+            (prefill - 1) * prompts + decode * decodes,
+            prefill * prompts + (decode - 1) * decodes,
+            handoffs,
+        )
+
+    def _beside_whole(self, workers: int) -> Beside:
+        prompts = min(1.0, self.prefill_work / max(1, workers))
+        batch, _ = self._balance(workers, 1 - prompts)
+        others = (workers - 1) * (1 - (1 - prompts) * math.exp(-batch))
+        return Beside(others, others)
 
     # --- prompts --------------------------------------------------------------------------------
 
@@ -143,10 +190,21 @@ class Load:
         wait = wait_mgc(self.rate, workers, mean, self._prefill_scv, self._burstiness)
         return Wait(wait.probability, wait.mean * IMBALANCE)
 
-    def _ttft_met(self, demand: Demand, targets: ClassTargets, wait: Wait, extra: float) -> float:
-        met = 0.0
+    def _ttft_met(
+        self, demand: Demand, targets: ClassTargets, wait: Wait, extra: float, late: float
+    ) -> float:
+        """`late`: prompts/s that come to a worker whose engine, if it plans ahead, starts another
+        step before it tells the token of this one."""
+        met, extra = 0.0, extra + self.performance.dispatch
         for each in demand.lengths:
-            met += 1 - wait.longer_than(targets.ttft - self._prefill(each) - extra)
+            left = targets.ttft - self._prefill(each) - extra
+            in_time = 1 - wait.longer_than(left)
+            if self.performance.launch:
+                launch = self.performance.launch.seconds(each.new)
+                share = 1 - math.exp(-late * launch)
+                longer = max(0.0, 2 * launch - self._prefill(each))
+                in_time = (1 - share) * in_time + share * (1 - wait.longer_than(left - longer))
+            met += in_time
         return met / len(demand.lengths)
 
     # --- decodes --------------------------------------------------------------------------------
@@ -211,7 +269,7 @@ class Load:
             hidden = self._prefill(each)
             exposed = self.performance.exposed_handoff_seconds(each.prompt, hidden)
             step = (targets.tpot * (each.output - 1) - exposed) / each.output
-            met += self._at_most(population, workers * self._largest_batch(step))
+            met += poisson_at_most(population, workers * self._largest_batch(step))
         return met / len(demand.lengths)
 
     def _mixed_tpot_met(
@@ -223,7 +281,7 @@ class Load:
         step: float,
     ) -> float:
         """How many prompt chunks fall into a decode's life is a Poisson number."""
-        fits = self._at_most(batch * workers, workers * self._room())
+        fits = poisson_at_most(batch * workers, workers * self._room())
         chunks = sum(rate * math.ceil(each.new / self.chunk) for rate, each in self._requests)
         seconds = self.prefill_work / chunks if chunks else 0.0
         met = 0.0
@@ -239,9 +297,3 @@ class Load:
             else:
                 met += slack >= 0
         return met / len(demand.lengths) * fits
-
-    @staticmethod
-    def _at_most(mean: float, limit: float) -> float:
-        if math.isinf(mean):
-            return 0.0
-        return poisson_at_most(mean, limit) if limit < 1e9 else 1.0

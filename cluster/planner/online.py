@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from cluster.planner.performance import Performance
+from cluster.planner.sharing import Beside, slowed
 
 MEMORY_SAMPLES = 200
 """A sample's weight falls to 1/e after so many more."""
@@ -44,22 +45,27 @@ class _Drift:
 class OnlinePerformance:
     """A performance and what measured steps say about it.
 
-    Predictions it is told of are those of `base`; `current` has the drift taken out. It belongs to
-    one model, hardware and layout, as its base does.
+    Steps are compared with those of `base` as slow as what is beside it makes them; `current` has
+    the drift taken out, and its contention still to be counted. It belongs to one model, hardware
+    and layout, as its base does.
     """
 
     def __init__(self, base: Performance) -> None:
-        self.base = base
+        self.base = self._expected = base
         self._prefill = _Drift()
         self._decode = _Drift()
 
+    def shares(self, beside: Beside) -> None:
+        """What runs beside the workers whose steps are measured from now on."""
+        self._expected = slowed(self.base, beside)
+
     def prefill_measured(self, new: int, cached: int, seconds: float) -> None:
         """A prompt's prefill took so long in its step, without its wait."""
-        self._prefill.observe(self.base.prefill_seconds(new, cached), seconds)
+        self._prefill.observe(self._expected.prefill_seconds(new, cached), seconds)
 
     def decode_measured(self, batch: int, context: float, seconds: float) -> None:
         """A decode step took so long."""
-        self._decode.observe(self.base.decode_seconds(batch, context), seconds)
+        self._decode.observe(self._expected.decode_seconds(batch, context), seconds)
 
     @property
     def current(self) -> Performance:

@@ -21,12 +21,14 @@ class PrefillCost:
 
     Attributes:
         floor: no step is shorter: the weights are read once.
+        once: on top, for each prompt that the step begins: what wakes up for it, and its handoff.
     """
 
     base: float
     per_token: float
     per_pair: float = 0.0
     floor: float = 0.0
+    once: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Performance:
         cost, steps = self.prefill, self.prefill_steps(new)
         tokens = cost.per_token * new + cost.per_pair * new * (new + 2 * cached)
         least = max(cost.floor, self._launch_seconds(math.ceil(new / steps)))
-        return max(least * steps, cost.base * steps + tokens)
+        return cost.once + max(least * steps, cost.base * steps + tokens)
 
     def prefill_steps(self, new: int) -> int:
         """In how many steps so many tokens are computed."""
@@ -201,6 +203,7 @@ class Performance:
                 self.prefill.per_token * prefill,
                 self.prefill.per_pair * prefill,
                 self.prefill.floor * prefill,
+                self.prefill.once * prefill,
             ),
             launch=self.launch
             and replace(

@@ -21,6 +21,7 @@ from cluster.planner.hysteresis import Hysteresis
 from cluster.planner.outlook import Outlook
 from cluster.planner.performance import Performance
 from cluster.planner.reasons import inputs_of, spoken_load, spoken_shortfall
+from cluster.planner.sharing import NOTHING, Beside
 from cluster.planner.sizing import Sizing, shortfalls, size_split, size_whole
 from cluster.planner.state import (
     ClassTargets,
@@ -69,6 +70,12 @@ class Planner:
         self._leaning: deque[int] = deque(maxlen=LEAN_STEPS)
         self._manual: dict[Role, int] = {}
         self._no_new_until = -math.inf
+        self._beside = NOTHING
+
+    @property
+    def beside(self) -> Beside:
+        """What the workers there had beside them on their cores, at the last decision."""
+        return self._beside
 
     @property
     def policy(self) -> Policy:
@@ -102,6 +109,7 @@ class Planner:
             return self._held(now, observed, have, held)
         self._outlook.learn(observed)
         load = self._load(observed)
+        self._beside = self._come(load, observed).beside(have)
         reasons = [spoken_load(load)]
         stuck = self._stuck(now, observed.workers)
         most = self.policy.max_workers
@@ -192,6 +200,13 @@ class Planner:
         )
         targets = {k: self._targets.get(k) or self._targets[""] for k in demands}
         return Load(self._performance, demands, targets, self._chunk)
+
+    @staticmethod
+    def _come(load: Load, observed: Observed) -> Load:
+        """The same at the rates that were observed."""
+        seen = {k: t.rate for k, t in observed.traffic.items()}
+        demands = {k: replace(d, rate=seen.get(k, 0.0)) for k, d in load.demands.items()}
+        return replace(load, demands=demands)
 
     def _kept(self, load: Load, most: int) -> Counts:
         """What would be enough for the rates that have come, in the mode that is on."""

@@ -99,10 +99,11 @@ def wait_mgc(rate: float, servers: int, mean: float, scv: float, arrival_scv: fl
 
 
 def poisson_at_most(mean: float, limit: float) -> float:
-    """P(N ≤ limit) for a Poisson N: exact for small means, normal beyond 100."""
-    if limit < 0:
+    """P(N ≤ limit) for a Poisson N: exact for small means, normal beyond 100; either may be
+    infinite."""
+    if limit < 0 or math.isinf(mean):
         return 0.0
-    if mean <= 0:
+    if mean <= 0 or math.isinf(limit):
         return 1.0
     count = math.floor(limit)
     if mean > 100:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from cluster.planner.capacity import Attainment, Load
 from cluster.planner.state import Counts, Shortfall
@@ -14,6 +15,11 @@ ENDLESS = 10**6
 ROOM = 0.4
 """The part of what a goal lets miss that must be left for waiting; beside it, prompts too long for
 any worker may be missed."""
+
+TRIED = 45
+"""Of the workers that share a host, so many splits at most: all of up to ten workers."""
+CLEARLY = 0.005
+"""A share that is worth more workers where none are enough."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ def size_split(load: Load, most: int, minimum: int = 1) -> Sizing | None:
     """
     if most < 2 * minimum:
         return None
+    if load.shares_cores:
+        return _fitting(load, _splits(minimum, most))
     goals = _goals(load, load.split(ENDLESS, ENDLESS))
     both = {kind: each.both for kind, each in goals.items()}
 
@@ -69,6 +77,8 @@ def size_split(load: Load, most: int, minimum: int = 1) -> Sizing | None:
 
 def size_whole(load: Load, most: int, minimum: int = 1) -> Sizing:
     """The fewest aggregated workers, or all that the budget has."""
+    if load.shares_cores:
+        return _fitting(load, (Counts(both=n) for n in range(minimum, most + 1)))
     goals = {
         kind: _within(load.targets[kind].share, each.both, load.targets[kind].share)
         for kind, each in load.whole(ENDLESS).items()
@@ -76,6 +86,31 @@ def size_whole(load: Load, most: int, minimum: int = 1) -> Sizing:
     fewest = _fewest(lambda workers: _reaches(goals, load.whole(workers)), minimum, most)
     workers = most if fewest is None else fewest
     return _sizing(load, Counts(both=workers), load.whole(workers))
+
+
+def _fitting(load: Load, tried: Iterable[Counts]) -> Sizing:
+    """The first of these, fewest workers first, with which every class meets its targets; else the
+    one that serves the worst class best. On shared cores each worker slows the others, so that more
+    may serve less, and all are tried."""
+    best: Sizing | None = None
+    for counts in islice(tried, TRIED):
+        predicted = (
+            load.whole(counts.both) if counts.both else load.split(counts.prefill, counts.decode)
+        )
+        sizing = _sizing(load, counts, predicted)
+        if sizing.enough:
+            return sizing
+        if best is None or sizing.worst > best.worst + CLEARLY:
+            best = sizing
+    assert best is not None, "a budget has room for one worker of each role in use"
+    return best
+
+
+def _splits(minimum: int, most: int) -> Iterator[Counts]:
+    """All that a budget has room for, fewest workers first."""
+    for total in range(2 * minimum, most + 1):
+        for prefill in range(minimum, total - minimum + 1):
+            yield Counts(prefill=prefill, decode=total - prefill)
 
 
 def _best_split(load: Load, most: int, minimum: int) -> Sizing:

@@ -6,6 +6,7 @@
     call         one call: what a servicer method sees as its context
     client       a connection to a server, and the calls on it
     plain_data   DATA frames that come, taken past h2
+    known_blocks headers of calls that came before, likewise
     sending      a call's messages on their way out
     inbox        a call's incoming messages, bounded by flow control
     headers      metadata, deadlines, statuses in their wire form

@@ -11,14 +11,17 @@ from typing import Any
 import h2.events as events
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
+from h2.stream import H2Stream
 
 from cluster.rpc.abuse import Abuse
 from cluster.rpc.call import Call
 from cluster.rpc.endpoint import Endpoint
 from cluster.rpc.headers import BEGIN, BEGIN_PACKED, OK, OK_PACKED, Headers
 from cluster.rpc.inbox import Inbox
+from cluster.rpc.known_blocks import KnownBlocks
 from cluster.rpc.limits import Limits
-from cluster.rpc.opening import Methods, Refused, opening
+from cluster.rpc.opening import Methods, Opening, Refused, opening
+from cluster.rpc.plain_data import Opened
 from cluster.rpc.protocol import bound_header_table, goaway, server_side
 
 
@@ -39,7 +42,8 @@ class Connection(Endpoint):
         closed: Callable[[Connection], None],
     ) -> None:
         self._abuse = Abuse()
-        super().__init__(server_side(limits), limits, self._abuse.answered)
+        self._blocks = KnownBlocks()
+        super().__init__(server_side(limits), limits, self._abuse.answered, self._blocks)
         self._methods = methods
         self._names_of = names
         self._names: tuple[str, ...] = ()
@@ -168,18 +172,33 @@ class Connection(Endpoint):
                     self._close()
 
     def _open(self, event: events.RequestReceived) -> None:
-        stream_id = event.stream_id
-        stream = self._h2.streams.get(stream_id)
-        if stream is None or self._closing:
-            return  # It was reset in the same breath.
-        if self._draining:
-            self._reset(stream_id, ErrorCodes.REFUSED_STREAM)  # A client may try another server.
+        stream = self._stream(event.stream_id)
+        if stream is None:
             return
         try:
             asked = opening(event.headers, self._methods, self._limits.metadata_bytes)
         except Refused as refused:
-            self._refuse(stream_id, refused.headers)
+            self._refuse(event.stream_id, refused.headers)
             return
+        self._blocks.learn(self._h2, stream, asked)
+        self._begin_call(stream, asked)
+
+    def _begun(self, opened: Opened) -> None:
+        if stream := self._stream(opened.stream_id):
+            self._begin_call(stream, opened.asked)
+
+    def _stream(self, stream_id: int) -> H2Stream | None:
+        """Where a call may begin; None: it may not."""
+        stream = self._h2.streams.get(stream_id)
+        if stream is None or self._closing:
+            return None  # It was reset in the same breath.
+        if self._draining:
+            self._reset(stream_id, ErrorCodes.REFUSED_STREAM)  # A client may try another server.
+            return None
+        return stream
+
+    def _begin_call(self, stream: H2Stream, asked: Opening) -> None:
+        stream_id = stream.stream_id
         inbox = Inbox(
             self._limits.message_bytes, asked.encoding, partial(self._received, stream_id)
         )

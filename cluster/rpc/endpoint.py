@@ -17,9 +17,10 @@ from h2.stream import StreamInputs
 
 from cluster.rpc.alive import Alive
 from cluster.rpc.headers import Headers
+from cluster.rpc.known_blocks import KnownBlocks
 from cluster.rpc.limits import Limits
 from cluster.rpc.outgoing import END_HEADERS, END_STREAM, HEADERS, PREFIX_SIZE, Outgoing
-from cluster.rpc.plain_data import Data, Grown, check_unfinished, parts, taken
+from cluster.rpc.plain_data import Data, Grown, Opened, check_unfinished, parts, taken
 from cluster.rpc.sending import Flow
 
 LINGER_SECONDS = 5.0
@@ -42,10 +43,18 @@ class Endpoint(asyncio.Protocol, ABC):
 
     Args:
         said: called when something of a call leaves.
+        known: at a server's end.
     """
 
-    def __init__(self, protocol: H2Connection, limits: Limits, said: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        protocol: H2Connection,
+        limits: Limits,
+        said: Callable[[], None],
+        known: KnownBlocks | None = None,
+    ) -> None:
         self._h2 = protocol
+        self._known = known
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -64,6 +73,9 @@ class Endpoint(asyncio.Protocol, ABC):
     @abstractmethod
     def _data(self, stream_id: int, data: bytes, flow: int) -> None:
         """Bytes of a call, which count as `flow` bytes; the stream may be gone."""
+
+    def _begun(self, opened: Opened) -> None:
+        """The peer has opened a stream, with headers that are known; a client's never does."""
 
     @abstractmethod
     def _half_closed(self, stream_id: int) -> None:
@@ -107,7 +119,7 @@ class Endpoint(asyncio.Protocol, ABC):
         if self._alive is not None:
             self._alive.heard = True
         try:
-            for part in parts(self._h2, data):
+            for part in parts(self._h2, data, self._known):
                 if isinstance(part, Data):
                     self._data(part.stream_id, part.data, len(part.data))
                     if part.last:
@@ -115,6 +127,9 @@ class Endpoint(asyncio.Protocol, ABC):
                     continue
                 if isinstance(part, Grown):
                     self._window_grown(part.stream_id)
+                    continue
+                if isinstance(part, Opened):
+                    self._begun(part)
                     continue
                 received = self._h2.receive_data(part)
                 # The peer counts by its new settings once it has our word for them: that goes

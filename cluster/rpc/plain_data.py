@@ -1,5 +1,6 @@
 """DATA and WINDOW_UPDATE frames taken past h2: one carries a token, or a request, the other is what
-a client says after every few of them, and h2 takes five times as long.
+a client says after every few of them, and h2 takes five times as long. So are headers of a call
+that came before.
 
 Only where nothing can be out of order: whole frames without padding, on streams that are open in
 that direction, within their windows. Everything else is h2's, which also answers what is wrong.
@@ -15,7 +16,9 @@ from h2.exceptions import FrameTooLargeError
 from h2.stream import H2Stream, StreamInputs, StreamState
 from h2.windows import WindowManager
 
-from cluster.rpc.outgoing import DATA, END_STREAM, FRAME
+from cluster.rpc.known_blocks import KnownBlocks
+from cluster.rpc.opening import Opening
+from cluster.rpc.outgoing import DATA, END_HEADERS, END_STREAM, FRAME, HEADERS
 
 WINDOW_UPDATE, WINDOW_UPDATE_BYTES = 8, 4
 MAX_WINDOW = (1 << 31) - 1
@@ -33,15 +36,28 @@ class Data(NamedTuple):
     last: bool
 
 
+class Opened(NamedTuple):
+    """A stream with headers that are known."""
+
+    stream_id: int
+    asked: Opening
+
+
 class Grown(NamedTuple):
     """The peer takes more on a stream; 0: on the connection."""
 
     stream_id: int
 
 
-def parts(protocol: H2Connection, data: bytes) -> Iterator[Data | Grown | bytes]:
+def parts(
+    protocol: H2Connection, data: bytes, known: KnownBlocks | None = None
+) -> Iterator[Opened | Data | Grown | bytes]:
     """What came, in its order: frames that were counted, and what is for h2, which has to take each
-    part before the next one is asked for."""
+    part before the next one is asked for.
+
+    Args:
+        known: at a server's end; a block that may become known is a part of its own.
+    """
     start = at = 0
     longest = protocol.max_inbound_frame_size
     while _at_a_frame(protocol) and len(data) - at >= FRAME.size:
@@ -50,7 +66,7 @@ def parts(protocol: H2Connection, data: bytes) -> Iterator[Data | Grown | bytes]
         end = at + FRAME.size + size
         if size > longest or end > len(data):
             break
-        if kind not in (DATA, WINDOW_UPDATE):
+        if kind not in (DATA, WINDOW_UPDATE) and (known is None or kind != HEADERS):
             at = end
             continue
         if at > start:
@@ -65,6 +81,10 @@ def parts(protocol: H2Connection, data: bytes) -> Iterator[Data | Grown | bytes]
         elif kind == WINDOW_UPDATE and not flags and _grow(protocol, stream_id, content):
             start = end
             yield Grown(stream_id)
+        elif kind == HEADERS and known is not None and flags == END_HEADERS:
+            asked = known.open(protocol, stream_id, content)
+            start = end
+            yield data[at:end] if asked is None else Opened(stream_id, asked)
         at = end
     if start < len(data):
         yield data[start:]

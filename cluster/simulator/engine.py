@@ -20,7 +20,7 @@ from cluster.planner.performance import Launch, Performance, StepKind
 from cluster.simulator.job import Job
 from cluster.simulator.prefix_cache import PrefixCache
 from cluster.simulator.run import Run
-from cluster.simulator.step import Finished, Step, start, tokens_of
+from cluster.simulator.step import Finished, Step, begun_by, start, tokens_of
 from router.output import Stage
 
 
@@ -237,7 +237,9 @@ class Engine:
             batch = len(self._decoding) if self.limits.mixes else 0
             prompts = tokens_of(self._chunks)
             context = self._context if batch else 0
-            self._run.begin(now, 1, self.performance.mixed_seconds(prompts, batch, context))
+            begun = begun_by(self._chunks)
+            seconds = self.performance.mixed_seconds(prompts, batch, context)
+            self._run.begin(now, 1, seconds + begun * self.performance.prefill.once)
         elif self._decoding:
             batch = len(self._decoding)
             cost = self.performance.decode_cost(batch)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from cluster.errors import InvalidRequest, Unavailable
-from cluster.planner.performance import Contention
+from cluster.planner.sharing import ALONE
 from cluster.simulator.events import Agenda
 from cluster.simulator.job import Attempt, Job
 from cluster.simulator.placing import Placing
@@ -15,8 +15,6 @@ from cluster.simulator.workload import Arrival
 from router.events import Event, Output, WorkerFailed
 from router.output import FinishReason, Stage, WorkerReport
 from router.placement import Target
-
-_ALONE = Contention()
 
 
 class Serving:
@@ -113,7 +111,7 @@ class Serving:
 
     def _watch(self, worker: VirtualWorker) -> None:
         """What it does has changed: so may the pace of those that share its host."""
-        if worker.engine.performance.contention != _ALONE:
+        if worker.engine.performance.contention != ALONE:
             for moved in self._share_host():
                 self._schedule(moved)
         self._schedule(worker)

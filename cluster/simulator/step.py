@@ -57,3 +57,8 @@ def start(
 def tokens_of(chunks: list[tuple[Job, int]]) -> list[tuple[int, int]]:
     """Of each chunk that was just planned: new tokens, and those cached or computed before."""
     return [(new, job.computed + job.planned - new) for job, new in chunks]
+
+
+def begun_by(chunks: list[tuple[Job, int]]) -> int:
+    """How many of these chunks, which were just planned, are the first of their prompt."""
+    return sum(job.computed + job.planned - new == job.cached for job, new in chunks)

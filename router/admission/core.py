@@ -41,6 +41,7 @@ class Admission:
         self._policy = policy
         self._tenants = TenantBook(policy)
         self._queues = {c: ClassQueue(lambda t: self._policy.tenant(t).weight) for c in SloClass}
+        self._waiting = 0
         self._usage = Usage(policy.max_running)
         self._last_start = dict.fromkeys(SloClass, -math.inf)
         self._pace = StartPace()
@@ -60,7 +61,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        return sum([len(queue) for queue in self._queues.values()])
+        return self._waiting
 
     def queued_in(self, slo_class: SloClass) -> int:
         return len(self._queues[slo_class])
@@ -92,7 +93,7 @@ class Admission:
             self._check_queue(offer.slo_class)
         if not fits or queue.has_before(offer, self._is_long(offer)):
             self._check_in_time(now, offer)
-        queue.push(now, offer, self._is_long(offer))
+        self._push(now, offer)
         self._tenants.queued(now, offer.tenant, offer.cost)
 
     def pump(self, now: float, capacities: Mapping[str, Capacity]) -> list[Effect]:
@@ -148,6 +149,7 @@ class Admission:
         for queue in self._queues.values():
             if request_id in queue:
                 offer = queue.remove(request_id)
+                self._waiting -= 1
                 self._tenants.left(offer.tenant, ran=False)
                 self._tenants.charge(now, offer.tenant, tokens - offer.cost)
 
@@ -196,6 +198,7 @@ class Admission:
 
     def _start(self, now: float, offer: Offer, promised: bool) -> None:
         self._queues[offer.slo_class].serve(offer.request_id)
+        self._waiting -= 1
         self._tenants.started(offer.tenant)
         self._pace.started(offer.cost)
         self._class_pace[offer.slo_class].started(offer.cost)
@@ -210,8 +213,11 @@ class Admission:
         offer = self._usage.end(request_id)
         assert offer is not None
         self._tenants.yields(offer.tenant)
-        offer = replace(offer, start_by=offer.deadline)  # It was in time already.
+        self._push(now, replace(offer, start_by=offer.deadline))  # It was in time already.
+
+    def _push(self, now: float, offer: Offer) -> None:
         self._queues[offer.slo_class].push(now, offer, self._is_long(offer))
+        self._waiting += 1
 
     def _is_long(self, offer: Offer) -> bool:
         return offer.prompt_tokens > self._capacity(offer).prefill_worker_tokens
@@ -246,8 +252,8 @@ class Admission:
         """Its prompt takes its time as well: of what is left until it is due, half at most."""
         expected = self._capacity(offer).prefill_seconds
         prefill = self._prefills.likely(now, offer.model, offer.uncached_tokens, expected)
-        left = max(0.0, offer.start_by - now)
-        return replace(offer, start_by=offer.start_by - min(prefill, left / 2))
+        early = min(prefill, max(0.0, offer.start_by - now) / 2)
+        return replace(offer, start_by=offer.start_by - early) if early else offer
 
     def _check_in_time(self, now: float, offer: Offer) -> None:
         """Raises Overloaded if it would start too late, or one that waits would because of it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cluster.cli import plan_calls, profile, record
+from cluster.cli import plan_calls, profile, profile_requests, record
 from cluster.cli.access import channel
 from cluster.cli.steer import Steering
 from cluster.cli.terminal import Terminal
@@ -158,7 +158,10 @@ async def test_requests_are_recorded_without_their_text(tmp_path: Path) -> None:
         assert await asyncio.to_thread(record.past, address, TOKEN, 60.0, "another") == ()
 
 
-async def test_a_profile_finds_the_engines_own_times(tmp_path: Path) -> None:
+async def test_a_profile_finds_the_engines_own_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile_requests, "REST_SECONDS", 0.0)  # it is the same to simulated ones
     settings = config({"speed": 0.5}, placement={"disaggregate": "always"})
     async with simulated_cluster(tmp_path, ROLES, settings) as cluster:
         out = tmp_path / "profile.json"
@@ -180,7 +183,7 @@ async def test_a_profile_finds_the_engines_own_times(tmp_path: Path) -> None:
         assert measured.chunk == settings.models[0].max_num_batched_tokens
         assert not measured.shared
 
-        little = profile.Wanted("llama-3.1-8b", "H200", 1, "", 256, 4, out, shared=True)
+        little = profile.Wanted("llama-3.1-8b", "H200", 1, "", 128, 4, out, shared=True)
         assert await asyncio.to_thread(profile.run, Terminal(), address, TOKEN, little, True) == 0
         beside = Profile.from_json(out.read_text()).shared
         assert {sample.step for sample in beside} == {"prefill", "decode", "dispatch"}

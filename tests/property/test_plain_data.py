@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import DataReceived, StreamEnded, WindowUpdated
+from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset, WindowUpdated
+from h2.exceptions import ProtocolError
+from hpack import NeverIndexedHeaderTuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.rpc.known_blocks import KnownBlocks
 from cluster.rpc.limits import Limits
-from cluster.rpc.plain_data import Data, Grown, parts, taken
+from cluster.rpc.opening import Opening
+from cluster.rpc.plain_data import Data, Grown, Opened, parts, taken
 from cluster.rpc.protocol import server_side
 
 LIMITS = Limits(1 << 20, 10, window_bytes=1 << 18)
@@ -142,3 +147,128 @@ def test_bytes_that_were_taken_count_as_h2_counts_them(
         said = alone.data_to_send()
         assert both.data_to_send() == said
         client.receive_data(said)
+
+
+PREFACE = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+
+asked = st.tuples(
+    st.sampled_from(
+        ["open", "open", "open", "open", "again", "reset", "settings", "smaller table"]
+    ),
+    st.sampled_from(["60S", "60S", "60S", "1H", "7M", "x" * 900]),  # the last pushes others out
+    st.booleans(),
+)
+
+
+def calls(what: list[tuple[str, str, bool]]) -> bytes:
+    """What a client says that calls one method, with one deadline or another."""
+    client = H2Connection(H2Configuration(client_side=True))
+    client.initiate_connection()
+    streams: list[int] = []
+    for kind, timeout, length in what:
+        if kind in ("open", "again") or not streams:
+            stream = client.get_next_available_stream_id()
+            more = [("content-length", "3")] if length else []
+            # Only deadlines go into the table, so that the same place comes to mean another one.
+            kept_out = [NeverIndexedHeaderTuple(name, value) for name, value in HEADERS]
+            client.send_headers(stream, [*kept_out, ("grpc-timeout", timeout), *more])
+            client.send_data(stream, b"abc", end_stream=True)
+            streams.append(stream)
+        elif kind == "reset":
+            client.reset_stream(streams.pop())
+        elif kind == "settings":
+            client.update_settings({4: 1000})
+        else:
+            client.encoder.header_table_size = 200
+    raw = client.data_to_send()
+    if any(kind == "again" for kind, _, _ in what):  # a stream that was there already
+        raw += [frame for frame in frames(raw) if frame[3] == 1][-1]
+    return raw
+
+
+def frames(raw: bytes) -> Iterator[bytes]:
+    """The preface, then each frame."""
+    yield raw[:PREFACE]
+    at = PREFACE
+    while at < len(raw):
+        end = at + 9 + int.from_bytes(raw[at : at + 3])
+        yield raw[at:end]
+        at = end
+
+
+class Calls:
+    """What came of them at a server's end; h2 tells of headers, which stand for what they ask."""
+
+    def __init__(self, known: KnownBlocks | None) -> None:
+        self.protocol = begun()
+        self.known = known
+        self.seen: list[Any] = []
+        self.short = 0
+
+    def hear(self, raw: bytes) -> None:
+        """h2 alone takes one frame after the other: what it had understood before one that is wrong
+        would be lost."""
+        heard = (raw[:PREFACE], raw[PREFACE:]) if self.known else frames(raw)
+        try:
+            for data in heard:
+                for part in parts(self.protocol, data, self.known) if self.known else (data,):
+                    self._part(part)
+        except ProtocolError as error:
+            self.seen.append(type(error))
+
+    def _part(self, part: Any) -> None:
+        if isinstance(part, Opened):
+            self.seen.append((part.stream_id, part.asked))
+            self.short += 1
+        elif isinstance(part, Data):
+            self.seen.append((part.stream_id, part.data))
+        elif isinstance(part, bytes):
+            for event in self.protocol.receive_data(part):
+                self._event(event)
+
+    def _event(self, event: Any) -> None:
+        if isinstance(event, RequestReceived):
+            headers = cast(Opening, tuple(event.headers))
+            self.seen.append((event.stream_id, headers))
+            stream = self.protocol.streams.get(event.stream_id)
+            if self.known is not None and stream is not None:
+                self.known.learn(self.protocol, stream, headers)
+        elif isinstance(event, DataReceived):
+            self.seen.append((event.stream_id, event.data))
+        elif isinstance(event, StreamReset):
+            self.seen.append(event.stream_id)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(asked, min_size=1, max_size=30))
+def test_calls_with_known_headers_are_opened_as_h2_opens_them(
+    what: list[tuple[str, str, bool]],
+) -> None:
+    """More of them than may be open, too."""
+    alone, both = Calls(None), Calls(KnownBlocks())
+    raw = calls(what)
+    alone.hear(raw)
+    both.hear(raw)
+    assert both.seen == alone.seen
+    assert both.protocol.streams.keys() == alone.protocol.streams.keys()
+    states = [
+        {n: s.state_machine.state for n, s in e.protocol.streams.items()} for e in (alone, both)
+    ]
+    assert states[0] == states[1]
+    assert both.protocol.data_to_send() == alone.protocol.data_to_send()
+
+
+def test_the_same_place_in_the_table_may_come_to_mean_another_header() -> None:
+    alone, both = Calls(None), Calls(KnownBlocks())
+    raw = calls([("open", timeout, False) for timeout in ("60S", "60S", "60S", "1H", "1H", "1H")])
+    alone.hear(raw)
+    both.hear(raw)
+    assert both.short == 2
+    assert both.seen == alone.seen
+
+
+def test_a_call_that_came_before_is_known() -> None:
+    both = Calls(KnownBlocks())
+    both.hear(calls([("open", "60S", False)] * 5))
+    assert both.short == 3  # the first fills the table, the second is learned
+    assert [stream for stream, _ in both.seen[::2]] == [1, 3, 5, 7, 9]

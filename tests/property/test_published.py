@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,24 +73,37 @@ def distserve() -> Deployment:
     )
 
 
+@cache
+def simulated(rate: float) -> list[Outcome]:
+    """What ours makes of the arrivals of the real DistServe's run at that rate."""
+    arrivals, _ = measured("distserve")[rate]
+    return World(distserve()).run(arrivals)
+
+
 def test_attainment_is_that_of_the_real_distserve_within_three_points() -> None:
     """Seven rates, 1 to 4 requests/s and GPU; TTFT ≤ 0.25 s and TPOT ≤ 0.1 s."""
     targets = Targets(0.25, 0.1)
     runs = measured("distserve")
     assert sorted(runs) == [3, 4.5, 6, 7.5, 9, 10.5, 12]
-    for rate, (arrivals, real) in runs.items():
-        simulated = World(distserve()).run(arrivals)
-        off = 100 * (attainment(simulated, targets) - attainment(real, targets))
+    for rate, (_, real) in runs.items():
+        off = 100 * (attainment(simulated(rate), targets) - attainment(real, targets))
+        assert abs(off) <= 3, f"{off:+.1f} points at {rate} requests/s"
+
+
+def test_distserves_row_of_its_table_2_is_met_within_three_points() -> None:
+    """At TTFT 0.5 s and TPOT 0.13 s, found by search: its targets are not stated with it."""
+    table = {3: 100, 4.5: 100, 6: 99.3, 7.5: 87.3, 9: 83.0, 10.5: 77.3, 12: 70.0}
+    for rate, real in table.items():
+        off = 100 * attainment(simulated(rate), Targets(0.5, 0.13)) - real
         assert abs(off) <= 3, f"{off:+.1f} points at {rate} requests/s"
 
 
 def test_ttft_percentiles_are_those_of_the_real_distserve() -> None:
-    for arrivals, real in measured("distserve").values():
-        simulated = World(distserve()).run(arrivals)
-        assert ttft(simulated).p50 == pytest.approx(ttft(real).p50, rel=0.12)
-        assert ttft(simulated).p90 == pytest.approx(ttft(real).p90, rel=0.12)
+    for rate, (_, real) in measured("distserve").items():
+        assert ttft(simulated(rate)).p50 == pytest.approx(ttft(real).p50, rel=0.12)
+        assert ttft(simulated(rate)).p90 == pytest.approx(ttft(real).p90, rel=0.12)
         # Its decode loop costs more than the steps it was fitted to: 20 to 30 % at the median.
-        assert 0.68 < tpot(simulated).p50 / tpot(real).p50 < 1.0
+        assert 0.68 < tpot(simulated(rate)).p50 / tpot(real).p50 < 1.0
 
 
 def fixed(seconds: float) -> Performance:

@@ -132,7 +132,7 @@ def test_littles_law(arrivals: list[Arrival], deployment: Deployment) -> None:
 def test_work_is_conserved(arrivals: list[Arrival], workers: int) -> None:
     """Where batching saves nothing, the workers are busy for exactly the work that came."""
     linear = Performance(
-        PrefillCost(0.0, 2e-5),
+        PrefillCost(0.0, 2e-5, once=0.003),
         DecodeCost(0.001, 0.0),
         DecodeCost(0.001, 0.0),
         10**9,
@@ -144,11 +144,11 @@ def test_work_is_conserved(arrivals: list[Arrival], workers: int) -> None:
     world = World(Deployment(linear, prefill=workers, decode=1))
     outcomes = world.run(ones)
     busy = sum(w.engine.busy_seconds for w in world.fleet.workers.values())
-    assert busy == pytest.approx(sum(2e-5 * a.prompt for a in ones))
+    assert busy == pytest.approx(sum(0.003 + 2e-5 * a.prompt for a in ones))
     if workers == 1 and ones:  # one server idles only when nothing waits: Lindley's recursion
         free = 0.0
         for arrival in ones:
-            free = max(free, arrival.at) + 2e-5 * arrival.prompt
+            free = max(free, arrival.at) + 0.003 + 2e-5 * arrival.prompt
         assert max(o.ended_at for o in outcomes) == pytest.approx(free)
 
 

@@ -124,6 +124,23 @@ def test_prompts_of_several_steps_are_fitted_as_such() -> None:
     )
 
 
+def test_what_a_prompt_takes_once_is_told_from_its_steps() -> None:
+    start = replace(roofline(LLAMA, H200), chunk=512)
+    start = replace(start, prefill=PrefillCost(0.003, 5e-5, 1e-9, 0.001, once=0.012))
+    samples = tuple(
+        PrefillSample(n, c, start.prefill_seconds(n, c))
+        for n, c in ((32, 0), (128, 0), (512, 0), (256, 256), (1024, 0), (1900, 0))
+    )
+    profile = replace(MEASURED, prefill=samples, chunk=512)
+    worker = calibrate(roofline(LLAMA, H200), profile).performance
+    assert worker.prefill.once == pytest.approx(0.012)
+    assert worker.prefill.base == pytest.approx(0.003)
+    assert worker.scaled(prefill=2.0).prefill.once == pytest.approx(0.024)
+    # Where every prompt is one step there is nothing to tell them apart by.
+    short = replace(profile, prefill=samples[:4])
+    assert calibrate(roofline(LLAMA, H200), short).performance.prefill.once == 0.0
+
+
 def test_launches_are_told_from_computing() -> None:
     start = replace(roofline(LLAMA, H200), launch=Launch(256, 0.019, 0.041))
     start = replace(start, prefill=PrefillCost(0.005, 2.2e-5, 3e-10))

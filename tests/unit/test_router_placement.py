@@ -142,10 +142,12 @@ def test_split_where_a_long_prompt_would_stall_many() -> None:
 def test_the_share_of_prompts_is_known_though_a_worker_was_seen_for_seconds_only() -> None:
     made = two_of_each()
     for now in range(4):
-        made.busy(float(now))
+        made.load(float(now))
         for slot, seconds in ((0, 0.6), (1, 0.2)):
             made.take(float(now), Share(slot, Stage.PREFILL, 1000, 100.0, seconds))
-    assert made.busy(4.0)[:2] == pytest.approx([0.46, 0.15], abs=0.02)  # one second counts as idle
+    busy = made.load(4.0)[0]
+    assert busy[:2] == pytest.approx([0.46, 0.15], abs=0.02)  # one second counts as idle
+    assert [made.busy_of(4.0, slot) for slot in (0, 1)] == pytest.approx(busy[:2])
 
 
 def test_prompts_that_come_in_large_lumps_are_the_greater_risk_to_a_decode() -> None:
@@ -158,7 +160,7 @@ def test_prompts_that_come_in_large_lumps_are_the_greater_risk_to_a_decode() -> 
             made.release(0.0, share)
     demand = replace(DEMAND, tpot_seconds=0.025)
     by_id = {name: made.slot_of(Target(name, "x")) for name, _ in PAIRS}
-    made.busy(-9.0)
+    made.load(-9.0)
     costs = RowCosts(made).of(0.0, demand, by_id)
     assert costs.whole_tpot[0] == pytest.approx(costs.whole_tpot[1])
     assert costs.whole[0] > costs.whole[1] + 0.2
@@ -175,7 +177,7 @@ def test_what_decodes_take_is_not_learned_beside_prompts_that_leave_them_no_time
     known = made.speeds.step.one(1.5, slot)
     assert known == pytest.approx(0.08, rel=0.1)
     put(made, slot, Stage.PREFILL, 10.0)
-    assert made.busy(0.0)[slot] > 0.9
+    assert made.busy_of(0.0, slot) > 0.9
     learn(made, 0.0, "m", decision.chosen, shares, seen)
     assert made.speeds.step.one(1.5, slot) == known
 
