@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import itertools
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,41 @@ async def test_a_device_that_has_no_memory_now_is_no_reason_for_ever(
         assert not pool._grpc.opened, "no push waits at the peer for a link"
     assert pool._grpc.cancelled == 1, "the peer waits for nobody"
     assert not pool._links and pool._failed
+
+
+@pytest.mark.parametrize("required", [False, True])
+async def test_a_peer_that_cannot_be_linked_is_tried_more_and_more_seldom(
+    required: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL keeps something of each try in vain, for ever."""
+    pool: Any = transport(required=required)
+    now, tries = [0.0], list[float]()
+    monkeypatch.setattr(nccl, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def refused(peer: Peer) -> Made:
+        tries.append(now[0])
+        raise HandoffRefused("there are 16 links already")
+
+    monkeypatch.setattr(pool, "_make", refused)
+    refusal = pytest.raises(HandoffRefused, match="16 links")
+    for second in range(0, 3 * 3600, 5):
+        now[0] = second
+        for _ in range(3):
+            with refusal if required else contextlib.nullcontext():
+                assert (await pool.open(peer(0), "a" * 32)).transport == "grpc"
+            await asyncio.sleep(0)
+    gaps = [later - before for before, later in itertools.pairwise(tries)]
+    assert gaps[:4] == [5, 10, 20, 40] and set(gaps[10:]) == {3600}
+
+    async def make(peer: Peer) -> Made:
+        return Made(now[0])
+
+    monkeypatch.setattr(pool, "_make", make)
+    now[0] += 3600
+    for _ in range(2):
+        last = await pool.open(peer(0), "a" * 32)
+        await asyncio.sleep(0)
+    assert last.transport == "nccl" and not pool._failed
 
 
 @pytest.mark.parametrize(

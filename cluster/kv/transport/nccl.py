@@ -11,6 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
+from dataclasses import dataclass
 
 from cluster.errors import HandoffRefused
 from cluster.kv.doorkeeper import Terms
@@ -32,8 +33,10 @@ log = logging.getLogger(__name__)
 
 SLOT_BYTES = 64 << 20
 """Larger payloads take less of the engines' Python, smaller ones less memory."""
-RETRY_SECONDS = 60.0
-"""A peer that could not be linked is tried again so long after."""
+RETRY_SECONDS = 5.0
+"""A peer that could not be linked is tried again so long after, then after twice as long …"""
+LONGEST_RETRY_SECONDS = 3600.0
+"""… up to this: of each try in vain NCCL keeps a thread and a socket that await the peer."""
 IDLE_SECONDS = 600.0
 
 
@@ -46,6 +49,25 @@ def nccl_available(cache: PagedCache) -> str:
     except OSError as error:
         return f"libnccl cannot be loaded: {error}"
     return ""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a peer could not be linked.
+
+    Attributes:
+        until: no try before; CLOCK_MONOTONIC seconds.
+        pause: seconds from the try to then.
+    """
+
+    why: str
+    until: float
+    pause: float
+
+    @classmethod
+    def after(cls, last: _Failure | None, why: str) -> _Failure:
+        pause = RETRY_SECONDS if last is None else min(2 * last.pause, LONGEST_RETRY_SECONDS)
+        return cls(why, time.monotonic() + pause, pause)
 
 
 class NcclTransport:
@@ -79,7 +101,7 @@ class NcclTransport:
         frame_bytes = max(min(SLOT_BYTES, links.memory_bytes // 2), cache.block_bytes)
         self.frame_bytes = _aligned(frame_bytes, cache.block_bytes)
         self._links: dict[Peer, asyncio.Task[OutboundLink]] = {}
-        self._failed: dict[Peer, float] = {}
+        self._failed: dict[Peer, _Failure] = {}
 
     async def start(self, serve: Serve) -> str:
         self._inbound = InboundLinks(self._signer, self._terms, self._link_terms)
@@ -101,7 +123,10 @@ class NcclTransport:
         self._drop_dead()
         task = self._links.get(peer)
         if task is None:
-            if not self._required and time.monotonic() < self._failed.get(peer, 0.0):
+            failed = self._failed.get(peer)
+            if failed is not None and time.monotonic() < failed.until:
+                if self._required:
+                    raise HandoffRefused(failed.why)
                 return None
             if not self._has_room():
                 if self._required:
@@ -111,11 +136,13 @@ class NcclTransport:
         if not self._required and not task.done():
             return None
         try:
-            return await asyncio.shield(task)
+            made = await asyncio.shield(task)
+            self._failed.pop(peer, None)
+            return made
         except Exception as error:  # the device's, too: it may have had no memory just then
-            if self._links.get(peer) is task:
+            if self._links.get(peer) is task:  # the first that hears of it
                 del self._links[peer]
-            self._failed[peer] = time.monotonic() + RETRY_SECONDS
+                self._failed[peer] = _Failure.after(self._failed.get(peer), str(error))
             if self._required:
                 raise HandoffRefused(str(error)) from error
             log.warning("%s is reached over gRPC: %s", peer.worker_id, error)
