@@ -32,31 +32,12 @@ from cluster.errors import HandoffRefused
 from cluster.kv.milestones import Fence, Milestones
 from cluster.kv.transport.checksums import AT_ONCE_BYTES, DeviceSum
 from cluster.kv.transport.link_slots import LinkSlots
+from cluster.kv.transport.link_streams import STREAMS
 from cluster.kv.transport.nccl_library import Communicator, NcclError, PeerMemory
 from cluster.kv.transport.staging import Slot
 
 log = logging.getLogger(__name__)
 
-
-class _Streams:
-    """Streams of links, used again: torch has 32 of a priority and deals them out in turn. The
-    engine's are of another priority, so a link never waits in one of those."""
-
-    def __init__(self) -> None:
-        self._free: list[Any] = []
-
-    def take(self, device: torch.device) -> Any:
-        for stream in self._free:
-            if stream.device == device:
-                self._free.remove(stream)
-                return stream
-        return torch.cuda.Stream(device, priority=-1)
-
-    def give_back(self, *streams: Any) -> None:
-        self._free.extend(streams)
-
-
-_streams = _Streams()
 
 MAX_LINKS = 16
 """That an agent has each way."""
@@ -115,7 +96,7 @@ class Link:
         self.puts = False
         self.broken = ""
         self.used_at = time.monotonic()
-        self.copies, self._wire = _streams.take(device), _streams.take(device)
+        self.copies, self._wire = STREAMS.take(device), STREAMS.take(device)
         self._milestones = Milestones("link", device)
         self._under_way: deque[tuple[float, Any]] = deque()
         self._aborting: asyncio.Future[None] | None = None
@@ -266,7 +247,7 @@ class Link:
         log.info("link aborted: %s", self.broken)
         self._watcher.cancel()
         self._aborting = _in_a_thread(self._abort)
-        self._aborting.add_done_callback(lambda _: _streams.give_back(self.copies, self._wire))
+        self._aborting.add_done_callback(lambda _: STREAMS.give_back(self.copies, self._wire))
         if self._slots is not None:
             self._slots.close(self.broken)
         for call in self._when_down:
