@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -39,7 +40,11 @@ def start(exit_code: int | None = None) -> tuple[subprocess.Popen[str], list[psu
     )
     assert guardian.stdout is not None
     pids = [int(pid) for pid in guardian.stdout.readline().split()]
-    return guardian, [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    living = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            living.append(psutil.Process(pid))
+    return guardian, living
 
 
 def all_gone(processes: list[psutil.Process], seconds: float = 10.0) -> bool:
