@@ -23,5 +23,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--transport",
         choices=["grpc", "nccl"],
         default="grpc",
-        help="how their KV crosses; nccl: for two GPUs",
+        help="how their KV crosses; nccl: between two GPUs, or on CPUs all of it but NCCL itself",
     )

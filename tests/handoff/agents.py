@@ -49,7 +49,10 @@ def random_cache(seed: int, times: int = 1, worker: str = "prefill") -> PagedCac
     shape = (BLOCKS, HEADS, TOKENS, CONTENT * times)
     layers = (torch.rand(shape, generator=generator) for _ in range(LAYERS))
     device = WHERE.of(worker)
-    return PagedCache({f"layer.{i}": layer.to(device) for i, layer in enumerate(layers)})
+    cache = PagedCache({f"layer.{i}": layer.to(device) for i, layer in enumerate(layers)})
+    if WHERE.transport != "grpc":
+        cache._places = None  # as on a device: nothing leaves from where it lies
+    return cache
 
 
 GEOMETRY = KvGeometry(1, HEADS, TOKENS)
@@ -68,7 +71,9 @@ def start_agent(
         TicketSigner(SECRET),
         Terms(name, incarnation or f"{name}-life", "layout", geometry, rank),
         vocab_size=100,
-        options=TransportOptions(WHERE.transport, "127.0.0.1", max_message_bytes, max_streams=64),
+        options=TransportOptions(
+            WHERE.transport, "127.0.0.1", max_message_bytes, max_streams=64, link_bytes=1 << 20
+        ),
     )
     agent.start()
     return agent

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from tests.handoff import memory_links
 from tests.handoff.agents import LARGE, WHERE, Decode, Prefill, random_cache, start_agent
 from tests.handoff.raw import RawPeer
 
@@ -14,9 +15,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items if WHERE.device != "cpu" else ():
+    for item in items if WHERE.device != "cpu" or WHERE.transport != "grpc" else ():
         if item.get_closest_marker("on_host"):
             item.add_marker(pytest.mark.skip(reason="about blocks that leave from host memory"))
+
+
+@pytest.fixture(autouse=True)
+def links_of_memory() -> Iterator[None]:
+    """What stands for NCCL on CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if WHERE.device == "cpu" and WHERE.transport != "grpc":
+            memory_links.install(patch, puts=True)
+        yield
 
 
 @pytest.fixture(params=[1, LARGE], ids=["copied", "in place"])

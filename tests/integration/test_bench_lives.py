@@ -43,7 +43,7 @@ def test_a_load_is_sent_at_its_times(tmp_path: Path, model: Path) -> None:
     try:
         cluster.start(60)
         clients = Clients(2, cluster.grpc_address, "tiny", 500)
-        arrivals = [Arrival(0.1 * i, 100 + i, 24 + i) for i in range(5)]
+        arrivals = [Arrival(0.1 * i, 100 + i, 250 + i) for i in range(5)]
         seen = clients.measure([*arrivals, Arrival(0.5, 5000, 3)])
     finally:
         if clients is not None:
