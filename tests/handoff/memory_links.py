@@ -1,7 +1,7 @@
 """Links between agents of one process on CPUs: all of NCCL's transport but NCCL.
 
-Whoever joins a link under the same name gets the other end. A put copies into the other end's memory
-at once; by kernels, what was sent waits for the receiver to ask for it.
+Whoever joins a link under the same name gets the other end. A put copies into the other end's
+memory at once; by kernels, what was sent waits for the receiver to ask for it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
+from typing import ClassVar
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ class MemoryLink(Link):
 
     puts = True
     copies = None
-    ends: dict[tuple[bytes, int], MemoryLink] = {}
+    ends: ClassVar[dict[tuple[bytes, int], MemoryLink]] = {}
 
     def __init__(
         self, unique_id: bytes, rank: int, terms: LinkTerms, slots: int, slot_bytes: int
@@ -63,7 +64,9 @@ class MemoryLink(Link):
     async def up(self) -> None:
         try:
             async with asyncio.timeout(self.stuck_seconds):
-                while (self._name, 1 - self._rank) not in self.ends:
+                while True:
+                    if (self._name, 1 - self._rank) in self.ends:
+                        return
                     await asyncio.sleep(PAUSE)
         except TimeoutError:
             raise HandoffRefused("the peer did not join the link") from None
