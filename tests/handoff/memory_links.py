@@ -49,7 +49,7 @@ class MemoryLink(Link):
         self.stuck_seconds = terms.stuck_seconds
         self.broken = ""
         self.used_at = time.monotonic()
-        self.memory = torch.zeros(slots, slot_bytes, dtype=torch.uint8)
+        self.memory = torch.empty(slots, slot_bytes, dtype=torch.uint8)
         self._milestones = Milestones("link")
         self._slots = LinkSlots(self.memory, lambda: None)
         self._sent: deque[torch.Tensor] = deque()
