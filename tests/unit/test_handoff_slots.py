@@ -157,13 +157,16 @@ async def test_headers_of_all_that_is_as_far_go_together(link: OutboundLink, cal
     await asyncio.gather(*sent)
 
 
-@pytest.mark.parametrize("index", [0, 1, SLOTS], ids=["not there yet", "not in use", "none"])
+@pytest.mark.parametrize(
+    ("link", "index"),
+    [(True, 0), (True, 1), (True, SLOTS), (False, 1), (False, SLOTS)],
+    ids=["put, on its way", "put, not in use", "put, none", "sent, not in use", "sent, none"],
+    indirect=["link"],
+)
 async def test_a_peer_that_has_read_what_it_was_not_told_of(
     link: OutboundLink, call: Call, index: int
 ) -> None:
     wire: Any = link.link
-    if index == 0 and not wire.puts:
-        pytest.skip("it is told of what is on its way")
     slot, sent = await leave(link)
     assert slot.index == 0
     call.told.put_nowait(encode_link_reply(free=[index]))

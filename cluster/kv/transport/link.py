@@ -135,25 +135,19 @@ class Link:
 
     def _begin(self) -> None:
         with torch.cuda.device(self._device):
-            self._memory = PeerMemory(self._shape[0] * self._shape[1])
+            memory = self._memory = PeerMemory(self._shape[0] * self._shape[1])
+            first = memory.bytes.data_ptr(), _FIRST_BYTES, self._wire.cuda_stream
             try:
-                self.puts = self._comm.expose(self._memory)
+                self.puts = self._comm.expose(memory)
                 if self.puts:  # also for an abort that comes meanwhile
-                    self._first_put(self._memory)
+                    self._put(*first)
+                    self._wire.synchronize()
             except NcclError as error:
                 self.puts = False
                 log.info("transfers over the link take kernels: %s", error)
             if not self.puts:
-                self._first_transfer(self._memory)
-
-    def _first_put(self, memory: PeerMemory) -> None:
-        self._comm.put(memory.bytes.data_ptr(), 0, _FIRST_BYTES, self._wire.cuda_stream)
-        self._wire.synchronize()
-
-    def _first_transfer(self, memory: PeerMemory) -> None:
-        transfer = self._comm.send if self._rank == 0 else self._comm.receive
-        transfer(memory.bytes.data_ptr(), _FIRST_BYTES, self._wire.cuda_stream)
-        self._wire.synchronize()
+                (self._comm.send if self._rank == 0 else self._comm.receive)(*first)
+                self._wire.synchronize()
 
     def _warm_up(self) -> None:
         """Has memory for what is queued on `copies` allocated now: an allocation can wait for the
