@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -46,7 +47,7 @@ DEATH_POLL_SECONDS = 0.5
 CPU_CACHE_BYTES = 1 << 30
 """vLLM's own default is a share of all memory: two engines of one host could not start."""
 ENGINE_CORE = "EngineCore"
-"""In the title of the core's process."""
+"""What vLLM names the core's process; the title that `ps` shows is not always set."""
 
 
 class VllmEngine:
@@ -205,10 +206,10 @@ class VllmEngine:
         known = {rank["pid"] for rank in ranks}
         for rank, held in enumerate(ranks):
             resident[f"engine worker {rank}"] = held["resident_bytes"]
-        for child in psutil.Process().children(recursive=True):
+        for child in multiprocessing.active_children():
             with suppress(psutil.Error):  # it has ended meanwhile
-                if child.pid not in known and ENGINE_CORE in " ".join(child.cmdline()):
-                    resident["engine core"] = child.memory_info().rss
+                if child.pid not in known and child.name.startswith(ENGINE_CORE):
+                    resident["engine core"] = psutil.Process(child.pid).memory_info().rss
         entries = tuple(
             PinnedKv(e["handoff_id"], e["reason"], e["blocks"], e["bytes"], e["lease_left"])
             for held in ranks
