@@ -21,7 +21,7 @@ from typing import Any
 from bench import tables
 from cluster.advisor.advice import advise
 from cluster.advisor.pool import Pool
-from cluster.advisor.question import Question, parse_slo
+from cluster.advisor.question import Question
 from cluster.planner.demand import Lengths
 from cluster.planner.hardware import hardware
 from cluster.planner.planner import Planner

@@ -17,6 +17,7 @@ from router.admission.offers import SloClass
 from router.attainment import ATTAINED, missed
 from router.demand import DemandLog, Kind
 from router.generation import Generation, Slo
+from router.lately import Lately
 from router.output import Completed, CompletionReport, Handoff
 from router.running import Running
 from router.spans import overlap, request_spans
@@ -51,6 +52,7 @@ class Observer:
         self._clock = clock
         self._entries: asyncio.Queue[JournalEntry] = asyncio.Queue(JOURNAL_QUEUE)
         self.demand = DemandLog()
+        self.lately = Lately(clock.now())
         self.readers: list[Callable[[Running], None]] = []
         """Hear of every request at its end."""
 
@@ -189,6 +191,13 @@ class Observer:
         if reason is None:
             return
         self.metrics.slo_requests.labels(model, slo.slo_class).inc()
+        ends = end.completions if isinstance(end, Completed) else ()
+        self.lately.ended(
+            self._clock.now(),
+            reason,
+            [report.ttft_seconds for report in ends],
+            [report.tpot_seconds for report in ends if report.tokens > 1],
+        )
         if model:
             self.demand.counted((model, slo.slo_class.value), reason == ATTAINED)
         if reason == ATTAINED:

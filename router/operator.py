@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from cluster.errors import NotFound, PdserveError
 from cluster.rpc.call import Call
 from cluster.store.plans import Plans
 from cluster.store.records import RouterRecord, WorkerRecord
 from pdserve.v1 import operator_pb2, worker_pb2
+from router.admission.offers import SloClass
 from router.caller import shown_by
 from router.client_wire import refuse_unknown_fields
 from router.dispatch import Dispatch
 from router.explain import explain_response
+from router.lately import Quantiles, ServedLately
 from router.placement import Target
 from router.placer import Placer
 from router.recording import Recording
@@ -40,6 +43,7 @@ class OperatorServicer(SteeringServicer):
         plans: Plans | None,
         models: list[str],
         recording: Recording,
+        lately: Callable[[], ServedLately],
     ) -> None:
         super().__init__(plans, tenants, models, recording)
         self._placer = placer
@@ -49,6 +53,7 @@ class OperatorServicer(SteeringServicer):
         self._registry = registry
         self._dispatch = dispatch
         self._tenants = tenants
+        self._lately = lately
 
     @refusing
     async def GetCluster(
@@ -58,6 +63,12 @@ class OperatorServicer(SteeringServicer):
     ) -> operator_pb2.GetClusterResponse:
         self._tenants.check_operator(shown_by(call))
         refuse_unknown_fields(request)
+        if request.router_only:
+            return operator_pb2.GetClusterResponse(
+                cluster=self._cluster,
+                routers=[self._own()],
+                store_reachable=self._workers.store_reachable,
+            )
         workers = await asyncio.gather(*map(self._worker, self._workers.records))
         waiting = await self._waiting({worker.worker_id for worker in workers})
         routers = await self._routers()
@@ -107,17 +118,16 @@ class OperatorServicer(SteeringServicer):
                 records = await self._registry.routers()
         except (PdserveError, TimeoutError):
             records = []
-        others = [r for r in records if r.router_id != self._router.router_id]
-        return [
-            operator_pb2.RouterStatus(
-                router_id=record.router_id,
-                grpc_address=record.grpc_address,
-                http_address=record.http_address,
-                operator_address=record.operator_address or record.grpc_address,
-                running_requests=self._dispatch.running if record is self._router else 0,
-            )
-            for record in (self._router, *others)
-        ]
+        others = [_addresses(r) for r in records if r.router_id != self._router.router_id]
+        return [self._own(), *others]
+
+    def _own(self) -> operator_pb2.RouterStatus:
+        own = _addresses(self._router)
+        own.running_requests = self._dispatch.running
+        for slo_class in SloClass:
+            own.queued_requests[slo_class.value] = self._dispatch.gate.queued(slo_class)
+        own.lately.CopyFrom(_lately(self._lately()))
+        return own
 
     async def _worker(self, record: WorkerRecord) -> operator_pb2.WorkerStatus:
         status = operator_pb2.WorkerStatus(
@@ -144,9 +154,37 @@ class OperatorServicer(SteeringServicer):
 
 def _describe(status: operator_pb2.WorkerStatus, own: worker_pb2.WorkerDescription) -> None:
     status.running_sequences = own.running_sequences
+    status.waiting_sequences = own.waiting_sequences
+    status.done.CopyFrom(own.done)
     status.pinned_blocks = sum(entry.blocks for entry in own.ledger)
     status.pinned_bytes = sum(entry.bytes for entry in own.ledger)
     status.engine_blocks_used = own.engine_blocks_used
     status.engine_blocks_total = own.engine_blocks_total
     for process, resident in own.resident_bytes.items():
         status.resident_bytes[process] = resident
+
+
+def _addresses(record: RouterRecord) -> operator_pb2.RouterStatus:
+    return operator_pb2.RouterStatus(
+        router_id=record.router_id,
+        grpc_address=record.grpc_address,
+        http_address=record.http_address,
+        operator_address=record.operator_address or record.grpc_address,
+    )
+
+
+def _lately(served: ServedLately) -> operator_pb2.ServedLately:
+    return operator_pb2.ServedLately(
+        seconds=served.seconds,
+        requests=served.requests,
+        attained=served.attained,
+        missed=served.missed,
+        ttft_seconds=_quantiles(served.ttft),
+        tpot_seconds=_quantiles(served.tpot),
+    )
+
+
+def _quantiles(seconds: Quantiles | None) -> operator_pb2.Quantiles | None:
+    if seconds is None:
+        return None
+    return operator_pb2.Quantiles(p50=seconds.p50, p90=seconds.p90, p99=seconds.p99)

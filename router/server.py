@@ -201,6 +201,7 @@ class RouterServer:
                 store.plans,
                 self._catalog.names,
                 Recording(self._observer, store.journal),
+                lambda: self._observer.lately.report(clock.now()),
             ),
             ports.operators,
         )

@@ -127,25 +127,6 @@ def check_reachable(performance: Performance, arrivals: Sequence[Arrival], goal:
     return least
 
 
-def parse_slo(text: str) -> Targets:
-    """`ttft=0.5,tpot=0.05`, in seconds; one of the two may be left out.
-
-    Raises:
-        InvalidRequest: anything else.
-    """
-    values = {"ttft": math.inf, "tpot": math.inf}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = math.nan
-        if name not in values or not seconds > 0 or math.isinf(seconds):
-            raise InvalidRequest("slo", f"{part!r} is not ttft=SECONDS or tpot=SECONDS")
-        values[name] = seconds
-    return Targets(**values)
-
-
 def window(arrivals: Sequence[Arrival], size: int) -> tuple[Arrival, ...]:
     """`size` consecutive requests whose rate is nearest to the whole trace's."""
     if len(arrivals) <= size:

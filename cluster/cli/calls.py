@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import grpc
 import grpc.aio
@@ -50,7 +51,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class WorkerView:
-    """A worker as the router sees it. Names as in operator.proto."""
+    """A worker as the router sees it. Names as in operator.proto; tokens are those of `done`."""
 
     worker_id: str
     model: str
@@ -58,6 +59,9 @@ class WorkerView:
     state: str
     connected: bool
     running_sequences: int
+    waiting_sequences: int
+    prompt_tokens: int
+    output_tokens: int
     pinned_blocks: int
     pinned_bytes: int
     engine_blocks_used: int
@@ -66,18 +70,46 @@ class WorkerView:
     transport: str
     address: str
     incarnation: str
+    ejected: bool
     detail: str
 
 
 @dataclass(frozen=True)
+class Quantiles:
+    """Seconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class ServedLately:
+    """What became of the latest requests. As in operator.proto."""
+
+    seconds: float
+    requests: int
+    attained: int
+    missed: dict[str, int]
+    ttft_seconds: Quantiles | None
+    tpot_seconds: Quantiles | None
+
+
+@dataclass(frozen=True)
 class RouterView:
-    """A router; `operator_address` is where it serves the Operator API."""
+    """A router. Names as in operator.proto.
+
+    Attributes:
+        queued_requests, lately: of the router that answered; of others empty and None.
+    """
 
     router_id: str
     grpc_address: str
     http_address: str
     operator_address: str
     running_requests: int
+    queued_requests: dict[str, int] = field(default_factory=dict)
+    lately: ServedLately | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +149,18 @@ async def generate(to: grpc.aio.Channel, prompt: Prompt) -> AsyncIterator[Delta 
                 yield _served(response.completed)
 
 
-async def cluster_view(to: grpc.aio.Channel) -> ClusterView:
-    """GetCluster. Raises PdserveError."""
+async def cluster_view(
+    to: grpc.aio.Channel, timeout: float = STATUS_SECONDS, router_only: bool = False
+) -> ClusterView:
+    """GetCluster. Raises PdserveError.
+
+    Args:
+        router_only: of the router that answers alone.
+    """
+    request = operator_pb2.GetClusterRequest(router_only=router_only)
     stub = operator_pb2_grpc.OperatorStub(to)
     with grpc_errors():
-        reply = await stub.GetCluster(operator_pb2.GetClusterRequest(), timeout=STATUS_SECONDS)
+        reply = await stub.GetCluster(request, timeout=timeout)
     workers = tuple(
         WorkerView(
             worker_id=w.worker_id,
@@ -130,6 +169,9 @@ async def cluster_view(to: grpc.aio.Channel) -> ClusterView:
             state=w.state,
             connected=w.connected,
             running_sequences=w.running_sequences,
+            waiting_sequences=w.waiting_sequences,
+            prompt_tokens=w.done.prompt_tokens,
+            output_tokens=w.done.output_tokens,
             pinned_blocks=w.pinned_blocks,
             pinned_bytes=w.pinned_bytes,
             engine_blocks_used=w.engine_blocks_used,
@@ -138,17 +180,41 @@ async def cluster_view(to: grpc.aio.Channel) -> ClusterView:
             transport=w.transport,
             address=w.address,
             incarnation=w.incarnation,
+            ejected=w.ejected,
             detail=w.detail,
         )
         for w in reply.workers
     )
     routers = tuple(
         RouterView(
-            r.router_id, r.grpc_address, r.http_address, r.operator_address, r.running_requests
+            r.router_id,
+            r.grpc_address,
+            r.http_address,
+            r.operator_address,
+            r.running_requests,
+            dict(r.queued_requests),
+            _lately(r.lately) if r.HasField("lately") else None,
         )
         for r in reply.routers
     )
     return ClusterView(reply.cluster, reply.store_reachable, workers, routers)
+
+
+def _lately(served: operator_pb2.ServedLately) -> ServedLately:
+    def quantiles(name: Literal["ttft_seconds", "tpot_seconds"]) -> Quantiles | None:
+        if not served.HasField(name):
+            return None
+        of = getattr(served, name)
+        return Quantiles(of.p50, of.p90, of.p99)
+
+    return ServedLately(
+        served.seconds,
+        served.requests,
+        served.attained,
+        dict(served.missed),
+        quantiles("ttft_seconds"),
+        quantiles("tpot_seconds"),
+    )
 
 
 def _sampling(prompt: Prompt) -> common_pb2.SamplingParams:

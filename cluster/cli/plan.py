@@ -12,7 +12,7 @@ from cluster.advisor.advice import Advice, advise
 from cluster.advisor.evaluate import MIN_REQUESTS
 from cluster.advisor.plots import plots
 from cluster.advisor.pool import Pool
-from cluster.advisor.question import Question, parse_slo
+from cluster.advisor.question import Question
 from cluster.advisor.report import report
 from cluster.cli.terminal import EXIT_OK, Terminal
 from cluster.errors import InvalidRequest
@@ -24,6 +24,7 @@ from cluster.planner.roofline import roofline
 from cluster.planner.shape import ModelShape, load_shape
 from cluster.simulator.engine import EngineLimits
 from cluster.simulator.goodput import Goal
+from cluster.simulator.outcome import parse_slo
 from cluster.simulator.traces import checked, read_trace
 from cluster.simulator.workload import Arrival
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.errors import InvalidRequest
 from cluster.planner.calibrate import quantile
 
 
@@ -19,6 +20,25 @@ class Targets:
     def __str__(self) -> str:
         both = (("TTFT", self.ttft), ("TPOT", self.tpot))
         return " and ".join(f"{name} ≤ {t:g} s" for name, t in both if math.isfinite(t))
+
+
+def parse_slo(text: str) -> Targets:
+    """`ttft=0.5,tpot=0.05`, in seconds; one of the two may be left out.
+
+    Raises:
+        InvalidRequest: anything else.
+    """
+    values = {"ttft": math.inf, "tpot": math.inf}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if name not in values or not seconds > 0 or math.isinf(seconds):
+            raise InvalidRequest("slo", f"{part!r} is not ttft=SECONDS or tpot=SECONDS")
+        values[name] = seconds
+    return Targets(**values)
 
 
 @dataclass(frozen=True)

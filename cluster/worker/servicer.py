@@ -18,8 +18,9 @@ from cluster.ticket import TicketSigner
 from cluster.worker.blocks import BlockReporter
 from cluster.worker.outbox import Outbox
 from cluster.worker.sequence import Face, Identity, SequenceStart, SequenceStep, Stage
+from cluster.worker.tally import Tally
 from cluster.worker.wire import sequence_start, worker_message
-from pdserve.v1 import worker_pb2, worker_pb2_grpc
+from pdserve.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         self._model = model
         self._role = role
         self._pace = Pace()
+        self._tally = Tally()
         self._running: set[asyncio.Task[None]] = set()
         self.draining = False
         """No new sequence is taken."""
@@ -123,7 +125,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         """One sequence; every way it ends but a cancellation is a last step."""
         try:
             start = sequence_start(message)
-            await self._face(start).run(start, outbox.put)
+            with self._tally.of(start, outbox.put) as emit:
+                await self._face(start).run(start, emit)
         except PdserveError as error:
             outbox.put(_failed(message.sequence_id, error))
         except Exception:
@@ -167,6 +170,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             engine_blocks_used=holdings.blocks_used,
             engine_blocks_total=holdings.blocks_total,
             resident_bytes=holdings.resident_bytes,
+            waiting_sequences=max(0, len(self._running) - self._tally.begun),
+            done=common_pb2.WorkDone(
+                prompt_tokens=self._tally.prompt_tokens, output_tokens=self._tally.output_tokens
+            ),
         )
 
     async def Drain(

@@ -17,7 +17,7 @@ from cluster.advisor.advice import advise
 from cluster.advisor.contest import Task, contest
 from cluster.advisor.evaluate import Point, Verdict, goodput_on
 from cluster.advisor.plots import plots
-from cluster.advisor.question import Option, Question, check_reachable, parse_slo, window
+from cluster.advisor.question import Option, Question, check_reachable, window
 from cluster.advisor.report import report
 from cluster.advisor.svg import Axis, Series, chart
 from cluster.cli.main import app

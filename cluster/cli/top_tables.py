@@ -1,0 +1,165 @@
+"""A refresh of `pdserve top` as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from cluster.cli.calls import Quantiles
+from cluster.cli.timeline import bar, spoken_bytes
+from cluster.cli.top_view import Frame, Pool, Rates, Router, Worker
+
+BAR_COLUMNS = 10
+COLOURS = {"ready": "green", "failed": "red"}
+_FULL = ((0.95, "red"), (0.8, "yellow"), (0.0, "green"))
+_NONE = "–"
+
+
+def tables(frame: Frame) -> Group:
+    """All of it: the cluster in two lines, its pools, workers and routers, and what is wrong."""
+    parts: list[RenderableType] = [
+        Text.from_markup(_head(frame)),
+        Text.from_markup(_totals(frame)),
+        Text(),
+        _pools(frame.pools),
+        Text(),
+        _workers(frame.workers),
+        Text(),
+        _routers(frame.routers),
+    ]
+    parts += [Text(line, style="yellow") for line in _notes(frame)]
+    return Group(*parts)
+
+
+def _head(frame: Frame) -> str:
+    at = datetime.fromtimestamp(frame.wall).strftime("%H:%M:%S")
+    ready = sum(worker.view.state == "ready" for worker in frame.workers)
+    return (
+        f"[bold]cluster {escape(frame.cluster)}[/]  {at}  {ready} of {len(frame.workers)} workers "
+        f"ready, {_count(len(frame.routers), 'router')}"
+    )
+
+
+def _totals(frame: Frame) -> str:
+    met = "nothing ended within the last minute"
+    if frame.attainment is not None:
+        met = f"{frame.attainment:.1%} of the last minute's {frame.requests} within their targets"
+    return (
+        f"{frame.running_requests} requests, {frame.queued_requests} of them queued; "
+        f"tokens/s: prompt {_rate(frame.rates.prompt)}, output {_rate(frame.rates.output)}; {met}"
+    )
+
+
+def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in left:
+        table.add_column(column, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+_NUMBERS = ("running", "no token", "KV", "", "pinned", "prompt/s", "output/s")
+
+
+def _pools(pools: tuple[Pool, ...]) -> Table:
+    table = _table(("pool", "role", "ready"), _NUMBERS)
+    for pool in pools:
+        table.add_row(
+            escape(pool.model),
+            pool.role,
+            f"{pool.ready}/{pool.workers}",
+            str(pool.running),
+            str(pool.waiting),
+            *_kv(pool.kv_share),
+            spoken_bytes(pool.pinned_bytes),
+            *_spoken(pool.rates),
+        )
+    return table
+
+
+def _workers(workers: tuple[Worker, ...]) -> Table:
+    table = _table(("worker", "role", "state"), (*_NUMBERS, "memory"))
+    for worker in workers:
+        view = worker.view
+        state = "ejected" if view.ejected else view.state
+        if view.state == "ready" and not view.connected:
+            state = "no stream"
+        colour = COLOURS.get(state, "yellow")
+        numbers = (
+            (
+                str(view.running_sequences),
+                str(view.waiting_sequences),
+                *_kv(worker.kv_share),
+                spoken_bytes(view.pinned_bytes),
+                *_spoken(worker.rates),
+                spoken_bytes(view.resident_bytes),
+            )
+            if view.connected
+            else (_NONE,) * (len(_NUMBERS) + 1)
+        )
+        table.add_row(escape(view.worker_id), view.role, f"[{colour}]{state}[/]", *numbers)
+    return table
+
+
+def _routers(routers: tuple[Router, ...]) -> Table:
+    columns = ("requests", "queued", "TTFT ms p50/90/99", "TPOT ms p50/90/99", "attained", "missed")
+    table = _table(("router", "gRPC"), columns)
+    for router in routers:
+        view, lately = router.view, router.view.lately
+        cells: tuple[str, ...] = (_NONE,) * len(columns)
+        if not router.silent:
+            cells = (str(view.running_requests), str(router.queued))
+            if lately is None or not lately.requests:
+                cells += (_NONE,) * 4
+            else:
+                cells += (
+                    _quantiles(lately.ttft_seconds, 0),
+                    _quantiles(lately.tpot_seconds, 1),
+                    f"{lately.attained / lately.requests:.1%}",
+                    ", ".join(f"{n} {why}" for why, n in sorted(lately.missed.items())) or "none",
+                )
+        table.add_row(escape(view.router_id), view.grpc_address, *cells)
+    return table
+
+
+def _notes(frame: Frame) -> Iterator[str]:
+    """What does not fit into a table."""
+    for worker in frame.workers:
+        if worker.view.detail:
+            yield f"{worker.view.worker_id} {worker.view.state}: {worker.view.detail}"
+    for router in frame.routers:
+        if router.silent:
+            yield f"{router.view.router_id} does not answer: {router.silent}"
+    if not frame.store_reachable:
+        yield "the store does not answer: this is the router's last view"
+
+
+def _kv(share: float) -> tuple[str, str]:
+    """A bar as wide whatever the share, and the share."""
+    colour = next(colour for least, colour in _FULL if share >= least)
+    drawn = bar(share, BAR_COLUMNS)
+    return f"[{colour}]{drawn}[/][dim]{'·' * (BAR_COLUMNS - len(drawn))}[/]", f"{share:.0%}"
+
+
+def _quantiles(of: Quantiles | None, digits: int) -> str:
+    if of is None:
+        return _NONE
+    return "/".join(f"{seconds * 1e3:.{digits}f}" for seconds in (of.p50, of.p90, of.p99))
+
+
+def _spoken(rates: Rates) -> tuple[str, str]:
+    return _rate(rates.prompt), _rate(rates.output)
+
+
+def _rate(rate: float | None) -> str:
+    return _NONE if rate is None else f"{rate:,.0f}"
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'' if number == 1 else 's'}"
