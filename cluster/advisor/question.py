@@ -14,7 +14,6 @@ from cluster.planner.shape import ModelShape
 from cluster.simulator.engine import EngineLimits
 from cluster.simulator.fleet import Deployment
 from cluster.simulator.goodput import Goal
-from cluster.simulator.outcome import Targets
 from cluster.simulator.workload import Arrival, mean_rate
 
 

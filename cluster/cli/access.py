@@ -9,6 +9,7 @@ PDSERVE_KEY_FILE
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,33 @@ def channel(address: str, token: str = "") -> grpc.aio.Channel:
     return grpc.aio.secure_channel(
         address, credentials, options=_OPTIONS, interceptors=interceptors
     )
+
+
+def tls() -> ssl.SSLContext | None:
+    """What `channel` speaks, for a connection of `cluster.rpc`; None without PDSERVE_CA_FILE.
+
+    Raises:
+        ConfigError: a file cannot be read, or is none of its kind.
+    """
+    if _file("PDSERVE_CA_FILE") is None:
+        return None
+    certificate, key = _file("PDSERVE_CERT_FILE"), _file("PDSERVE_KEY_FILE")
+    try:
+        context = ssl.create_default_context(cafile=os.environ["PDSERVE_CA_FILE"])
+        if certificate is not None and key is not None:
+            context.load_cert_chain(os.environ["PDSERVE_CERT_FILE"], os.environ["PDSERVE_KEY_FILE"])
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"PDSERVE_CA_FILE, PDSERVE_CERT_FILE, PDSERVE_KEY_FILE: not PEM: {error}"
+        ) from error
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+def credentials() -> tuple[tuple[str, str], ...]:
+    """The metadata that shows PDSERVE_TOKEN; empty without one."""
+    token = os.environ.get("PDSERVE_TOKEN", "")
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 class _Authorized:

@@ -14,6 +14,7 @@ from cluster.cli.config import config_commands
 from cluster.cli.plan_app import add_planning
 from cluster.cli.steer_app import add_steering
 from cluster.cli.terminal import DEBUG, EXIT_INTERRUPTED, EXIT_OK, Terminal
+from cluster.cli.watch_app import add_watching
 from cluster.errors import InvalidRequest, PdserveError
 
 app = typer.Typer(
@@ -176,6 +177,13 @@ def drain_host(
 
 
 app.add_typer(batch_app(terminal, lambda address, name: _address(address, name)), name="batch")
+add_watching(
+    app,
+    terminal,
+    lambda address, name: _address(address, name),
+    lambda address, name: _operator_address(address, name),
+    lambda address, name: _operator_token(address, name),
+)
 add_planning(
     app,
     terminal,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import urllib.parse
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 
 from cluster.rpc.endpoint import Endpoint
-from cluster.rpc.headers import request
+from cluster.rpc.headers import BadHeaders, binary, request
 from cluster.rpc.inbox import BadMessage, Inbox
 from cluster.rpc.limits import Limits
 from cluster.rpc.protocol import bound_header_table, client_side
@@ -35,12 +36,21 @@ class CallFailed(Exception):
 
     Attributes:
         code, details: gRPC's.
+        status: a serialised google.rpc.Status with more of it, where the server sent one.
     """
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, status: bytes = b"") -> None:
         super().__init__(f"{code.name}: {details}")
         self.code = code
         self.details = details
+        self.status = status
+
+
+def _status(headers: dict[str, str]) -> bytes:
+    name = "grpc-status-details-bin"
+    with contextlib.suppress(BadHeaders):
+        return binary(name, headers.get(name, ""))
+    return b""
 
 
 class ClientCall:
@@ -114,7 +124,8 @@ class ClientCall:
         if "grpc-status" in headers:
             code = _CODES.get(headers["grpc-status"], grpc.StatusCode.UNKNOWN)
             details = urllib.parse.unquote(headers.get("grpc-message", ""))
-            self.end(None if code is grpc.StatusCode.OK else CallFailed(code, details))
+            ok = code is grpc.StatusCode.OK
+            self.end(None if ok else CallFailed(code, details, _status(headers)))
         elif last or headers.get(":status", "200") != "200":
             status = f"HTTP status {headers.get(':status')} and none of gRPC's"
             self.end(CallFailed(grpc.StatusCode.UNKNOWN, status))
@@ -135,9 +146,10 @@ class ClientCall:
 class ClientConnection(Endpoint):
     """Made by `connected`."""
 
-    def __init__(self, authority: str, limits: Limits) -> None:
+    def __init__(self, authority: str, limits: Limits, scheme: str) -> None:
         super().__init__(client_side(limits), limits, lambda: None)
         self._authority = authority
+        self._scheme = scheme
         self._calls: dict[int, ClientCall] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -162,7 +174,8 @@ class ClientConnection(Endpoint):
         """
         try:
             stream_id = self._h2.get_next_available_stream_id()
-            sent = self._send_headers(stream_id, request(self._authority, path, metadata))
+            headers = request(self._authority, path, metadata, self._scheme)
+            sent = self._send_headers(stream_id, headers)
         except ProtocolError as error:
             raise CallFailed(grpc.StatusCode.UNAVAILABLE, str(error)) from None
         if not sent or self._closing:
@@ -250,19 +263,22 @@ class ClientConnection(Endpoint):
 
 @contextlib.asynccontextmanager
 async def connected(
-    address: str, limits: Limits, timeout: float
+    address: str, limits: Limits, timeout: float, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[ClientConnection]:
-    """A connection to host:port, without TLS; closed at the end.
+    """A connection to host:port; closed at the end.
+
+    Args:
+        tls: with h2 as its ALPN protocol; None: without TLS.
 
     Raises:
-        CallFailed: nobody answers there within `timeout` seconds.
+        CallFailed: nobody answers there within `timeout` seconds, or TLS comes to nothing.
     """
     host, _, port = address.rpartition(":")
     loop = asyncio.get_running_loop()
-    make: Any = partial(ClientConnection, address, limits)
+    make: Any = partial(ClientConnection, address, limits, "http" if tls is None else "https")
     try:
         async with asyncio.timeout(timeout):
-            _, connection = await loop.create_connection(make, host.strip("[]"), int(port))
+            _, connection = await loop.create_connection(make, host.strip("[]"), int(port), ssl=tls)
     except TimeoutError:
         raise CallFailed(grpc.StatusCode.UNAVAILABLE, "no answer in time") from None
     except OSError as error:

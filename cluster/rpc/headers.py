@@ -44,17 +44,19 @@ def metadata(headers: Iterable[tuple[str, str]]) -> Metadata:
         if name.startswith((":", "grpc-")) or name in _RESERVED:
             continue
         if name.endswith("-bin"):
-            found += ((name, _binary(name, part)) for part in value.split(","))
+            found += ((name, binary(name, part)) for part in value.split(","))
         else:
             found.append((name, value))
     return tuple(found)
 
 
-def request(authority: str, path: str, more: Sequence[tuple[str, str]]) -> Headers:
+def request(
+    authority: str, path: str, more: Sequence[tuple[str, str]], scheme: str = "http"
+) -> Headers:
     """A call's, with the caller's metadata behind them."""
     return [
         (":method", "POST"),
-        (":scheme", "http"),
+        (":scheme", scheme),
         (":path", path),
         (":authority", authority),
         ("te", "trailers"),
@@ -87,7 +89,8 @@ def _packed(headers: Headers) -> bytes:
 BEGIN_PACKED, OK_PACKED = _packed(BEGIN), _packed(OK)
 
 
-def _binary(name: str, value: str) -> bytes:
+def binary(name: str, value: str) -> bytes:
+    """Of a header whose name ends with -bin. Raises BadHeaders."""
     try:
         return base64.b64decode(value + "=" * (-len(value) % 4), validate=True)
     except (binascii.Error, ValueError):
