@@ -51,7 +51,7 @@ class Wanted:
     slo_class: str = "standard"
     slo: str = ""
     own_targets: bool = False
-    seed: int = 0
+    seed: int = 1
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ def run(
     if as_json:
         terminal.json(values(address, bench.model, runs))
     else:
-        show(terminal.out, address, bench.model, runs)
+        show(terminal.for_tables, address, bench.model, runs)
     if any(each.interrupted for each in runs):
         return EXIT_INTERRUPTED
     return EXIT_OK if any(each.count("ok") for each in runs) else EXIT_FAILED

@@ -15,6 +15,8 @@ from cluster.errors import PdserveError
 
 DEBUG = os.environ.get("PDSERVE_DEBUG") == "1"
 
+PIPE_COLUMNS = 200
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -38,6 +40,13 @@ class Terminal:
         os.dup2(target, 1)
         os.dup2(target, 2)
         os.close(target)
+
+    @property
+    def for_tables(self) -> Console:
+        """As `out`; in a pipe or a file it has room for every column."""
+        if self.out.is_terminal:
+            return self.out
+        return Console(file=self.out.file, width=PIPE_COLUMNS, highlight=False, soft_wrap=True)
 
     def json(self, value: Any) -> None:
         """One JSON document on stdout."""

@@ -25,7 +25,6 @@ from cluster.errors import DeadlineExceeded, Unavailable
 
 FIRST_SECONDS = 1.0
 """At most, between the two looks that the first rates are of."""
-PIPE_COLUMNS = 200
 
 
 class Screen(Protocol):
@@ -126,9 +125,10 @@ class LiveScreen:
     """The whole terminal, redrawn."""
 
     def __init__(self, terminal: Terminal) -> None:
+        self._console = terminal.out
         self._live = Live(
             Text("…"),
-            console=terminal.out,
+            console=self._console,
             screen=True,
             auto_refresh=False,
             redirect_stdout=False,
@@ -144,7 +144,7 @@ class LiveScreen:
         self._live.stop()
 
     def show(self, now: Frame) -> None:
-        self._last = tables(now)
+        self._last = tables(now, self._console.width)
         self._live.update(Group(self._last, Text("\nq quits", style="dim")), refresh=True)
 
     def lost(self, error: str, seconds: float) -> None:
@@ -157,11 +157,11 @@ class PlainScreen:
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
+        self._out = terminal.for_tables
 
     def show(self, now: Frame) -> None:
-        out = self._terminal.out
-        out.print(tables(now), width=out.width if out.is_terminal else PIPE_COLUMNS)
-        out.print()
+        self._out.print(tables(now, self._out.width))
+        self._out.print()
 
     def lost(self, error: str, seconds: float) -> None:
         self._terminal.err.print(f"nothing new for {seconds:.0f} s: {error}", markup=False)

@@ -15,22 +15,29 @@ from cluster.cli.timeline import bar, spoken_bytes
 from cluster.cli.top_view import Frame, Pool, Rates, Router, Worker
 
 BAR_COLUMNS = 10
+WIDE_COLUMNS = 112
 COLOURS = {"ready": "green", "failed": "red"}
 _FULL = ((0.95, "red"), (0.8, "yellow"), (0.0, "green"))
 _NONE = "–"
 
 
-def tables(frame: Frame) -> Group:
-    """All of it: the cluster in two lines, its pools, workers and routers, and what is wrong."""
+def tables(frame: Frame, columns: int) -> Group:
+    """All of it: the cluster in three lines, its pools, workers and routers, and what is wrong.
+
+    Args:
+        columns: that the terminal has; in few, bars, memory and addresses are left out.
+    """
+    wide = columns >= WIDE_COLUMNS
     parts: list[RenderableType] = [
         Text.from_markup(_head(frame)),
-        Text.from_markup(_totals(frame)),
+        Text(_totals(frame)),
+        Text(_attained(frame)),
         Text(),
-        _pools(frame.pools),
+        _pools(frame.pools, wide),
         Text(),
-        _workers(frame.workers),
+        _workers(frame.workers, wide),
         Text(),
-        _routers(frame.routers),
+        _routers(frame.routers, wide),
     ]
     parts += [Text(line, style="yellow") for line in _notes(frame)]
     return Group(*parts)
@@ -46,13 +53,16 @@ def _head(frame: Frame) -> str:
 
 
 def _totals(frame: Frame) -> str:
-    met = "nothing ended within the last minute"
-    if frame.attainment is not None:
-        met = f"{frame.attainment:.1%} of the last minute's {frame.requests} within their targets"
     return (
         f"{frame.running_requests} requests, {frame.queued_requests} of them queued; "
-        f"tokens/s: prompt {_rate(frame.rates.prompt)}, output {_rate(frame.rates.output)}; {met}"
+        f"tokens/s: prompt {_rate(frame.rates.prompt)}, output {_rate(frame.rates.output)}"
     )
+
+
+def _attained(frame: Frame) -> str:
+    if frame.attainment is None:
+        return "no request ended within the last minute"
+    return f"{frame.attainment:.1%} of the last minute's {frame.requests} within their targets"
 
 
 def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
@@ -64,11 +74,13 @@ def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     return table
 
 
-_NUMBERS = ("running", "no token", "KV", "", "pinned", "prompt/s", "output/s")
+def _numbers(wide: bool) -> tuple[str, ...]:
+    kv = ("KV", "") if wide else ("KV",)
+    return ("running", "no token", *kv, "pinned", "prompt/s", "output/s")
 
 
-def _pools(pools: tuple[Pool, ...]) -> Table:
-    table = _table(("pool", "role", "ready"), _NUMBERS)
+def _pools(pools: tuple[Pool, ...], wide: bool) -> Table:
+    table = _table(("pool", "role", "ready"), _numbers(wide))
     for pool in pools:
         table.add_row(
             escape(pool.model),
@@ -76,15 +88,16 @@ def _pools(pools: tuple[Pool, ...]) -> Table:
             f"{pool.ready}/{pool.workers}",
             str(pool.running),
             str(pool.waiting),
-            *_kv(pool.kv_share),
+            *_kv(pool.kv_share, wide),
             spoken_bytes(pool.pinned_bytes),
             *_spoken(pool.rates),
         )
     return table
 
 
-def _workers(workers: tuple[Worker, ...]) -> Table:
-    table = _table(("worker", "role", "state"), (*_NUMBERS, "memory"))
+def _workers(workers: tuple[Worker, ...], wide: bool) -> Table:
+    columns = (*_numbers(wide), *(("memory",) if wide else ()))
+    table = _table(("worker", "role", "state"), columns)
     for worker in workers:
         view = worker.view
         state = "ejected" if view.ejected else view.state
@@ -95,21 +108,21 @@ def _workers(workers: tuple[Worker, ...]) -> Table:
             (
                 str(view.running_sequences),
                 str(view.waiting_sequences),
-                *_kv(worker.kv_share),
+                *_kv(worker.kv_share, wide),
                 spoken_bytes(view.pinned_bytes),
                 *_spoken(worker.rates),
                 spoken_bytes(view.resident_bytes),
-            )
+            )[: len(columns)]
             if view.connected
-            else (_NONE,) * (len(_NUMBERS) + 1)
+            else (_NONE,) * len(columns)
         )
         table.add_row(escape(view.worker_id), view.role, f"[{colour}]{state}[/]", *numbers)
     return table
 
 
-def _routers(routers: tuple[Router, ...]) -> Table:
-    columns = ("requests", "queued", "TTFT ms p50/90/99", "TPOT ms p50/90/99", "attained", "missed")
-    table = _table(("router", "gRPC"), columns)
+def _routers(routers: tuple[Router, ...], wide: bool) -> Table:
+    columns = ("requests", "queued", "TTFT ms p50/90/99", "TPOT ms", "attained", "missed")
+    table = _table(("router", "gRPC") if wide else ("router",), columns)
     for router in routers:
         view, lately = router.view, router.view.lately
         cells: tuple[str, ...] = (_NONE,) * len(columns)
@@ -124,7 +137,8 @@ def _routers(routers: tuple[Router, ...]) -> Table:
                     f"{lately.attained / lately.requests:.1%}",
                     ", ".join(f"{n} {why}" for why, n in sorted(lately.missed.items())) or "none",
                 )
-        table.add_row(escape(view.router_id), view.grpc_address, *cells)
+        address = (view.grpc_address,) if wide else ()
+        table.add_row(escape(view.router_id), *address, *cells)
     return table
 
 
@@ -140,9 +154,11 @@ def _notes(frame: Frame) -> Iterator[str]:
         yield "the store does not answer: this is the router's last view"
 
 
-def _kv(share: float) -> tuple[str, str]:
-    """A bar as wide whatever the share, and the share."""
+def _kv(share: float, wide: bool) -> tuple[str, ...]:
+    """The share, behind a bar as wide whatever it is."""
     colour = next(colour for least, colour in _FULL if share >= least)
+    if not wide:
+        return (f"[{colour}]{share:.0%}[/]",)
     drawn = bar(share, BAR_COLUMNS)
     return f"[{colour}]{drawn}[/][dim]{'·' * (BAR_COLUMNS - len(drawn))}[/]", f"{share:.0%}"
 

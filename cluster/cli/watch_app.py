@@ -90,7 +90,7 @@ def add_watching(
         speed: Annotated[float, typer.Option(min=0.001, help="Of --trace, times its own.")] = 1.0,
         model: Annotated[str, typer.Option(help="Unset: the first.")] = "",
         timeout: Annotated[float, typer.Option(min=0.1, help="A request's deadline.")] = 60.0,
-        seed: Annotated[int, typer.Option(min=0, help="Of arrivals, lengths and prompts.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Of arrivals, lengths and prompts.")] = 1,
         name: Name = None,
         address: Router = None,
         as_json: Json = False,
