@@ -31,6 +31,7 @@ from cluster.planner.state import ClassTargets, Observed, Policy, Traffic, Worke
 from cluster.simulator.engine import EngineLimits
 from cluster.simulator.fleet import Deployment
 from cluster.simulator.goodput import Goal
+from cluster.simulator.outcome import parse_slo
 from cluster.simulator.traces import read_trace
 from cluster.simulator.workload import Arrival, lognormal, poisson
 from cluster.simulator.world import World

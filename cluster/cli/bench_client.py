@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from cluster.cli import access
@@ -191,7 +192,11 @@ class Watch:
 
     def saw(self, message: bytes) -> None:
         """A GenerateResponse."""
-        response = inference_pb2.GenerateResponse.FromString(message)
+        try:
+            response = inference_pb2.GenerateResponse.FromString(message)
+        except DecodeError:
+            self._wrong = "a message could not be read"
+            return
         if response.HasField("completed"):
             self._completed = response.completed
             return
@@ -260,7 +265,7 @@ def _retry_seconds(error: CallFailed) -> float:
     status, info = status_pb2.Status(), error_details_pb2.RetryInfo()
     try:
         status.ParseFromString(error.status)
-    except ValueError:  # protobuf's DecodeError
+    except DecodeError:
         return 0.0
     for detail in status.details:
         if detail.Unpack(info):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -168,16 +169,19 @@ class Runner:
                 group.create_task(self._again_and_again())
 
     async def _again_and_again(self) -> None:
+        load = self._load
         for number, asked in self._asked:
             at = time.perf_counter() - self._began
             if self._over(at):
                 break
-            counts = at >= self._load.warm_up
+            counts = at >= load.warm_up
             self._counted += counts
             retry = await self._one(self._request(asked, number), None, counts)
-            if retry is not None:
+            at = time.perf_counter() - self._began
+            if retry is not None and not self._over(at):
                 least, most = RETRY_SECONDS
-                await asyncio.sleep(min(most, max(least, retry)))
+                left = math.inf if load.seconds is None else load.warm_up + load.seconds - at
+                await asyncio.sleep(min(most, max(least, retry), left))
 
     async def _one(self, request: Any, due: float | None, counts: bool) -> float | None:
         """Returns when one that was refused or failed may come again."""

@@ -59,9 +59,6 @@ class WorkerView:
     state: str
     connected: bool
     running_sequences: int
-    waiting_sequences: int
-    prompt_tokens: int
-    output_tokens: int
     pinned_blocks: int
     pinned_bytes: int
     engine_blocks_used: int
@@ -70,8 +67,11 @@ class WorkerView:
     transport: str
     address: str
     incarnation: str
-    ejected: bool
     detail: str
+    ejected: bool = False
+    waiting_sequences: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A refresh of `pdserve top` as tables."""
+"""A refresh of `pdserve top` as tables. Of the `run` sequences, those that `wait` have no token."""
 
 from __future__ import annotations
 
@@ -65,8 +65,10 @@ def _attained(frame: Frame) -> str:
     return f"{frame.attainment:.1%} of the last minute's {frame.requests} within their targets"
 
 
-def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def _table(left: tuple[str, ...], right: tuple[str, ...], wide: bool) -> Table:
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold"
+    )
     for column in left:
         table.add_column(column, no_wrap=True)
     for column in right:
@@ -76,11 +78,11 @@ def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 def _numbers(wide: bool) -> tuple[str, ...]:
     kv = ("KV", "") if wide else ("KV",)
-    return ("running", "no token", *kv, "pinned", "prompt/s", "output/s")
+    return ("run", "wait", *kv, "pinned", "prompt/s", "output/s")
 
 
 def _pools(pools: tuple[Pool, ...], wide: bool) -> Table:
-    table = _table(("pool", "role", "ready"), _numbers(wide))
+    table = _table(("pool", "role", "ready"), _numbers(wide), wide)
     for pool in pools:
         table.add_row(
             escape(pool.model),
@@ -97,7 +99,7 @@ def _pools(pools: tuple[Pool, ...], wide: bool) -> Table:
 
 def _workers(workers: tuple[Worker, ...], wide: bool) -> Table:
     columns = (*_numbers(wide), *(("memory",) if wide else ()))
-    table = _table(("worker", "role", "state"), columns)
+    table = _table(("worker", "role", "state"), columns, wide)
     for worker in workers:
         view = worker.view
         state = "ejected" if view.ejected else view.state
@@ -122,7 +124,7 @@ def _workers(workers: tuple[Worker, ...], wide: bool) -> Table:
 
 def _routers(routers: tuple[Router, ...], wide: bool) -> Table:
     columns = ("requests", "queued", "TTFT ms p50/90/99", "TPOT ms", "attained", "missed")
-    table = _table(("router", "gRPC") if wide else ("router",), columns)
+    table = _table(("router", "gRPC") if wide else ("router",), columns, wide)
     for router in routers:
         view, lately = router.view, router.view.lately
         cells: tuple[str, ...] = (_NONE,) * len(columns)
@@ -174,7 +176,14 @@ def _spoken(rates: Rates) -> tuple[str, str]:
 
 
 def _rate(rate: float | None) -> str:
-    return _NONE if rate is None else f"{rate:,.0f}"
+    """In six characters at most, up to a thousand million."""
+    if rate is None:
+        return _NONE
+    for unit in ("", "k"):
+        if rate < 99_999.5:
+            return f"{rate:,.0f}{unit}"
+        rate /= 1000
+    return f"{rate:,.0f}M"
 
 
 def _count(number: int, of: str) -> str:

@@ -28,7 +28,7 @@ from cluster.planner.roofline import roofline
 from cluster.planner.shape import load_shape
 from cluster.simulator.engine import EngineLimits
 from cluster.simulator.goodput import Goal, goodput, holds
-from cluster.simulator.outcome import Targets
+from cluster.simulator.outcome import Targets, parse_slo
 from cluster.simulator.workload import Arrival, mean_rate, poisson, repeated
 
 SHAPE, GPU = load_shape("llama-3.1-8b"), hardware("H200")
