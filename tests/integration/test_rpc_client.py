@@ -25,7 +25,8 @@ class Strict(Methods):
     """Refuses a call in words that a status has to encode."""
 
     async def refuses(self, request: bytes, call: Any) -> bytes:
-        await call.abort(grpc.StatusCode.NOT_FOUND, "not here: 100 % → elsewhere")
+        more = (("grpc-status-details-bin", b"\x08\x05more"),)
+        await call.abort(grpc.StatusCode.NOT_FOUND, "not here: 100 % → elsewhere", more)
         return b""
 
 
@@ -97,9 +98,10 @@ async def test_a_status_ends_a_call_with_its_words(connection: ClientConnection)
         await connection.ask("/t.T/refuses", (), b"", WAIT)
     assert caught.value.code is grpc.StatusCode.NOT_FOUND
     assert caught.value.details == "not here: 100 % → elsewhere"
+    assert caught.value.status == b"\x08\x05more"
     with pytest.raises(CallFailed) as caught:
         await connection.ask("/t.T/nothing", (), b"", WAIT)
-    assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED
+    assert (caught.value.code, caught.value.status) == (grpc.StatusCode.UNIMPLEMENTED, b"")
 
 
 async def test_no_answer_in_time(connection: ClientConnection) -> None:

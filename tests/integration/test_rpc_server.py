@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import struct
 from collections.abc import AsyncIterator
 from typing import Any
@@ -38,6 +39,15 @@ async def test_streams_both_ways_larger_than_any_window() -> None:
         assert got == [bytes((i,)) * 50_000 for i in range(100)]
         total = await c.stream_unary("/t.T/count")(requests(), timeout=WAIT)
         assert total == b"5000000"
+
+
+async def test_a_small_message_does_not_wait_until_the_one_before_is_acknowledged() -> None:
+    async with serving() as (_, server, address), channel(address) as c:
+        await c.unary_unary("/t.T/echo")(b"hello", timeout=WAIT)
+        (connection,) = server._connections
+        assert connection._transport is not None
+        accepted = connection._transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_statuses() -> None:
