@@ -85,6 +85,7 @@ class Runner:
         self._seen: list[Seen] = []
         self._counted = self._under_way = 0
         self._began = self._opened = self._closed = 0.0
+        self._time_is_over = asyncio.Event()
 
     async def run(self) -> Run:
         """To its end, and to that of every request it has begun, unless it is stopped."""
@@ -143,6 +144,7 @@ class Runner:
         if not self._closed:
             self._closed = time.perf_counter()
             self._meter.open = False
+            self._time_is_over.set()
 
     def _over(self, at: float) -> bool:
         """Nothing more comes, `at` seconds after the beginning."""
@@ -153,7 +155,10 @@ class Runner:
     async def _open_loop(self) -> None:
         async with asyncio.TaskGroup() as group:
             for number, asked in self._asked:
+                if self._counted == self._load.requests:
+                    break
                 if self._over(asked.at):
+                    await self._time_is_over.wait()
                     break
                 request = self._request(asked, number)
                 due = self._began + asked.at

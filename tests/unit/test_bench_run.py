@@ -101,6 +101,14 @@ async def test_what_comes_in_the_warm_up_is_not_counted() -> None:
     assert (len(client.asked), len(run.seen)) == (3, 1)
 
 
+async def test_nothing_that_comes_is_measured_too() -> None:
+    """The time is not over with the last request in it."""
+    trace = [Arrival(0.0, 8, 4), Arrival(3600.0, 8, 4)]
+    run, client = await play(load(trace, seconds=0.5))
+    assert (len(client.asked), run.count("ok"), run.interrupted) == (1, 1, False)
+    assert run.seconds > 0.1
+
+
 async def test_time_ends_a_closed_loop() -> None:
     run, _ = await play(load(drawn(SHAPE, 1), concurrency=2, seconds=0.3))
     assert run.count("ok") == len(run.seen) > 0 and not run.interrupted
