@@ -117,7 +117,7 @@ class HandoffConfig(Section):
     ] = 4 << 30
     link_checksums: Annotated[
         int, Field(ge=0, description="Every how many payloads over nccl are checked; 0: none.")
-    ] = 16
+    ] = 1
     link_seconds: Annotated[
         float,
         Field(gt=0, le=600, description="A link over nccl that stands still for so long is dead."),

@@ -12,43 +12,63 @@ import torch
 import triton
 import triton.language as tl
 
+from cluster.kv.transport.checksums import FACTOR, PLACES, DeviceSum, Tally
 
-@triton.jit(do_not_specialize=["index", "first_layer", "first_head", "num_blocks", "num_heads"])
+
+@triton.jit(
+    do_not_specialize=["index", "first_layer", "first_head", "num_blocks", "num_heads", "sequence"]
+)
 def _copy(  # type: ignore[no-untyped-def]
     layers,
     index,
     payload,
+    total,
     first_layer,
     first_head,
     num_blocks,
     num_heads,
-    block_stride,
-    head_stride,
-    token_stride,
+    sequence,
+    BLOCK_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
     TOKENS: tl.constexpr,
     CONTENT: tl.constexpr,
     WIDTH: tl.constexpr,
     GATHER: tl.constexpr,
+    COUNT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PLACES: tl.constexpr,
 ):
     """A program per (layer, block, head); payloads are `[layers, blocks, heads, tokens, content]`.
 
-    Strides and sizes count 8-byte words; WIDTH is the power of two that holds a head's block.
+    Strides and sizes count 8-byte words; WIDTH is the power of two that holds a head's block. COUNT
+    adds what passes to `total`, as `Tally.count` does.
     """
     program = tl.program_id(0)
     head = program % num_heads
     block = program // num_heads % num_blocks
     layer = program // (num_heads * num_blocks)
-    base = tl.load(layers + first_layer + layer).to(tl.pointer_type(tl.int64))
+    base = tl.multiple_of(tl.load(layers + first_layer + layer), 16)
     number = tl.load(index + block)
-    start = base + number * block_stride + (first_head + head) * head_stride
+    start = number * BLOCK_STRIDE + (first_head + head) * HEAD_STRIDE
     word = tl.arange(0, WIDTH)
     held = word < TOKENS * CONTENT
-    cached = start + word // CONTENT * token_stride + word % CONTENT
-    moved = payload + program.to(tl.int64) * (TOKENS * CONTENT) + word
-    if GATHER:
-        tl.store(moved, tl.load(cached, mask=held), mask=held)
+    if TOKEN_STRIDE == CONTENT:
+        place = start + word
     else:
-        tl.store(cached, tl.load(moved, mask=held), mask=held)
+        place = start + word // CONTENT * TOKEN_STRIDE + word % CONTENT
+    cached = base.to(tl.pointer_type(tl.int64)) + place
+    first = program.to(tl.int64) * (TOKENS * CONTENT)
+    moved = payload + first + word
+    if GATHER:
+        words = tl.load(cached, mask=held, other=0)
+        tl.store(moved, words, mask=held)
+    else:
+        words = tl.load(moved, mask=held, other=0)
+        tl.store(cached, words, mask=held)
+    if COUNT:
+        mixed = ((sequence.to(tl.int64) << PLACES) + first + word) * FACTOR
+        tl.atomic_add(total, tl.sum(words * (mixed ^ (mixed >> 32) | 1), 0), sem="relaxed")
 
 
 class BlockCopies:
@@ -69,11 +89,13 @@ class BlockCopies:
 
     @staticmethod
     def fits(layers: Sequence[torch.Tensor]) -> bool:
-        """They can be copied so: their rows are whole words, and they are strided alike."""
+        """They can be copied so: their rows are whole words, they are strided alike, and begin
+        where devices read several words at once."""
         return (
             layers[0].element_size() == 8
             and layers[0].stride(3) == 1
             and len({layer.stride() for layer in layers}) == 1
+            and not any(layer.data_ptr() % 16 for layer in layers)
         )
 
     def _warm_up(self, first: torch.Tensor) -> None:
@@ -81,25 +103,38 @@ class BlockCopies:
         index = torch.zeros(1, dtype=torch.int64, device=first.device)
         heads = range(first.shape[1])
         payload = torch.empty(first[0].nbytes, dtype=torch.uint8, device=first.device)
-        self.gather(0, index, heads, payload)
-        self.scatter(0, index, heads, payload)
+        tally = Tally(DeviceSum(first.device, torch.cuda.current_stream(first.device), 0), 0)
+        for counted in (None, tally):
+            self.gather(0, index, heads, payload, counted)
+            self.scatter(0, index, heads, payload, counted)
 
     def gather(
-        self, first_layer: int, index: torch.Tensor, heads: range, payload: torch.Tensor
+        self,
+        first_layer: int,
+        index: torch.Tensor,
+        heads: range,
+        payload: torch.Tensor,
+        tally: Tally | None = None,
     ) -> None:
         """From the cache into `payload`, uint8, on the current stream.
 
         Args:
             index: int64 block ids, on the device.
             heads: of the cache.
+            tally: counts the payload.
         """
-        self._run(first_layer, index, heads, payload, gather=True)
+        self._run(first_layer, index, heads, payload, tally, gather=True)
 
     def scatter(
-        self, first_layer: int, index: torch.Tensor, heads: range, payload: torch.Tensor
+        self,
+        first_layer: int,
+        index: torch.Tensor,
+        heads: range,
+        payload: torch.Tensor,
+        tally: Tally | None = None,
     ) -> None:
         """From `payload` into the cache."""
-        self._run(first_layer, index, heads, payload, gather=False)
+        self._run(first_layer, index, heads, payload, tally, gather=False)
 
     def _run(
         self,
@@ -107,6 +142,7 @@ class BlockCopies:
         index: torch.Tensor,
         heads: range,
         payload: torch.Tensor,
+        tally: Tally | None,
         gather: bool,
     ) -> None:
         size = self._tokens * self._content
@@ -115,13 +151,18 @@ class BlockCopies:
             self._layers,
             index,
             words,
+            self._layers if tally is None else tally.sum.total,
             first_layer,
             heads.start,
             len(index),
             len(heads),
+            0 if tally is None else tally.sequence,
             *self._strides,
-            TOKENS=self._tokens,
-            CONTENT=self._content,
-            WIDTH=self._width,
-            GATHER=gather,
+            self._tokens,
+            self._content,
+            self._width,
+            gather,
+            tally is not None,
+            FACTOR,
+            PLACES,
         )

@@ -20,6 +20,7 @@ from cluster.kv.generations import Generations
 from cluster.kv.paged import BlockIndex, PagedCache, Slots
 from cluster.kv.push import seed_of
 from cluster.kv.reservation import Reservation
+from cluster.kv.transport.checksums import Tally
 from cluster.kv.transport.frames import Blocks, Coming, Commit
 from cluster.kv.transport.seam import Inbound
 
@@ -56,17 +57,17 @@ class Landing:
             blocks = await self.inbound.fetch(frame, self._seed)
         else:
             blocks = frame
-        run, size = blocks.run, blocks.payload.numel()
+        run, size, tally = blocks.run, blocks.payload.numel(), None
         try:
             self.part.check(run, size)
             if blocks is frame:
-                self.inbound.verify(blocks, self._seed)
+                tally = self.inbound.verify(blocks, self._seed)
             self.reservation.check(self.generations)
         except BaseException:
             self.inbound.done(blocks)
             raise
         try:
-            self._write(blocks)
+            self._write(blocks, tally)
         finally:
             self._settle(blocks)  # a write that failed half-way may have queued something, too
         self.part.accept(run, size)
@@ -107,7 +108,7 @@ class Landing:
         await self.inbound.judge(commit)
         self.reservation.check(self.generations)
 
-    def _write(self, frame: Blocks) -> None:
+    def _write(self, frame: Blocks, tally: Tally | None) -> None:
         run, heads = frame.run, self.admitted.route.target
         stream, reserve = self.inbound.stream, self.reservation.reserve
         if self._index is None:
@@ -116,7 +117,10 @@ class Landing:
         layers = range(run.layer, run.layer + run.num_layers)
         if not self.admitted.plain:
             index = self._index[run.first_block : run.first_block + run.num_blocks]
-            return self.cache.scatter(layers, index, heads, frame.payload, stream=stream)
+            payload = frame.payload
+            return self.cache.scatter(layers, index, heads, payload, stream=stream, tally=tally)
+        if tally is not None:
+            self.cache.count(frame.payload, tally, stream=stream)
         tokens = self.admitted.prefill.tokens
         slots = Slots(self._index, reserve.held_tokens, reserve.num_tokens)
         first = run.first_block * tokens

@@ -12,15 +12,32 @@ from cluster.kv.handoff import HandoffResult
 from cluster.kv.milestones import Fence
 from cluster.kv.transport.seam import Peer
 
-FRAMES_A_STEP = 2
-"""A step's blocks leave in as many frames at least, so that little is left when it ends …"""
-LEAST_BYTES = 32 << 20
-"""… unless they would be smaller than that: a frame takes the engine's own Python, too."""
+LEAST_BYTES = 64 << 20
+"""Of what leaves at once: each time takes the engine's own Python, and some of its compute."""
 
 
-def frame_size(most: int, step_bytes: int) -> int:
-    """Of the frames in which a step's blocks cross, where none is larger than `most`."""
-    return min(most, max(LEAST_BYTES, step_bytes // FRAMES_A_STEP))
+def told_size(most: int, step_bytes: int) -> int:
+    """After how many bytes of a step's KV the agent is told of them, where a frame has `most`."""
+    return min(most, max(LEAST_BYTES, step_bytes // 8))
+
+
+def leaves_behind(layer: int, num_layers: int, step_bytes: int, last: bool) -> bool:
+    """Whether what a step has computed leaves over a link once it has computed `layer`.
+
+    A link wants bursts: payloads that leave one by one while prefill computes cost it several times
+    the compute that the same bytes cost it at once. What another step follows leaves beside that
+    one. Of a prompt's last step half leaves as soon as it is there, and so that little is left when
+    the step ends, three quarters of the rest.
+    """
+    done = layer + 1
+    if done == num_layers:
+        return True
+    if not last:
+        return False
+    half, most = num_layers // 2, num_layers - num_layers // 8
+    return (done == half and step_bytes >= 2 * LEAST_BYTES) or (
+        done == most and step_bytes >= 8 * LEAST_BYTES
+    )
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,8 @@ class Ready:
 
     Attributes:
         first_block: index in the prompt of the first of `block_ids`.
-        stamp: the blocks' generations.
+        stamp: the blocks' generations; one object for all layers of a step.
+        due: over a link this, and what came before it, leaves now.
     """
 
     layer: int
@@ -37,14 +55,11 @@ class Ready:
     block_ids: tuple[int, ...]
     stamp: Stamp
     fence: Fence | None
+    due: bool
 
     def goes_on(self, other: Ready) -> bool:
         """`other` is the next layer of the same blocks."""
-        return (
-            other.layer == self.layer + 1
-            and other.first_block == self.first_block
-            and other.block_ids == self.block_ids
-        )
+        return other.layer == self.layer + 1 and other.stamp is self.stamp
 
 
 @dataclass

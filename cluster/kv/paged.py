@@ -22,6 +22,7 @@ from cluster.kv.places import Places
 
 if TYPE_CHECKING:
     from cluster.kv.block_copies import BlockCopies
+    from cluster.kv.transport.checksums import Tally
 
 _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -150,9 +151,10 @@ class PagedCache:
         *,
         plain: bool = False,
         stream: Any = None,
+        tally: Tally | None = None,
     ) -> None:
         """Copies blocks of some layers into `payload`, uint8
-        `[layers × blocks × heads × head_block_bytes]`.
+        `[layers × blocks × heads × head_block_bytes]`, which `tally` counts.
 
         On a GPU the copy is queued on `stream`, or on the cache's own; see `mark`.
         """
@@ -163,7 +165,7 @@ class PagedCache:
                 there = (
                     payload if payload.is_cuda else torch.empty_like(payload, device=self.device)
                 )
-                self._copies.gather(layers.start, index, _range(heads), there)
+                self._copies.gather(layers.start, index, _range(heads), there, tally)
                 if there is not payload:
                     payload.copy_(there, non_blocking=True)
                 return
@@ -172,6 +174,8 @@ class PagedCache:
                     self._gather_plain(layer, index, heads, part)
                 else:
                     self._gather(layer, index, heads, part)
+            if tally is not None:
+                tally.count(payload)
 
     def _gather(self, layer: int, index: BlockIndex, heads: HeadRun, payload: torch.Tensor) -> None:
         source = self._wide[layer][:, heads.start : heads.stop]
@@ -198,6 +202,7 @@ class PagedCache:
         payload: torch.Tensor,
         *,
         stream: Any = None,
+        tally: Tally | None = None,
     ) -> None:
         """Writes whole blocks, as `gather` of a cache with the same blocks gives them.
 
@@ -207,8 +212,10 @@ class PagedCache:
             if self._copies:
                 assert isinstance(index, torch.Tensor)
                 there = payload.to(self.device, non_blocking=True)
-                self._copies.scatter(layers.start, index, _range(heads), there)
+                self._copies.scatter(layers.start, index, _range(heads), there, tally)
                 return
+            if tally is not None:
+                tally.count(payload)
             for layer, part in zip(layers, payload.chunk(len(layers)), strict=True):
                 target = self._wide[layer][:, heads.start : heads.stop]
                 source = part.view(target.dtype).view(len(index), *target.shape[1:])
@@ -216,6 +223,11 @@ class PagedCache:
                     target.index_copy_(0, index, source.to(self.device, non_blocking=True))
                 else:
                     target.numpy()[list(index)] = source.numpy()
+
+    def count(self, payload: torch.Tensor, tally: Tally, *, stream: Any = None) -> None:
+        """Counts a payload as `scatter` does."""
+        with torch.cuda.stream(stream or self._stream):
+            tally.count(payload)
 
     def scatter_tokens(
         self,

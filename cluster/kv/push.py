@@ -2,12 +2,13 @@
 
 A **ready** item is one layer of the blocks that one engine step completed. Items of the same blocks
 in following layers cross in one frame, up to the size that the transport likes; the last layer of a
-step always goes at once.
+step always goes at once. Over a link whatever is ready waits until a burst of it is due.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.generations import Generations, Stamp
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.orders import Order, Ready, Sent, frame_size
+from cluster.kv.orders import Order, Ready, Sent
 from cluster.kv.paged import BlockIndex, PagedCache
 from cluster.kv.transport.frames import Ack, Commit, Grant, Open, Refused, Reply
 from cluster.kv.transport.seam import Buffer, Outbound, Transport
@@ -42,15 +43,27 @@ class Push:
     ready: deque[Ready] = field(default_factory=deque)
     first_token: int | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _bursts: bool = False
+    _due: int = 0
     _indexes: dict[int, tuple[Stamp, BlockIndex]] = field(default_factory=dict)
-    _checks: list[asyncio.Task[None]] = field(default_factory=list)
+    _still: dict[int, int] = field(default_factory=dict)
+    _read: list[Ready] = field(default_factory=list)
+    _filled: Fence | None = None
+    _checks: asyncio.Task[None] | None = None
     _when_read: list[Callable[[], None]] = field(default_factory=list)
     _over: bool = False
 
     def add(self, ready: Ready) -> None:
         """More to send."""
         self.ready.append(ready)
-        self._changed.set()
+        if ready.due or not self._bursts:
+            self._due = len(self.ready)
+            self._changed.set()
+
+    def clear(self) -> None:
+        """Nothing of what was added is to be sent."""
+        self.ready.clear()
+        self._due = 0
 
     def when_read(self, call: Callable[[], None]) -> None:
         """Calls it once all that was added has been read from the cache, or never will be."""
@@ -92,6 +105,7 @@ class Push:
         self.sent.transport = outbound.transport
         try:
             rank = order.route.prefill_rank
+            self._bursts = outbound.bursts
             await outbound.send(Open(order.ticket.encode(), rank, outbound.link))
             grant = await outbound.receive()
             if not isinstance(grant, Grant):
@@ -100,6 +114,7 @@ class Push:
             self.sent.held_tokens = grant.held_tokens
             self.granted()
             reply = asyncio.create_task(outbound.receive())
+            reply.add_done_callback(lambda _: self._changed.set())
             try:
                 await self._stream(grant, outbound, reply)
             except HandoffRefused:
@@ -115,24 +130,19 @@ class Push:
     async def _stream(self, grant: Grant, outbound: Outbound, reply: asyncio.Task[Reply]) -> None:
         """Sends what is ready until the engine is done, then commits and awaits the verdict."""
         while True:
+            self._changed.clear()
             while group := self._group(outbound.frame_bytes):
                 if reply.done():
                     raise HandoffRefused(_refusal(reply.result()))
                 await self._send(group, grant, outbound)
+            if reply.done():
+                raise HandoffRefused(_refusal(reply.result()))
             if self._when_read and not self.ready:
                 await self._checked()
                 self._all_read()
-                continue  # more may have come meanwhile
             if self.first_token is not None and not self.ready:
                 break
-            self._changed.clear()
-            changed = asyncio.create_task(self._changed.wait())
-            try:
-                await asyncio.wait({changed, reply}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                changed.cancel()
-            if reply.done():
-                raise HandoffRefused(_refusal(reply.result()))
+            await self._changed.wait()
         checksum = await outbound.flush()
         await self._checked()
         await outbound.send(
@@ -142,29 +152,39 @@ class Push:
         if not isinstance(verdict, Ack):
             raise HandoffRefused(_refusal(verdict))
 
+    async def _check_reads(self, outbound: Outbound) -> None:
+        """As soon as they have been read: a block may be another's soon afterwards, and be right.
+        So it is with a sliding window, when the prompt goes on behind it."""
+        while self._read:
+            read, self._read = self._read, []
+            assert self._filled is not None
+            await outbound.reached(self._filled)
+            for ready in read:
+                self._check(ready)
+
     async def _checked(self) -> None:
-        """What has been read by then was what was offered."""
-        checks, self._checks = self._checks, []
-        for check in checks:
-            await check
+        """What has been read so far was what was offered."""
+        if self._checks is not None:
+            await self._checks
 
     def _group(self, frame_bytes: int) -> list[Ready]:
         """Takes the next items that make a frame; none while more layers are to join them."""
-        if not self.ready:
+        over = self.first_token is not None
+        if over:
+            self._due = len(self.ready)
+        if not self._due:
             return []
-        size = len(self.ready[0].block_ids) * self._head_bytes
-        room = frame_size(frame_bytes, size * self.cache.num_layers) // size
+        room = max(1, frame_bytes // (len(self.ready[0].block_ids) * self._head_bytes))
         group: list[Ready] = []
-        for item in self.ready:
-            if group and (len(group) >= room or not group[-1].goes_on(item)):
+        for item in itertools.islice(self.ready, min(room, self._due)):
+            if group and not group[-1].goes_on(item):
                 break
             group.append(item)
-        full = len(group) >= room
-        last_layer = group[-1].layer == self.cache.num_layers - 1
-        if not (full or last_layer or len(group) < len(self.ready) or self.first_token is not None):
+        if not (over or len(group) == room or len(group) < self._due or group[-1].due):
             return []
         for _ in group:
             self.ready.popleft()
+        self._due -= len(group)
         return group
 
     @property
@@ -182,46 +202,45 @@ class Push:
         step = max(1, outbound.frame_bytes // (len(group) * self._head_bytes))
         for start in range(skip, len(head.block_ids), step):
             part = index[start : start + step]
-            read = head.block_ids[start : start + step], head.stamp[start : start + step]
-            self._check(*read)
+            ids = head.block_ids[start : start + step]
+            self._check(head)
             size = len(group) * len(part) * self._head_bytes
             if self.sent.bytes + size > grant.credit_bytes:
                 raise HandoffRefused("decode granted less than the prompt needs")
             run = BlockRun(
                 self.sent.frames, head.layer, len(group), head.first_block + start, len(part)
             )
-            if pieces := self._pieces(group, read[0]):
+            if pieces := self._pieces(group, ids):
                 await outbound.send_pieces(run, pieces, self._seed)
-                self._check(*read)
+                self._check(head)
             else:
-                await self._send_copy(run, group, part, read, outbound, size)
+                await self._send_copy(run, group, part, outbound, size)
             self.sent.frames += 1
             self.sent.bytes += size
             self.sent.last_frame_at = time.monotonic()
 
     async def _send_copy(
-        self,
-        run: BlockRun,
-        group: list[Ready],
-        index: BlockIndex,
-        read: tuple[tuple[int, ...], Stamp],
-        outbound: Outbound,
-        size: int,
+        self, run: BlockRun, group: list[Ready], index: BlockIndex, outbound: Outbound, size: int
     ) -> None:
         buffer = await outbound.buffer(size)
         try:
-            self._fill(buffer, group, index, outbound)
+            self._fill(run, buffer, index, outbound)
             filled = self.cache.mark(outbound.stream)
             if filled is None:
-                self._check(*read)
+                self._check(group[0])
+            else:
+                self._check_soon(group[0], filled, outbound)
         except BaseException:
             outbound.discard(buffer)
             raise
         await outbound.send_blocks(run, buffer, self._seed, filled)
-        if filled is not None:
-            check = asyncio.create_task(self._check_read(outbound, filled, *read))
-            check.add_done_callback(lambda task: task.cancelled() or task.exception())
-            self._checks.append(check)
+
+    def _check_soon(self, ready: Ready, filled: Fence, outbound: Outbound) -> None:
+        self._read.append(ready)
+        self._filled = filled
+        if self._checks is None or (self._checks.done() and not self._checks.exception()):
+            self._checks = asyncio.create_task(self._check_reads(outbound))
+            self._checks.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @property
     def _seed(self) -> int:
@@ -243,25 +262,30 @@ class Push:
         return known[1]
 
     def _fill(
-        self, buffer: Buffer, group: list[Ready], index: BlockIndex, outbound: Outbound
+        self,
+        run: BlockRun,
+        buffer: Buffer,
+        index: BlockIndex,
+        outbound: Outbound,
     ) -> None:
-        layers = range(group[0].layer, group[-1].layer + 1)
-        source, plain = self.order.route.source, self.order.plain
         self.cache.gather(
-            layers, index, source, buffer.payload, plain=plain, stream=outbound.stream
+            range(run.layer, run.layer + run.num_layers),
+            index,
+            self.order.route.source,
+            buffer.payload,
+            plain=self.order.plain,
+            stream=outbound.stream,
+            tally=outbound.tally(run.sequence, self._seed),
         )
 
-    async def _check_read(
-        self, outbound: Outbound, filled: Fence, ids: tuple[int, ...], stamp: Stamp
-    ) -> None:
-        """As soon as they have been read: a block may be another's soon afterwards, and be right.
-        So it is with a sliding window, when the prompt goes on behind it."""
-        await outbound.reached(filled)
-        self._check(ids, stamp)
-
-    def _check(self, ids: tuple[int, ...], stamp: Stamp) -> None:
-        if not self.generations.still(ids, stamp):
+    def _check(self, ready: Ready) -> None:
+        """Before they are read and afterwards."""
+        renewals = self.generations.renewals
+        if self._still.get(id(ready.stamp)) == renewals:
+            return
+        if not self.generations.still(ready.block_ids, ready.stamp):
             raise HandoffRefused("blocks were handed out anew while they were read")
+        self._still[id(ready.stamp)] = renewals
 
 
 def seed_of(handoff_id: str) -> int:

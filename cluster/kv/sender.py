@@ -21,7 +21,7 @@ from cluster.kv.handoff import HandoffParams
 from cluster.kv.ledger import Ledger, LedgerEntry
 from cluster.kv.mailbox import Mailbox
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.orders import Order, Ready, result_of
+from cluster.kv.orders import Order, Ready, leaves_behind, result_of
 from cluster.kv.paged import PagedCache
 from cluster.kv.push import Push
 from cluster.kv.transport.seam import Peer, Transport
@@ -43,11 +43,13 @@ class Offer:
 
     Attributes:
         first_block: index in the prompt of the first of `block_ids`.
+        last: the step completes the prompt.
     """
 
     handoff_id: str
     first_block: int
     block_ids: tuple[int, ...]
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,7 @@ class Sender:
         handoff = self._handoffs.get(offer.handoff_id)
         if handoff is None:
             return
-        blocks = len(offer.block_ids)
-        size = blocks * self._cache.block_bytes * self._cache.num_layers
+        blocks, size = len(offer.block_ids), self._size(offer)
         now = time.monotonic()
         if handoff.pinned:
             self._ledger.grow(handoff.id, blocks, size, now)
@@ -133,6 +134,10 @@ class Sender:
             handoff.pinned = True
             entry = LedgerEntry(handoff.id, "sending", blocks, size, handoff.expires)
             self._ledger.pin(entry, now)
+
+    def _size(self, offer: Offer) -> int:
+        """Bytes of all layers."""
+        return len(offer.block_ids) * self._cache.block_bytes * self._cache.num_layers
 
     def layer_ready(
         self,
@@ -144,7 +149,8 @@ class Sender:
         for offer, stamp in offers:
             handoff = self._handoffs.get(offer.handoff_id)
             if handoff is not None and not handoff.ended:
-                ready = Ready(layer, offer.first_block, offer.block_ids, stamp, fence)
+                due = leaves_behind(layer, self._cache.num_layers, self._size(offer), offer.last)
+                ready = Ready(layer, offer.first_block, offer.block_ids, stamp, fence, due)
                 for push in handoff.pushes:
                     push.add(ready)
 
@@ -199,7 +205,7 @@ class Sender:
 
     def _call_off(self, handoff: _Handoff) -> None:
         for push in handoff.pushes:
-            push.ready.clear()
+            push.clear()
         if handoff.task is not None:
             handoff.task.cancel()
 
@@ -270,7 +276,7 @@ class Sender:
             error = str(failure) if failure else ""
         handoff.ended = True
         for push in handoff.pushes:
-            push.ready.clear()
+            push.clear()
         self._ledger.note(handoff.id, f"push ended: {error or 'acknowledged'}", time.monotonic())
         sent = [push.sent for push in handoff.pushes]
         self._mailbox.result(result_of(handoff.id, sent, error))

@@ -166,7 +166,8 @@ class Prefill(Side):
 
     def compute(self, ticket: Ticket, block_ids: tuple[int, ...], first: int = 0) -> Offer:
         """A step of the engine completed blocks in every layer."""
-        offer = Offer(ticket.handoff_id, first, block_ids)
+        last = first + len(block_ids) >= -(-ticket.num_tokens // TOKENS)
+        offer = Offer(ticket.handoff_id, first, block_ids, last)
         stamp = self.agent.generations.stamp(block_ids)
         sender = self.agent.sender
         self.agent.post(lambda: sender.offer(offer))

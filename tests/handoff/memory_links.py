@@ -46,6 +46,7 @@ class MemoryLink(Link):
         self, unique_id: bytes, rank: int, terms: LinkTerms, slots: int, slot_bytes: int
     ) -> None:
         self._name, self._rank = unique_id, rank
+        self.device = terms.device
         self.stuck_seconds = terms.stuck_seconds
         self.broken = ""
         self.used_at = time.monotonic()
@@ -71,13 +72,17 @@ class MemoryLink(Link):
         except TimeoutError:
             raise HandoffRefused("the peer did not join the link") from None
 
+    def put(self, slot: Slot, filled: Fence | None) -> Fence:
+        self._raise_if_broken()
+        self.used_at = time.monotonic()
+        start = slot.index * self.memory.shape[1]
+        self._other.memory.view(-1)[start : start + slot.payload.numel()] = slot.payload
+        return Passed()
+
     async def send(self, slot: Slot, filled: Fence | None) -> Fence:
         self._raise_if_broken()
         self.used_at = time.monotonic()
-        if self.puts:
-            self._other.memory[slot.index, : slot.payload.numel()] = slot.payload
-        else:
-            self._sent.append(slot.payload.clone())
+        self._sent.append(slot.payload.clone())
         return Passed()
 
     async def receive(self, slot: Slot) -> None:

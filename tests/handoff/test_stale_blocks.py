@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cluster.kv.assembly import BlockRun
-from cluster.kv.generations import Generations
+from cluster.kv.generations import Generations, Stamp
 from cluster.kv.geometry import HeadRun
 from cluster.kv.orders import Ready
 from cluster.kv.sender import Offer
@@ -149,7 +149,7 @@ async def test_a_block_reused_between_two_chunks(prefill: Prefill, decode: Decod
     await decode.until(lambda: decode.frames(ticket) > 0)
     stamp = prefill.agent.generations.stamp((2,))
     prefill.agent.generations.renew([2])
-    offer, sender = Offer(ticket.handoff_id, 1, (2,)), prefill.agent.sender
+    offer, sender = Offer(ticket.handoff_id, 1, (2,), last=True), prefill.agent.sender
     prefill.agent.post(lambda: sender.offer(offer))
     for layer in range(LAYERS):
         prefill.agent.post(lambda layer=layer: sender.layer_ready(layer, ((offer, stamp),)))  # type: ignore[misc]
@@ -169,7 +169,7 @@ async def test_a_block_dealt_anew_after_it_was_read_is_no_fault(
     read = contents(prefill, (1,))
     prefill.agent.generations.renew([1])
     stamp = prefill.agent.generations.stamp((2,))
-    offer, sender = Offer(ticket.handoff_id, 1, (2,)), prefill.agent.sender
+    offer, sender = Offer(ticket.handoff_id, 1, (2,), last=True), prefill.agent.sender
     prefill.agent.post(lambda: sender.offer(offer))
     for layer in range(LAYERS):
         prefill.agent.post(lambda layer=layer: sender.layer_ready(layer, ((offer, stamp),)))  # type: ignore[misc]
@@ -292,23 +292,26 @@ def test_a_generation_grows_with_every_use() -> None:
         generations.stamp((4,))
 
 
-def _ready(block_ids: tuple[int, ...], layer: int = 0, first: int = 0) -> Ready:
-    return Ready(layer, first, block_ids, Generations(8).stamp(block_ids), None)
+def _ready(stamp: Stamp, layer: int = 0, first: int = 0) -> Ready:
+    return Ready(layer, first, (1, 2), stamp, None, due=False)
+
+
+STEP, NEXT_STEP = (Generations(8).stamp((1, 2)) for _ in range(2))
 
 
 @pytest.mark.parametrize(
     ("following", "joins"),
     [
-        (_ready((1, 2), layer=1), True),
-        (_ready((1, 2), layer=2), False),
-        (_ready((1, 3), layer=1), False),
-        (_ready((1, 2), layer=1, first=2), False),
+        (_ready(STEP, layer=1), True),
+        (_ready(STEP, layer=2), False),
+        (_ready(NEXT_STEP, layer=1), False),
+        (_ready(NEXT_STEP, layer=1, first=2), False),
     ],
 )
 def test_only_the_same_blocks_of_the_next_layer_share_a_frame(
     following: Ready, joins: bool
 ) -> None:
-    assert _ready((1, 2)).goes_on(following) is joins
+    assert _ready(STEP).goes_on(following) is joins
 
 
 async def test_an_ended_request_is_never_written_again(prefill: Prefill, decode: Decode) -> None:

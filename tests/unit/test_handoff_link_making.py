@@ -60,7 +60,7 @@ class Made:
 
     def __init__(self, used_at: float) -> None:
         self.id, self.pushes, self.closed = 1, 0, ""
-        slots = SimpleNamespace(slot_bytes=64)
+        slots = SimpleNamespace(largest=64)
         self.link = SimpleNamespace(broken="", used_at=used_at, copies=None, slots=slots)
 
     def close(self, reason: str) -> None:
@@ -195,39 +195,33 @@ async def test_slots_are_such_as_a_peer_takes(
 
 
 class Comm:
-    """A communicator that can put, or is refused it when it does."""
+    """A communicator that reaches the peer's memory, or is refused it."""
 
-    def __init__(self, link: Link, refused: bool) -> None:
-        self._link, self._refused = link, refused
-        self.puts_meanwhile = False
+    def __init__(self, refused: bool) -> None:
+        self._refused = refused
         self.received = 0
 
     def expose(self, memory: object) -> bool:
-        return True
-
-    def put(self, *args: int) -> None:
-        self.puts_meanwhile = self._link.puts
         if self._refused:
             raise NcclError("NCCL: invalid usage")
+        return True
 
     def receive(self, *args: int) -> None:
         self.received += 1
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_an_abort_meanwhile_waits_for_the_first_put(
+def test_a_link_whose_memory_cannot_be_reached_takes_kernels(
     refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory of the peer's is reached until then; kernels are ended by the abort."""
     link: Any = Link.__new__(Link)
     memory = SimpleNamespace(bytes=torch.zeros(64, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(link_module, "PeerMemory", lambda size: memory)
-    link._device, link._rank, link._shape, link.puts = CPU, 1, (1, 64), False
+    link.device, link._rank, link._shape, link.puts = CPU, 1, (1, 64), False
     link._wire = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
-    link._comm = comm = Comm(link, refused)
+    link._comm = comm = Comm(refused)
     link._begin()
-    assert comm.puts_meanwhile
     assert link.puts == (not refused) and comm.received == refused
 
 
@@ -244,11 +238,25 @@ def test_only_a_peer_within_reach_is_put_to(
         found._obj.value = pointer
         return 0
 
-    fake = SimpleNamespace(
-        ncclPutSignal=None, ncclCommWindowRegister=register, ncclGetPeerDevicePointer=reach
-    )
+    copied: list[list[int | None]] = []
+
+    def copy(*args: Any) -> int:
+        copied.append([arg.value for arg in args])
+        return refusal
+
+    refusal = 0
+    fake = SimpleNamespace(ncclCommWindowRegister=register, ncclGetPeerDevicePointer=reach)
+    driver = SimpleNamespace(cuMemcpyDtoDAsync_v2=copy)
     monkeypatch.setattr(nccl_library, "library", lambda: fake)
+    monkeypatch.setattr(nccl_library, "driver", lambda: driver)
     comm: Any = Communicator.__new__(Communicator)
-    comm._quick, comm._window, comm._peer = ctypes.c_void_p(1), ctypes.c_void_p(), 1
+    comm._quick, comm._peer = ctypes.c_void_p(1), 1
     memory: Any = SimpleNamespace(bytes=torch.zeros(64, dtype=torch.uint8))
     assert comm.expose(memory) == bool(pointer)
+    if pointer:
+        own = memory.bytes.data_ptr()
+        comm.put(own + 16, 32, 5)
+        assert copied == [[pointer + 16, own + 16, 32, 5]]
+        refusal = 1
+        with pytest.raises(NcclError, match="error 1"):
+            comm.put(own, 32, 5)

@@ -12,8 +12,8 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
-from cluster.kv.orders import LEAST_BYTES, frame_size
-from cluster.kv.transport.checksums import AT_ONCE_BYTES, PART_BYTES, DeviceSum, value
+from cluster.kv.orders import LEAST_BYTES, leaves_behind, told_size
+from cluster.kv.transport.checksums import AT_ONCE_BYTES, DeviceSum, Tally, value
 from cluster.kv.transport.frames import Blocks, Commit
 from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench, FakeLink
 
@@ -101,9 +101,10 @@ async def test_a_sender_waits_until_a_slot_has_been_read(bench: Bench) -> None:
     [
         (SLOTS, SIZE, "in no slot"),
         (-1, SIZE, "in no slot"),
-        (0, SIZE + 1, "in no slot"),
+        (SLOTS - 1, SIZE + 1, "in no slot"),
         (0, 0, "in no slot"),
         (1, SIZE, "in use"),
+        (0, SIZE + 1, "in use"),
     ],
 )
 async def test_a_payload_that_lies_where_none_can(
@@ -199,7 +200,7 @@ async def test_the_checksum_of_what_was_sampled_is_checked(bench: Bench, damage:
     seed = 99
     sent = DeviceSum(torch.device("cpu"), None, seed)
     for sequence in (0, 2):
-        sent.add(torch.full((SIZE,), sequence, dtype=torch.uint8))
+        Tally(sent, sequence).count(torch.full((SIZE,), sequence, dtype=torch.uint8))
     for sequence in range(3):
         await bench.arrive(sequence, summed=sequence != 1)
     for sequence in range(3):
@@ -207,7 +208,10 @@ async def test_the_checksum_of_what_was_sampled_is_checked(bench: Bench, damage:
         assert isinstance(blocks, Blocks)
         if (damage, sequence) in {("a payload", 2), ("an unsummed payload", 1)}:
             blocks.payload[5] ^= 4
-        bench.inbound.verify(blocks, seed)
+        tally = bench.inbound.verify(blocks, seed)
+        assert (tally is None) == (sequence == 1)
+        if tally is not None:
+            tally.count(blocks.payload)
         bench.inbound.done(blocks)
     checksum = value(sent.fetch()) + (damage == "the sum")
     commit = Commit(3, 42, 12, checksum)
@@ -224,10 +228,10 @@ async def test_a_checksum_of_nothing_is_refused(bench: Bench) -> None:
         await bench.inbound.judge(Commit(0, 42, 12, 1))
 
 
-def summed(*payloads: torch.Tensor, seed: int = 5) -> int:
+def summed(*payloads: torch.Tensor, seed: int = 5, first: int = 0) -> int:
     running = DeviceSum(torch.device("cpu"), None, seed)
-    for payload in payloads:
-        running.add(payload)
+    for sequence, payload in enumerate(payloads, first):
+        Tally(running, sequence).count(payload)
     return value(running.fetch())
 
 
@@ -241,41 +245,60 @@ def test_a_device_checksum_sees_every_byte_their_order_and_that_of_payloads() ->
         changed[at] ^= 1
         assert summed(changed) != right
     swapped = payload.clone()
-    swapped[0:4], swapped[4:8] = payload[4:8], payload[0:4]
+    swapped[0:8], swapped[8:16] = payload[8:16], payload[0:8]
     assert summed(swapped) != right
     other = payload + 1
     assert summed(payload, other) != summed(other, payload)
     assert summed(payload, payload) != summed(payload)
 
 
-def test_a_device_checksum_sees_the_place_of_a_part_of_a_large_payload() -> None:
-    payload = torch.zeros(2 * PART_BYTES + 7, dtype=torch.uint8)
+def test_a_device_checksum_sees_the_place_in_a_large_payload() -> None:
+    payload = torch.zeros(2 * AT_ONCE_BYTES + 7, dtype=torch.uint8)
     payload[0] = 1
     moved = torch.zeros_like(payload)
-    moved[PART_BYTES] = 1
+    moved[AT_ONCE_BYTES] = 1
     assert len({summed(payload), summed(moved), summed(torch.zeros_like(payload))}) == 3
 
 
-def test_a_device_checksum_counts_parts_at_once_as_one_after_the_other() -> None:
-    payload = torch.randint(0, 256, (AT_ONCE_BYTES + 2 * PART_BYTES + 9,), dtype=torch.uint8)
-    parts = list(payload[:-9].split(PART_BYTES))
-    by_itself = summed(*parts, payload[-9:-1], payload[-1:])
-    assert summed(payload) == summed(payload[: 3 * PART_BYTES], payload[3 * PART_BYTES :])
-    assert summed(payload) == by_itself
-    assert summed(payload) != summed(payload[PART_BYTES:], payload[:PART_BYTES])
+def test_a_device_checksum_is_the_sum_of_weighted_words() -> None:
+    """As anybody can compute it: on a device it is taken by the kernel that copies the blocks."""
+    payload = torch.randint(0, 256, (AT_ONCE_BYTES + 80,), dtype=torch.uint8)
+    total, seed, sequence = 0, 5, 3
+    for number, word in enumerate(payload.numpy().view("<u8").tolist()):
+        if word and (number < 4 or number > len(payload) // 8 - 12):
+            mixed = ((sequence << 40) + number) * 0x1E3779B97F4A7C15 % 2**64
+            signed = mixed - 2**64 if mixed >= 2**63 else mixed
+            total += word * ((signed ^ (signed >> 32)) | 1)
+    few = payload.clone()
+    few[32 : -11 * 8] = 0
+    assert summed(few, seed=seed, first=sequence) == (total + seed + 2**63) % 2**64
 
 
 @pytest.mark.parametrize(
-    ("most", "step", "frame"),
+    ("most", "step", "told"),
     [
-        (64 << 20, 1 << 30, 64 << 20),
-        (64 << 20, 96 << 20, 48 << 20),
+        (128 << 20, 1 << 30, 128 << 20),
+        (128 << 20, 512 << 20, 64 << 20),
         (64 << 20, 1 << 20, LEAST_BYTES),
         (1 << 20, 1 << 30, 1 << 20),
     ],
 )
-def test_a_step_leaves_in_several_frames(most: int, step: int, frame: int) -> None:
-    assert frame_size(most, step) == frame
+def test_the_agent_hears_of_a_step_in_eighths_or_frames(most: int, step: int, told: int) -> None:
+    assert told_size(most, step) == told
+
+
+@pytest.mark.parametrize(
+    ("step", "last", "leaves"),
+    [
+        (1 << 30, True, [15, 27, 31]),
+        (512 << 20, True, [15, 27, 31]),
+        (256 << 20, True, [15, 31]),
+        (64 << 20, True, [31]),
+        (1 << 30, False, [31]),
+    ],
+)
+def test_over_a_link_a_step_leaves_in_few_bursts(step: int, last: bool, leaves: list[int]) -> None:
+    assert [n for n in range(32) if leaves_behind(n, 32, step, last)] == leaves
 
 
 async def test_when_a_link_breaks_its_pushes_hear_of_it(bench: Bench) -> None:

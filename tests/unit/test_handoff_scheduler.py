@@ -111,11 +111,13 @@ def test_a_prompt_is_offered_as_its_blocks_fill() -> None:
     engine.allocate(prompt, external=0)
     step = engine.step({"a": 6})
     assert [arrival.request for arrival in step.arrivals] == ["a"]
-    assert step.offers == (Offer("h-a", 0, (1,)),)
+    assert step.offers == (Offer("h-a", 0, (1,), last=False),)
     prompt.num_computed_tokens = 6
     assert engine.step({"a": 1}).offers == ()  # no block is full
     prompt.num_computed_tokens = 7
-    assert engine.step({"a": 3}).offers == (Offer("h-a", 1, (2, 3)),)  # the last one, half full
+    assert engine.step({"a": 3}).offers == (
+        Offer("h-a", 1, (2, 3), last=True),
+    )  # the last one, half full
     assert engine.finish(prompt, 42)
     assert engine.step().sent == (Release("h-a", 42),)
 
@@ -127,7 +129,7 @@ def test_a_prefix_that_prefill_has_cached_is_offered_too() -> None:
     engine.allocate(prompt, external=0, shared=[30, 31])
     prompt.num_computed_tokens = 8
     step = engine.step({"a": 4}, new=[("a", engine.blocks["a"], 8)])
-    assert step.offers == (Offer("h-a", 0, (30, 31, 1)),)
+    assert step.offers == (Offer("h-a", 0, (30, 31, 1), last=True),)
     assert step.allocated == (1,)  # the shared ones still are who they were
 
 
@@ -204,7 +206,7 @@ def test_a_prefill_preempted_before_it_offered_anything_just_starts_again() -> N
     engine.allocate(prompt, external=0)
     engine.step({"a": 2})
     assert engine.step(preempted={"a"}).preempted == ()
-    assert engine.step({"a": 8}).offers == (Offer("h-a", 0, (1, 2)),)
+    assert engine.step({"a": 8}).offers == (Offer("h-a", 0, (1, 2), last=True),)
 
 
 def test_only_a_first_token_is_gone_on_with() -> None:

@@ -77,6 +77,7 @@ class Wire(Link):
     def __init__(self, puts: bool) -> None:
         self.broken = ""
         self.puts = puts
+        self.refuses = False
         self.stuck_seconds = 600.0
         self.unused = 0
         self._milestones = Milestones("test")
@@ -87,6 +88,12 @@ class Wire(Link):
 
     def _gone(self) -> None:
         self.unused += 1
+
+    def put(self, slot: Any, filled: Any) -> Point:
+        if self.refuses:
+            raise RuntimeError("CUDA error")
+        self.transfers.append(Point())
+        return self.transfers[-1]
 
     async def send(self, slot: Any, filled: Any) -> Point:
         self._raise_if_broken()
@@ -236,6 +243,49 @@ async def test_a_link_whose_peer_reads_nothing_ends(
     async with asyncio.timeout(10):
         await until(lambda: bool(wire.broken))
     assert "reads nothing" in wire.broken and call.cancelled
+
+
+async def test_a_put_that_the_device_refuses_ends_the_link(call: Call) -> None:
+    wire: Any = Wire(True)
+    wire.refuses = True
+    link = OutboundLink(1, call, wire)  # type: ignore[arg-type]
+    _, sent = await leave(link)
+    assert "could not be put: CUDA error" in wire.broken and call.cancelled
+    wire._aborting.set_result(None)
+    with pytest.raises(HandoffRefused):
+        await sent
+    await until(lambda: wire.slots.free == SLOTS and wire.unused == 1)
+
+
+async def test_a_payload_takes_slots_in_a_row_and_whoever_waits_is_served_in_turn() -> None:
+    slots = LinkSlots(torch.arange(SLOTS * SIZE, dtype=torch.uint8).view(SLOTS, SIZE), lambda: None)
+    assert slots.largest == SLOTS // 2 * SIZE
+    first, second = await slots.take(SIZE), await slots.take(SIZE + 1)
+    assert (first.index, second.index, slots.free) == (0, 1, 1)
+    assert second.payload.tolist() == list(range(SIZE, 2 * SIZE + 1))
+    large, small, gone = (
+        asyncio.create_task(slots.take(size)) for size in (2 * SIZE, SIZE, SLOTS * SIZE)
+    )
+    await asyncio.sleep(0)
+    slots.give_back(first.index)  # two are free, and not in a row
+    await asyncio.sleep(0)
+    assert not large.done() and not small.done(), "the large one is not passed over"
+    with pytest.raises(ValueError, match="a payload of"):
+        await slots.take(SLOTS * SIZE + 1)
+    large.cancel()
+    await asyncio.sleep(0.01)
+    assert (await small).index == 0
+    slots.give_back(second.index)
+    gone.cancel()
+    await asyncio.sleep(0)
+    again = await slots.take(3 * SIZE)
+    assert again.index == 1 and slots.free == 0
+    late = asyncio.create_task(slots.take(SIZE))
+    await asyncio.sleep(0)
+    slots.give_back(again.index)
+    late.cancel()  # it has been given its slot, and does not know yet
+    await asyncio.sleep(0.01)
+    assert slots.free == 3
 
 
 async def test_with_a_link_ends_its_stream(link: OutboundLink, call: Call) -> None:

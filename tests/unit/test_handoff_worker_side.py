@@ -95,7 +95,7 @@ def test_blocks_are_of_a_new_generation_before_anything_refers_to_them(side: Wor
 
 def test_each_layer_is_announced_once_and_the_silent_ones_at_the_end(side: WorkerSide) -> None:
     """Inside a CUDA graph the engine announces nothing."""
-    side.begin_step(StepMetadata(offers=(Offer("h", 0, (1, 2)),)))
+    side.begin_step(StepMetadata(offers=(Offer("h", 0, (1, 2), last=True),)))
     side.layer_written("layer.1")
     side.step_written()
     layers = [layer for kind, layer in heard(side) if kind == "layer"]
@@ -111,7 +111,9 @@ def test_a_frames_layers_are_announced_together(
 ) -> None:
     assert isinstance(side.agent, Agent)
     side.agent.frame_bytes = frame_bytes
-    side.begin_step(StepMetadata(offers=(Offer("h", 0, (1,)), Offer("i", 0, (2,)))))
+    side.begin_step(
+        StepMetadata(offers=(Offer("h", 0, (1,), last=True), Offer("i", 0, (2,), last=True)))
+    )
     begun = side.agent.calls
     for layer in range(LAYERS):
         side.layer_written(f"layer.{layer}")
@@ -132,6 +134,6 @@ def test_a_step_waits_until_blocks_that_do_not_stay_have_been_read(
     side: WorkerSide, kept: bool
 ) -> None:
     side._kept = kept
-    side.begin_step(StepMetadata(offers=(Offer("a", 0, (1,)),)))
+    side.begin_step(StepMetadata(offers=(Offer("a", 0, (1,), last=True),)))
     side.step_written()
     assert heard(side)[-1] == (("layer", LAYERS - 1) if kept else ("read", ["a"]))

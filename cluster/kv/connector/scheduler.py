@@ -180,17 +180,15 @@ class SchedulerSide:
         """The blocks this step completes; the prompt's last one also when it is partly filled."""
         request, params = prefill.request, prefill.params
         computed = request.num_computed_tokens + scheduled
-        if computed >= params.num_tokens:
-            last = self._blocks(params.num_tokens)
-        else:
-            last = computed // self._block_size
+        whole = computed >= params.num_tokens
         first = prefill.offered_blocks
+        last = self._blocks(params.num_tokens) if whole else computed // self._block_size
         if last <= first:
             return None
         assert self._cache_manager is not None
         block_ids = self._cache_manager.get_block_ids(request.request_id)[0]
         prefill.offered_blocks = last
-        return Offer(params.handoff_id, first, tuple(block_ids[first:last]))
+        return Offer(params.handoff_id, first, tuple(block_ids[first:last]), whole)
 
     def request_finished(self, request: Request) -> bool:
         """True if the blocks must stay until the worker's half reports them sent."""

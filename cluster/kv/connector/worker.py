@@ -19,7 +19,7 @@ from cluster.kv.generations import Stamp
 from cluster.kv.handoff import HandoffResult
 from cluster.kv.layout import KvLayout
 from cluster.kv.mailbox import Finished
-from cluster.kv.orders import frame_size
+from cluster.kv.orders import told_size
 from cluster.kv.transport.choose import TransportOptions
 from cluster.ticket import TicketSigner
 
@@ -156,13 +156,13 @@ class WorkerSide:
         if step.offers:
             self._written(self._layers[layer_name])
             assert self.agent is not None
-            if len(step.untold) * step.layer_bytes >= self._frame_bytes:
+            if len(step.untold) * step.layer_bytes >= self._told_bytes:
                 self._tell()
 
     @property
-    def _frame_bytes(self) -> int:
+    def _told_bytes(self) -> int:
         assert self.agent is not None
-        return frame_size(self.agent.frame_bytes, self._step.layer_bytes * len(self._layers))
+        return told_size(self.agent.frame_bytes, self._step.layer_bytes * len(self._layers))
 
     def step_written(self) -> None:
         """So is that of every layer: of those too that ran inside a CUDA graph, unannounced."""
@@ -188,7 +188,7 @@ class WorkerSide:
         self._step.untold.append(layer)
 
     def _tell(self) -> None:
-        """The agent hears of a frame's layers at once: each call takes time from the engine, which
+        """The agent hears of several layers at once: each call takes time from the engine, which
         is queuing the next layers."""
         layers, self._step.untold = self._step.untold, []
         if not layers:

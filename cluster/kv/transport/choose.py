@@ -39,7 +39,7 @@ class TransportOptions:
     max_message_bytes: int
     max_streams: int
     ports: str = ANY
-    link_checksums: int = 16
+    link_checksums: int = 1
     link_seconds: float = 10.0
     link_max_ctas: int | None = None
     link_bytes: int = 256 << 20

@@ -55,6 +55,7 @@ class GrpcOutbound:
 
     transport = "grpc"
     link = 0
+    bursts = False
     stream = None
 
     def __init__(self, stream: Stream, frame_bytes: int) -> None:
@@ -63,6 +64,9 @@ class GrpcOutbound:
 
     async def buffer(self, size: int) -> Buffer:
         return HostBuffer(torch.empty(size, dtype=torch.uint8))
+
+    def tally(self, sequence: int, seed: int) -> None:
+        """None: payloads are counted as they leave."""
 
     async def send_pieces(self, run: BlockRun, pieces: Sequence[memoryview], seed: int) -> None:
         """Sends a payload from where it lies, which must be host memory."""

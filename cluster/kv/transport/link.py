@@ -4,9 +4,9 @@ Payloads cross in the order of their headers, which travel on one gRPC stream. C
 one stream of the device, transfers on another, and events hold each until the other has done its
 part.
 
-Where NCCL can, the sender **puts** a payload into the receiver's memory by the copy engines, and
-its header follows once it is there: neither side's multiprocessors work for it, and the receiver's
-device never waits. Else the header goes first and the payload is sent and received, by kernels that
+Where NCCL can map the receiver's memory, the sender **puts** a payload there by its copy engines,
+and its header follows once it is there: neither side's multiprocessors work for it, and the
+receiver's device never waits. Else the header goes first and the payload is sent and received, by kernels that
 wait for each other.
 
 A link that breaks, stands still for too long, or whose stream ends, is aborted as a whole, on the
@@ -30,7 +30,7 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.transport.checksums import AT_ONCE_BYTES, DeviceSum
+from cluster.kv.transport.checksums import AT_ONCE_BYTES, DeviceSum, Tally
 from cluster.kv.transport.link_slots import LinkSlots
 from cluster.kv.transport.link_streams import STREAMS
 from cluster.kv.transport.nccl_library import Communicator, NcclError, PeerMemory
@@ -86,8 +86,7 @@ class Link:
         slots: int,
         slot_bytes: int,
     ) -> None:
-        device = terms.device
-        self._device = device
+        device = self.device = terms.device
         self._rank = rank
         self.stuck_seconds = terms.stuck_seconds
         self._shape = slots, slot_bytes
@@ -134,35 +133,40 @@ class Link:
         self._slots = LinkSlots(self._memory.bytes.view(self._shape), self._give_up_memory)
 
     def _begin(self) -> None:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             memory = self._memory = PeerMemory(self._shape[0] * self._shape[1])
-            first = memory.bytes.data_ptr(), _FIRST_BYTES, self._wire.cuda_stream
             try:
                 self.puts = self._comm.expose(memory)
-                if self.puts:  # also for an abort that comes meanwhile
-                    self._put(*first)
-                    self._wire.synchronize()
             except NcclError as error:
-                self.puts = False
                 log.info("transfers over the link take kernels: %s", error)
             if not self.puts:
-                (self._comm.send if self._rank == 0 else self._comm.receive)(*first)
+                transfer = self._comm.send if self._rank == 0 else self._comm.receive
+                transfer(memory.bytes.data_ptr(), _FIRST_BYTES, self._wire.cuda_stream)
                 self._wire.synchronize()
 
     def _warm_up(self) -> None:
         """Has memory for what is queued on `copies` allocated now: an allocation can wait for the
         whole device, and the device may be waiting for a payload."""
         with torch.cuda.stream(self.copies):
-            part = torch.zeros(AT_ONCE_BYTES, dtype=torch.uint8, device=self._device)
-        DeviceSum(self._device, self.copies, 0).add(part)
+            payload = torch.zeros(AT_ONCE_BYTES, dtype=torch.uint8, device=self.device)
+            Tally(DeviceSum(self.device, self.copies, 0), 0).count(payload)
 
-    async def send(self, slot: Slot, filled: Fence | None) -> Fence:
-        """Queues a payload behind `filled`; returns the fence behind the transfer."""
+    def put(self, slot: Slot, filled: Fence | None) -> Fence:
+        """Queues the copying of a payload to the peer's memory behind `filled`; returns the fence
+        behind it. Only where the link `puts`."""
         self._raise_if_broken()
         if filled is not None:
             self._wire.wait_event(filled)
-        fence: Fence = await self._queue(self._put if self.puts else self._comm.send, slot)
-        return fence
+        payload = slot.payload
+        self._comm.put(payload.data_ptr(), payload.numel(), self._wire.cuda_stream)
+        return self._fence()
+
+    async def send(self, slot: Slot, filled: Fence | None) -> Fence:
+        """Queues the sending of a payload behind `filled`; returns the fence behind it."""
+        self._raise_if_broken()
+        if filled is not None:
+            self._wire.wait_event(filled)
+        return await self._queue(self._comm.send, slot)
 
     async def receive(self, slot: Slot) -> None:
         """Queues the next payload's arrival, if it has not been put there; `copies` goes on once it
@@ -172,15 +176,14 @@ class Link:
         if not self.puts:
             self.copies.wait_event(await self._queue(self._comm.receive, slot))
 
-    def _put(self, address: int, size: int, stream: int) -> None:
-        assert self._memory is not None
-        self._comm.put(address, address - self._memory.bytes.data_ptr(), size, stream)
-
-    async def _queue(self, transfer: Any, slot: Slot) -> Any:
+    async def _queue(self, transfer: Any, slot: Slot) -> Fence:
         transfer(slot.payload.data_ptr(), slot.payload.numel(), self._wire.cuda_stream)
         await self._settle()
-        fence = torch.cuda.Event(blocking=True)
-        fence.record(self._wire)
+        return self._fence()
+
+    def _fence(self) -> Fence:
+        fence: Fence = torch.cuda.Event(blocking=True)
+        self._wire.record_event(fence)
         self.used_at = time.monotonic()
         self._under_way.append((self.used_at, fence))
         return fence
@@ -254,7 +257,7 @@ class Link:
         self._when_down.append(call)
 
     def _abort(self) -> None:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             try:
                 if self.puts:  # they end by themselves; the peer's memory is reached until then
                     self._wire.synchronize()
@@ -267,7 +270,7 @@ class Link:
         self._aborting.add_done_callback(lambda _: _in_a_thread(self._free_memory))
 
     def _free_memory(self) -> None:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             if self._memory is not None:
                 self._memory.free()
 

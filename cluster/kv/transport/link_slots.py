@@ -1,13 +1,14 @@
 """A link's memory at one end: equal slots, as many at either end.
 
-A payload lies in the slot of the same number on both sides, so that whoever fills one knows where
-it will land. The sender takes slots, the receiver gives them back: a slot is free once its payload
-has been read where it landed.
+A payload lies in consecutive slots, the same on both sides, so that whoever fills them knows where
+it will land; the first one names them. The sender takes slots, the receiver gives them back: they
+are free once their payload has been read where it landed.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ ALIGNMENT = 64
 
 
 class LinkSlots:
-    """Lives on the agent's event loop.
+    """Lives on the agent's event loop. Whoever waits is served in turn.
 
     Args:
         memory: uint8, `[slots, bytes of a slot]`.
@@ -31,60 +32,98 @@ class LinkSlots:
     """
 
     def __init__(self, memory: torch.Tensor, unused: Callable[[], None]) -> None:
-        self._memory = memory
+        self._bytes = memory.view(-1)
+        self._slot_bytes = int(memory.shape[1])
+        self._used = bytearray(len(memory))
         self._unused = unused
-        self._free: asyncio.Queue[int | None] = asyncio.Queue()
-        self._taken: set[int] = set()
+        self._taken: dict[int, int] = {}
+        self._waiting: deque[tuple[int, asyncio.Future[Slot]]] = deque()
         self._closed = ""
-        for index in range(len(memory)):
-            self._free.put_nowait(index)
-
-    @property
-    def slot_bytes(self) -> int:
-        return int(self._memory.shape[1])
 
     @property
     def free(self) -> int:
         """How many are free."""
-        return len(self._memory) - len(self._taken)
+        return self._used.count(0)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of a payload that leaves room for another one as large."""
+        return max(1, len(self._used) // 2) * self._slot_bytes
 
     async def take(self, size: int) -> Slot:
-        """Waits for a free slot. Raises HandoffRefused if the link is closed."""
-        if size > self.slot_bytes:
-            raise ValueError(f"a payload of {size} bytes in slots of {self.slot_bytes}")
-        index = await self._free.get()
-        if index is None or self._closed:
-            self._free.put_nowait(None)  # for whoever waits besides
-            raise HandoffRefused(self._closed)
-        self._taken.add(index)
-        return Slot(index, self._memory[index, :size])
+        """Waits for free slots. Raises HandoffRefused if the link is closed."""
+        if size > len(self._bytes):
+            raise ValueError(f"a payload of {size} bytes in {len(self._bytes)}")
+        self._raise_if_closed()
+        if not self._waiting and (slot := self._find(size)):
+            return slot
+        given: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, given))
+        try:
+            return await given
+        except asyncio.CancelledError:
+            if given.done() and not given.cancelled() and not given.exception():
+                self.give_back(given.result().index)
+            self._serve()  # it may have stood before others
+            raise
 
     def hold(self, index: int, size: int) -> Slot:
-        """The slot that the peer has filled. Raises HandoffRefused if it cannot have."""
-        if self._closed:
-            raise HandoffRefused(self._closed)
-        if not 0 <= index < len(self._memory) or not 0 < size <= self.slot_bytes:
+        """The slots that the peer has filled. Raises HandoffRefused if it cannot have."""
+        self._raise_if_closed()
+        count = self._count(size)
+        if index < 0 or size <= 0 or index + count > len(self._used):
             raise HandoffRefused("a payload on a link lies in no slot")
-        if index in self._taken:
+        if any(self._used[index : index + count]):
             raise HandoffRefused("a payload on a link lies in a slot that is in use")
-        self._taken.add(index)
-        return Slot(index, self._memory[index, :size])
+        return self._mark(index, size)
 
     def give_back(self, index: int) -> None:
-        """Its payload has been read, or never was written. Raises HandoffRefused if it is free."""
-        if index not in self._taken:
+        """Their payload has been read, or never was written. Raises HandoffRefused if no payload
+        begins there."""
+        count = self._taken.pop(index, 0)
+        if not count:
             raise HandoffRefused("a slot of a link was freed that was not in use")
-        self._taken.remove(index)
+        self._used[index : index + count] = bytes(count)
         if self._closed:
             self._look()
         else:
-            self._free.put_nowait(index)
+            self._serve()
 
     def close(self, reason: str) -> None:
         """Nobody gets a slot any more, and those who wait for one hear why."""
         self._closed = reason
-        self._free.put_nowait(None)
+        for _, given in self._waiting:
+            if not given.done():
+                given.set_exception(HandoffRefused(reason))
+        self._waiting.clear()
         self._look()
+
+    def _serve(self) -> None:
+        while self._waiting:
+            size, given = self._waiting[0]
+            if not given.done():
+                slot = self._find(size)
+                if slot is None:
+                    return
+                given.set_result(slot)
+            self._waiting.popleft()
+
+    def _find(self, size: int) -> Slot | None:
+        index = self._used.find(bytes(self._count(size)))
+        return None if index < 0 else self._mark(index, size)
+
+    def _mark(self, index: int, size: int) -> Slot:
+        count = self._taken[index] = self._count(size)
+        self._used[index : index + count] = b"\1" * count
+        start = index * self._slot_bytes
+        return Slot(index, self._bytes[start : start + size])
+
+    def _count(self, size: int) -> int:
+        return -(-size // self._slot_bytes)
+
+    def _raise_if_closed(self) -> None:
+        if self._closed:
+            raise HandoffRefused(self._closed)
 
     def _look(self) -> None:
         if not self._taken:

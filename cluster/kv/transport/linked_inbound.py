@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.errors import HandoffRefused
 from cluster.kv.milestones import Fence
-from cluster.kv.transport.checksums import DeviceSum, value
+from cluster.kv.transport.checksums import DeviceSum, Tally, value
 from cluster.kv.transport.frames import Blocks, Coming, Commit, Frame, Open
 from cluster.kv.transport.grpc_streams import GrpcInbound
 from cluster.kv.transport.inbound_links import Arrivals, Arriving, InboundLinks
@@ -100,14 +100,15 @@ class LinkedInbound(Inbound):
     async def fetch(self, coming: Coming, seed: int) -> Blocks:
         return await self._inner.fetch(coming, seed)
 
-    def verify(self, blocks: Blocks, seed: int) -> None:
+    def verify(self, blocks: Blocks, seed: int) -> Tally | None:
         arriving = self._taken.get(id(blocks.payload))
         if arriving is None:
             return self._inner.verify(blocks, seed)
-        if arriving.payload.summed:
-            if self._sum is None:
-                self._sum = DeviceSum(blocks.payload.device, self.stream, seed)
-            self._sum.add(blocks.payload)
+        if not arriving.payload.summed:
+            return None
+        if self._sum is None:
+            self._sum = DeviceSum(blocks.payload.device, self.stream, seed)
+        return Tally(self._sum, blocks.run.sequence)
 
     async def reached(self, fence: Fence | None) -> None:
         await (self._inner if self._link is None else self._link).reached(fence)

@@ -31,8 +31,9 @@ from cluster.ticket import TicketSigner
 
 log = logging.getLogger(__name__)
 
-SLOT_BYTES = 64 << 20
-"""Larger payloads take less of the engines' Python, smaller ones less memory."""
+SLOT_BYTES = 16 << 20
+"""Payloads take as many in a row as they need, up to half of a link's memory: large ones take less
+of the engines' Python."""
 RETRY_SECONDS = 5.0
 """A peer that could not be linked is tried again so long after, then after twice as long …"""
 LONGEST_RETRY_SECONDS = 3600.0
@@ -98,8 +99,10 @@ class NcclTransport:
         self._required = required
         self._checksums = checksums
         self._link_terms = links
-        frame_bytes = max(min(SLOT_BYTES, links.memory_bytes // 2), cache.block_bytes)
-        self.frame_bytes = _aligned(frame_bytes, cache.block_bytes)
+        slot_bytes = max(min(SLOT_BYTES, links.memory_bytes // 2), cache.block_bytes)
+        self._slot_bytes = _aligned(slot_bytes, cache.block_bytes)
+        self._slots = min(max(2, links.memory_bytes // self._slot_bytes), MAX_SLOTS)
+        self.frame_bytes = self._slots // 2 * self._slot_bytes
         self._links: dict[Peer, asyncio.Task[OutboundLink]] = {}
         self._failed: dict[Peer, _Failure] = {}
 
@@ -160,8 +163,8 @@ class NcclTransport:
             peer.rank,
             await asyncio.to_thread(new_unique_id),
             time.time(),
-            min(max(2, self._link_terms.memory_bytes // self.frame_bytes), MAX_SLOTS),
-            self.frame_bytes,
+            self._slots,
+            self._slot_bytes,
         )
         stream = await self._grpc.call(peer.address, "Link")
         try:

@@ -5,10 +5,11 @@ then answer "in progress", and `settled` tells when it has come to an end. But N
 for every transfer of such a communicator, which takes longer than many a transfer; so once both
 ranks are there, transfers go over a blocking one that is split off.
 
-From NCCL 2.29 on a rank can put bytes into memory of the other one, where both lie within reach of
-each other's copy engines. No multiprocessor takes part, and the other rank's device waits for
-nothing. NCCL can also put over a network; that is not asked for: the device's stream would wait for
-a peer, for ever if it has gone, and no abort ends that wait (`rma_proxy.cc`).
+From NCCL 2.29 on a rank learns where the other one's memory is mapped, where both lie within reach
+of each other's copy engines, and puts bytes there by a copy as any other: no multiprocessor takes
+part, and the other rank's device waits for nothing. NCCL's own puts also tell the other device,
+which nobody here asks for, and go over networks, where the device's stream would wait for a peer,
+for ever if it has gone: no abort ends that wait (`rma_proxy.cc`).
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def library() -> Any:
     nccl = ctypes.CDLL("libnccl.so.2")
     nccl.ncclGetErrorString.restype = ctypes.c_char_p
     return nccl
+
+
+@cache
+def driver() -> Any:
+    """CUDA's driver, which torch has loaded. Raises OSError if there is none."""
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def new_unique_id() -> bytes:
@@ -111,7 +118,7 @@ class Communicator:
     def __init__(self, unique_id: bytes, rank: int, max_ctas: int | None) -> None:
         self._comm = ctypes.c_void_p()
         self._quick = ctypes.c_void_p()
-        self._window = ctypes.c_void_p()
+        self._offset = 0
         self._rank = rank
         self._peer = 1 - rank
         self._max_ctas = max_ctas
@@ -144,50 +151,42 @@ class Communicator:
         return state.value == _SUCCESS
 
     def expose(self, memory: PeerMemory) -> bool:
-        """Lets the ranks put bytes into each other's memory; both must, with as much memory, and
-        wait for each other. False: they are not within reach of each other's copy engines."""
-        if not hasattr(library(), "ncclPutSignal"):
+        """Lets the ranks write to each other's memory; both must, with as much memory, and wait for
+        each other. False: they are not within reach of each other's copy engines."""
+        if not hasattr(library(), "ncclGetPeerDevicePointer"):
             return False
+        window = ctypes.c_void_p()
         size = ctypes.c_size_t(memory.bytes.numel())
+        own = memory.bytes.data_ptr()
         _check(
             library().ncclCommWindowRegister(
                 self._quick,
-                ctypes.c_void_p(memory.bytes.data_ptr()),
+                ctypes.c_void_p(own),
                 size,
-                ctypes.byref(self._window),
+                ctypes.byref(window),
                 ctypes.c_int(_SYMMETRIC),
             )
         )
         there = ctypes.c_void_p()
-        if self._window:
+        if window:
             _check(
                 library().ncclGetPeerDevicePointer(
-                    self._window,
-                    ctypes.c_size_t(0),
-                    ctypes.c_int(self._peer),
-                    ctypes.byref(there),
+                    window, ctypes.c_size_t(0), ctypes.c_int(self._peer), ctypes.byref(there)
                 )
             )
+        self._offset = (there.value or 0) - own
         return bool(there)
 
-    def put(self, address: int, offset: int, size: int, stream: int) -> None:
-        """Queues the copying of `size` bytes of exposed memory to `offset` of the peer's. The first
-        time, both ranks must, and wait for each other."""
-        _check(
-            library().ncclPutSignal(
-                ctypes.c_void_p(address),
-                ctypes.c_size_t(size),
-                ctypes.c_int(_UINT8),
-                ctypes.c_int(self._peer),
-                self._window,
-                ctypes.c_size_t(offset),
-                ctypes.c_int(0),
-                ctypes.c_int(0),
-                ctypes.c_uint(0),
-                self._quick,
-                ctypes.c_void_p(stream),
-            )
+    def put(self, address: int, size: int, stream: int) -> None:
+        """Queues the copying of `size` bytes of exposed memory to the same place of the peer's."""
+        code = driver().cuMemcpyDtoDAsync_v2(
+            ctypes.c_uint64(address + self._offset),
+            ctypes.c_uint64(address),
+            ctypes.c_size_t(size),
+            ctypes.c_void_p(stream),
         )
+        if code:
+            raise NcclError(f"the driver copies nothing to the peer: error {code}")
 
     def send(self, address: int, size: int, stream: int) -> None:
         """Queues the sending of `size` bytes of device memory on a CUDA stream."""

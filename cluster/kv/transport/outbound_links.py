@@ -11,7 +11,7 @@ from functools import partial
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.milestones import Fence
-from cluster.kv.transport.checksums import DeviceSum, value
+from cluster.kv.transport.checksums import DeviceSum, Tally, value
 from cluster.kv.transport.frames import Abort, Commit, Open, Reply
 from cluster.kv.transport.grpc_streams import GrpcOutbound
 from cluster.kv.transport.hello import Payload, decode_link_reply, encode_payloads
@@ -65,9 +65,11 @@ class OutboundLink:
         self._under_way: dict[int, _Leaving] = {}
         self._reads = 0
         self.pushes = 0
-        pumps = (self._put_all, self._announce_all) if link.puts else (self._send_all,)
-        self._pumps = [asyncio.create_task(self._pump(pump)) for pump in pumps]
-        self._pumps.append(asyncio.create_task(self._notice_standstill()))
+        pump = self._announce_all if link.puts else self._send_all
+        self._pumps = [
+            asyncio.create_task(self._pump(pump)),
+            asyncio.create_task(self._notice_standstill()),
+        ]
         self._watcher = asyncio.create_task(self._watch())
         link.when_down(self._lose_all)
 
@@ -79,9 +81,17 @@ class OutboundLink:
         self._under_way[slot.index] = leaving
         if self.link.broken:
             self._lose(leaving)
+        elif self.link.puts:
+            self._put(leaving)
         else:
             self._queue.put_nowait(leaving)
         return sent
+
+    def _put(self, leaving: _Leaving) -> None:
+        try:
+            self._crossing.put_nowait((leaving, self.link.put(leaving.slot, leaving.filled)))
+        except Exception as error:  # whatever the device says
+            self.link.abort(f"a payload could not be put: {error}")
 
     async def _pump(self, pump: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -101,11 +111,6 @@ class OutboundLink:
         for leaving in batch:
             fence = await self.link.send(leaving.slot, leaving.filled)
             self.link.release(fence, partial(self._left, leaving))
-
-    async def _put_all(self) -> None:
-        leaving = await self._queue.get()
-        fence = await self.link.send(leaving.slot, leaving.filled)
-        self._crossing.put_nowait((leaving, fence))
 
     async def _announce_all(self) -> None:
         """What has crossed by the time the first one has."""
@@ -229,25 +234,23 @@ class NcclOutbound:
         link.pushes += 1
         self.link = link.id
         self.stream = link.link.copies
-        self.frame_bytes = link.link.slots.slot_bytes
+        self.frame_bytes = link.link.slots.largest
 
     async def buffer(self, size: int) -> Buffer:
         return await self._link.link.slots.take(size)
+
+    def tally(self, sequence: int, seed: int) -> Tally | None:
+        if not self._checksums or sequence % self._checksums:
+            return None
+        if self._sum is None:
+            self._sum = DeviceSum(self._link.link.device, self.stream, seed)
+        return Tally(self._sum, sequence)
 
     async def send_blocks(
         self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
     ) -> None:
         assert isinstance(buffer, Slot)
-        summed = bool(self._checksums) and run.sequence % self._checksums == 0
-        if summed:
-            try:
-                if self._sum is None:
-                    self._sum = DeviceSum(buffer.payload.device, self.stream, seed)
-                self._sum.add(buffer.payload)
-            except BaseException:
-                self.discard(buffer)
-                raise
-            filled = self._link.link.mark()  # the slot is read until then
+        summed = self.tally(run.sequence, seed) is not None
         payload = Payload(self._handoff_id, run, buffer.payload.numel(), summed, buffer.index)
         self._sent.append(self._link.send(payload, buffer, filled))
 

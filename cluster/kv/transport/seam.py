@@ -10,6 +10,7 @@ import torch
 
 from cluster.kv.assembly import BlockRun
 from cluster.kv.milestones import Fence
+from cluster.kv.transport.checksums import Tally
 from cluster.kv.transport.frames import Abort, Blocks, Coming, Commit, Frame, Open, Reply
 
 
@@ -40,12 +41,14 @@ class Outbound(Protocol):
         transport: how its payloads cross.
         link: names the link they cross; 0 if they come with the frames.
         frame_bytes: the payload size that crosses best.
+        bursts: payloads cross best several at once, with pauses between.
         stream: the device's stream on which buffers are to be filled; None: the cache's own.
     """
 
     transport: str
     link: int
     frame_bytes: int
+    bursts: bool
     stream: Any
 
     async def buffer(self, size: int) -> Buffer:
@@ -54,6 +57,10 @@ class Outbound(Protocol):
 
     def discard(self, buffer: Buffer) -> None:
         """A buffer will not be sent."""
+        ...
+
+    def tally(self, sequence: int, seed: int) -> Tally | None:
+        """What is to count a payload while its buffer is filled; None: nothing."""
         ...
 
     async def send_blocks(
@@ -141,9 +148,10 @@ class Inbound(Protocol):
         """
         ...
 
-    def verify(self, blocks: Blocks, seed: int) -> None:
+    def verify(self, blocks: Blocks, seed: int) -> Tally | None:
         """Of a payload that `receive` gave whole: raises HandoffRefused if it is seen not to be
-        what was sent. What a device is yet to find out is judged with the commit."""
+        what was sent. What a device is yet to find out is judged with the commit; what is returned
+        is to count the payload while it is written."""
         ...
 
     async def reached(self, fence: Fence | None) -> None:
