@@ -222,6 +222,7 @@ class NcclOutbound:
     """
 
     transport = "nccl"
+    bursts = True
 
     def __init__(self, inner: GrpcOutbound, link: OutboundLink, handoff_id: str, checksums: int):
         self._inner = inner
