@@ -15,10 +15,12 @@ import uvloop
 
 from cluster.cli import bench_load as loads
 from cluster.cli.access import channel
-from cluster.cli.bench_client import Client, Meter, Served, served_model
+from cluster.cli.bench_client import Client, Served, served_model
 from cluster.cli.bench_report import show, values
+from cluster.cli.bench_request import Meter
 from cluster.cli.bench_run import Load, Runner
 from cluster.cli.bench_seen import Run
+from cluster.cli.calls import cluster_view
 from cluster.cli.plan_calls import plan_view
 from cluster.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Terminal
 from cluster.errors import InvalidRequest, PdserveError
@@ -70,24 +72,28 @@ class Wanted:
 
 
 def run(
-    terminal: Terminal, address: str, operator: tuple[str, str], wanted: Wanted, as_json: bool
+    terminal: Terminal,
+    addresses: tuple[str, ...],
+    operator: tuple[str, str],
+    wanted: Wanted,
+    as_json: bool,
 ) -> int:
     """Exits 1 if nothing was served.
 
     Args:
-        address: of a router.
+        addresses: of routers; empty: of all that the cluster has.
         operator: where the Operator API is, and what opens it: the class's targets are asked for
-            there, if none are given; it may be out of reach.
+            there, if none are given; then it may be out of reach.
     """
     targets = parse_slo(wanted.slo) if wanted.slo else None
     with terminal.err.status("asking for the model") as status:
-        bench = Bench(address, operator, wanted, targets, status.update)
+        bench = Bench(addresses, operator, wanted, targets, status.update)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runs = runner.run(bench.run())
     if as_json:
-        terminal.json(values(address, bench.model, runs))
+        terminal.json(values(bench.addresses, bench.model, runs))
     else:
-        show(terminal.for_tables, address, bench.model, runs)
+        show(terminal.for_tables, bench.addresses, bench.model, runs)
     if any(each.interrupted for each in runs):
         return EXIT_INTERRUPTED
     return EXIT_OK if any(each.count("ok") for each in runs) else EXIT_FAILED
@@ -97,18 +103,18 @@ class Bench:
     """Runs the loads one after another, each after the one before has ended.
 
     Attributes:
-        model: what they were asked of.
+        addresses, model: what they were asked of.
     """
 
     def __init__(
         self,
-        address: str,
+        addresses: tuple[str, ...],
         operator: tuple[str, str],
         wanted: Wanted,
         targets: Targets | None,
         tell: Callable[[str], None],
     ) -> None:
-        self._address = address
+        self.addresses = addresses
         self._operator = operator
         self._wanted = wanted
         self._targets = targets
@@ -128,7 +134,9 @@ class Bench:
             stop.set()
             loop.remove_signal_handler(signal.SIGINT)  # The next one ends it at once.
 
-        model = await served_model(self._address, self._wanted.model)
+        if not self.addresses:
+            self.addresses = await self._routers()
+        model = await served_model(self.addresses, self._wanted.model)
         self.model = model.name
         if self._targets is None:
             self._targets = await self._class_targets()
@@ -139,7 +147,7 @@ class Bench:
         try:
             for load in self._loads(model):
                 meter = Meter()
-                async with Client(self._address, self._wanted.timeout, meter) as client:
+                async with Client(self.addresses, self._wanted.timeout, meter) as client:
                     salt = secrets.token_hex(8)
                     runs.append(
                         await Runner(
@@ -151,6 +159,13 @@ class Bench:
         finally:
             loop.remove_signal_handler(signal.SIGINT)
         return runs
+
+    async def _routers(self) -> tuple[str, ...]:
+        """All of them: each admits its share of what the cluster can take."""
+        address, token = self._operator
+        async with channel(address, token) as to:
+            view = await cluster_view(to)
+        return tuple(router.grpc_address for router in view.routers)
 
     async def _class_targets(self) -> Targets | None:
         """As the cluster has them now; None where that cannot be asked."""

@@ -7,11 +7,12 @@ as much for a message measures itself several times as soon.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from array import array
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import cycle
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -19,35 +20,21 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from cluster.cli import access
-from cluster.cli.bench_seen import Answered, Seen
+from cluster.cli.bench_request import Meter, Watch
+from cluster.cli.bench_seen import Seen
 from cluster.cli.calls import grpc_errors
-from cluster.cli.timeline import PHASES
 from cluster.errors import NotFound, Unavailable
-from cluster.rpc.client import CallFailed, ClientConnection, connected
+from cluster.rpc.client import CallFailed, ClientCall, ClientConnection, connected
 from cluster.rpc.limits import Limits
-from cluster.simulator.outcome import Targets
-from pdserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
 LIMITS = Limits(message_bytes=access.MAX_MESSAGE_BYTES, calls=0)
 GENERATE = f"/{inference_pb2.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS, SHUN_SECONDS = 3.0, 1.0
 LATE_SECONDS = 2.0
 """After a request's deadline; the router ends it at the deadline itself."""
 CALLS_EACH = 128
 """On a connection, before another one is opened."""
-
-
-@dataclass
-class Meter:
-    """Counts what comes while it is open.
-
-    Attributes:
-        prompt_tokens: of prompts whose first token came.
-    """
-
-    open: bool = False
-    prompt_tokens: int = 0
-    output_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,17 +46,14 @@ class Served:
     max_model_len: int
 
 
-async def served_model(address: str, name: str) -> Served:
-    """The one called `name`, or the first.
+async def served_model(addresses: Sequence[str], name: str) -> Served:
+    """The one called `name`, or the first, as the first router that answers has it.
 
     Raises:
         NotFound: there is none of that name.
-        Unavailable: it cannot be served now.
+        Unavailable: it cannot be served now, or no router answers.
     """
-    async with access.channel(address) as to:
-        stub = inference_pb2_grpc.InferenceStub(to)
-        with grpc_errors():
-            reply = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10)
+    reply = await _models(addresses)
     found = [model for model in reply.models if name in ("", model.name)]
     if not found:
         known = ", ".join(model.name for model in reply.models)
@@ -80,22 +64,42 @@ async def served_model(address: str, name: str) -> Served:
     return Served(model.name, model.vocab_size, model.max_model_len)
 
 
+async def _models(addresses: Sequence[str]) -> inference_pb2.ListModelsResponse:
+    failure: Unavailable = Unavailable("no router to ask")
+    for address in addresses:
+        async with access.channel(address) as to:
+            stub = inference_pb2_grpc.InferenceStub(to)
+            try:
+                with grpc_errors():
+                    reply = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10)
+            except Unavailable as error:
+                failure = error
+            else:
+                return cast(inference_pb2.ListModelsResponse, reply)
+    raise failure
+
+
 @dataclass
 class _Line:
+    address: str
     connection: ClientConnection
     calls: int = 0
 
 
 class Client:
-    """Sends requests to a router. An async context manager.
+    """Sends requests to routers, to whichever has the fewest. An async context manager.
 
     Args:
+        addresses: of the routers.
         timeout: seconds, a request's deadline.
         meter: hears of tokens.
     """
 
-    def __init__(self, address: str, timeout: float, meter: Meter) -> None:
-        self._address = address
+    def __init__(self, addresses: Sequence[str], timeout: float, meter: Meter) -> None:
+        self._addresses = addresses
+        self._turns = cycle(addresses)
+        self._shunned: dict[str, float] = {}
+        """Routers that could not be reached, and until when they are not asked again."""
         self._timeout = timeout
         self._meter = meter
         self._tls = access.tls()
@@ -140,13 +144,7 @@ class Client:
         return Seen(prompt, output, "ok", late, answered=answered), 0.0
 
     async def _call(self, message: bytes, watch: Watch) -> None:
-        line = await self._line()
-        try:
-            call = line.connection.open(GENERATE, self._metadata, watch.saw)
-        except CallFailed:
-            if line in self._lines:
-                self._lines.remove(line)
-            raise
+        line, call = await self._open(watch)
         line.calls += 1
         try:
             call.send(message)
@@ -160,104 +158,54 @@ class Client:
             line.calls -= 1
             call.cancel()
 
+    async def _open(self, watch: Watch) -> tuple[_Line, ClientCall]:
+        """A call on a connection that is still there: of one that is not, nothing was sent."""
+        while True:
+            line = await self._line()
+            try:
+                return line, line.connection.open(GENERATE, self._metadata, watch.saw)
+            except CallFailed:
+                if line in self._lines:
+                    self._lines.remove(line)
+
     async def _line(self) -> _Line:
-        """The connection with the fewest calls, or a new one."""
+        """The connection with the fewest calls, or a new one, first of all to every router.
+
+        Raises:
+            CallFailed: no router can be reached.
+        """
         async with self._connecting:
-            line = min(self._lines, key=lambda each: each.calls, default=None)
-            if line is None or line.calls >= CALLS_EACH:
-                made = connected(self._address, LIMITS, CONNECT_SECONDS, self._tls)
-                line = _Line(await self._stack.enter_async_context(made))
-                self._lines.append(line)
-            return line
+            failure = CallFailed(grpc.StatusCode.UNAVAILABLE, "no router can be reached")
+            for address in self._to_connect():
+                made = connected(address, LIMITS, CONNECT_SECONDS, self._tls)
+                try:
+                    connection = await self._stack.enter_async_context(made)
+                except CallFailed as error:
+                    self._shunned[address] = time.perf_counter() + SHUN_SECONDS
+                    failure = error
+                else:
+                    self._lines.append(_Line(address, connection))
+                    break
+            if not self._lines:
+                raise failure
+            return min(self._lines, key=_calls)
+
+    def _to_connect(self) -> list[str]:
+        """Routers without a connection that may be asked for one, else one of them all if every
+        connection has its fill."""
+        now, reached = time.perf_counter(), {line.address for line in self._lines}
+        missing = [
+            address
+            for address in self._addresses
+            if address not in reached and self._shunned.get(address, now) <= now
+        ]
+        if missing or not self._lines or min(map(_calls, self._lines)) < CALLS_EACH:
+            return missing
+        return [next(self._turns)]
 
 
-class Watch:
-    """One request's messages as they come.
-
-    Args:
-        sent: when it was sent, of `time.perf_counter`.
-        prompt, output: its tokens, and those that are to come.
-    """
-
-    def __init__(self, sent: float, prompt: int, output: int, meter: Meter) -> None:
-        self._sent = sent
-        self._prompt = prompt
-        self._output = output
-        self._meter = meter
-        self._first = self._last = 0.0
-        self._tokens = 0
-        self._gaps = array("d")
-        self._wrong = ""
-        self._completed: inference_pb2.Completed | None = None
-
-    def saw(self, message: bytes) -> None:
-        """A GenerateResponse."""
-        try:
-            response = inference_pb2.GenerateResponse.FromString(message)
-        except DecodeError:
-            self._wrong = "a message could not be read"
-            return
-        if response.HasField("completed"):
-            self._completed = response.completed
-            return
-        delta = response.delta
-        count = len(delta.token_ids)
-        if not count:
-            return
-        now = time.perf_counter()
-        if delta.offset != self._tokens:
-            self._wrong = "tokens were lost or repeated"
-        meter = self._meter
-        if self._tokens:
-            self._gaps.append(now - self._last)
-            self._gaps.extend((0.0,) * (count - 1))
-        else:
-            self._first = now
-            self._gaps.extend((0.0,) * (count - 1))
-            meter.prompt_tokens += self._prompt * meter.open
-        self._last = now
-        self._tokens += count
-        meter.output_tokens += count * meter.open
-
-    def end(self) -> tuple[Answered | None, str]:
-        """The call is over: what it came to, or what was wrong with it."""
-        ended = time.perf_counter()
-        done = self._completed
-        if done is None or not done.completions:
-            return None, "the stream ended without its report"
-        if self._wrong or self._tokens != self._output:
-            return None, self._wrong or f"{self._tokens} tokens came, not {self._output}"
-        report = done.completions[0]
-        return (
-            Answered(
-                report.ttft_seconds,
-                report.tpot_seconds,
-                self._first - self._sent,
-                ended - self._sent,
-                self._gaps,
-                done.usage.cached_prompt_tokens,
-                tuple(getattr(report.phases, f"{name}_seconds") for name in PHASES),
-                report.handoff.bytes if report.HasField("handoff") else None,
-            ),
-            "",
-        )
-
-
-def request_of(
-    model: str, ids: list[int], output: int, slo_class: str, salt: str, own: Targets | None
-) -> inference_pb2.GenerateRequest:
-    """One whose answer has exactly `output` tokens; `own`: targets in place of its class's."""
-    request = inference_pb2.GenerateRequest(
-        model=model,
-        token_ids=inference_pb2.TokenIds(ids=ids),
-        sampling=common_pb2.SamplingParams(temperature=0, max_tokens=output, ignore_eos=True),
-        slo_class=f"SLO_CLASS_{slo_class.upper()}",
-        cache_salt=salt,
-    )
-    for name in ("ttft", "tpot"):
-        if own is not None and math.isfinite(seconds := getattr(own, name)):
-            setattr(request.targets, f"{name}_seconds", seconds)
-    return request
+def _calls(line: _Line) -> int:
+    return line.calls
 
 
 def _retry_seconds(error: CallFailed) -> float:

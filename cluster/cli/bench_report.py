@@ -22,29 +22,29 @@ _NAMES = {
 }
 
 
-def values(address: str, model: str, runs: Sequence[Run]) -> dict[str, Any]:
+def values(addresses: Sequence[str], model: str, runs: Sequence[Run]) -> dict[str, Any]:
     """For `--json`."""
     found = {f"{share:.0%}": goodput(runs, share) for share in SHARES}
     return {
-        "address": address,
+        "addresses": list(addresses),
         "model": model,
         "runs": [run.values() for run in runs],
         "goodput_requests_per_second": found if _goodput_is_known(runs) else None,
     }
 
 
-def show(out: Console, address: str, model: str, runs: Sequence[Run]) -> None:
+def show(out: Console, addresses: Sequence[str], model: str, runs: Sequence[Run]) -> None:
     """Each run, and with several of them their table and the goodput."""
     for run in runs:
-        _show_run(out, address, model, run)
+        _show_run(out, ", ".join(addresses), model, run)
     if len(runs) > 1:
         out.print(_rates(runs))
     if _goodput_is_known(runs):
         _show_goodput(out, runs)
 
 
-def _show_run(out: Console, address: str, model: str, run: Run) -> None:
-    out.print(f"[bold]{model}[/] at {address}: {run.load}", highlight=False)
+def _show_run(out: Console, at: str, model: str, run: Run) -> None:
+    out.print(f"[bold]{model}[/] at {at}: {run.load}", highlight=False)
     cut = f"; {run.cut} under way were cut off and not counted" if run.cut else ""
     early = "interrupted after " if run.interrupted else ""
     out.print(

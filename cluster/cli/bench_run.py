@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from cluster.cli.bench_client import Client, Meter, request_of
+from cluster.cli.bench_client import Client
 from cluster.cli.bench_load import CLASSES, Prompts
+from cluster.cli.bench_request import Meter, request_of
 from cluster.cli.bench_seen import ClientTimes, Run, Seen
 from cluster.simulator.outcome import Targets
 from cluster.simulator.workload import Arrival

@@ -13,7 +13,11 @@ from cluster.cli.terminal import Terminal
 
 Router = Annotated[
     str | None,
-    typer.Option("--address", help="host:port of a router's gRPC. Unset: the cluster here."),
+    typer.Option(
+        "--address",
+        help="host:port of a router's gRPC, or several: a:1,b:1. Unset: all routers of the cluster "
+        "that runs here.",
+    ),
 ]
 
 
@@ -118,8 +122,11 @@ def add_watching(
             seed=seed,
             timeout=timeout,
         )
-        at = operator(address, name), token(address, name)
-        _exit(command.run(terminal, where(address, name), at, wanted, as_json))
+        given = tuple(filter(None, (address or "").split(",")))
+        routers = tuple(where(each, name) for each in given)
+        first = routers[0] if routers else None
+        at = operator(first, name), token(first, name)
+        _exit(command.run(terminal, routers, at, wanted, as_json))
 
 
 def _exit(code: int) -> NoReturn:

@@ -107,7 +107,8 @@ async def test_credentials_tls_and_refusals(tmp_path: Path) -> None:
     ca = str(tmp_path / "ca.crt")
     async with simulated_cluster(tmp_path / "store", ROLES, settings) as cluster:
         bench = await started(
-            "bench", "--address", cluster.router.grpc_address, "--concurrency=1", "--warm-up=0",
+            "bench", "--address", f"127.0.0.1:1,{cluster.router.grpc_address}",  # the first is dead
+            "--concurrency=1", "--warm-up=0",
             "--requests=4", "--prompt-tokens=16-32", "--output-tokens=2", "--json",
             PDSERVE_CA_FILE=ca, PDSERVE_TOKEN=TOKEN,
         )  # fmt: skip

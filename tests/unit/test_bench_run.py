@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from cluster.cli.bench_client import Meter
 from cluster.cli.bench_load import Lengths, Prompts, Shape, drawn
+from cluster.cli.bench_request import Meter
 from cluster.cli.bench_run import Load, Runner
 from cluster.cli.bench_seen import Answered, Run, Seen
 from cluster.cli.timeline import PHASES

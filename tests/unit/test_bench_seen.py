@@ -14,8 +14,8 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from rich.console import Console
 
 from cluster.cli import bench_client
-from cluster.cli.bench_client import Meter, Watch, request_of
 from cluster.cli.bench_report import show, values
+from cluster.cli.bench_request import Meter, Watch, request_of
 from cluster.cli.bench_seen import Answered, ClientTimes, Run, Seen, goodput
 from cluster.cli.timeline import PHASES
 from cluster.rpc.client import CallFailed
@@ -73,15 +73,15 @@ def test_goodput_is_the_highest_rate_that_was_met() -> None:
         run(*[ok()] * 5, *[bad] * 5, rate=8.0),
     ]
     assert (goodput(runs, 0.9), goodput(runs, 0.99), goodput(runs[2:], 0.9)) == (4.0, 2.0, None)
-    found = values("h:1", "m", runs)
+    found = values(["h:1"], "m", runs)
     assert found["goodput_requests_per_second"] == {"90%": 4.0, "99%": 2.0}
     text = io.StringIO()
-    show(Console(file=text, width=200), "h:1", "m", runs)
+    show(Console(file=text, width=200), ["h:1"], "m", runs)
     assert "goodput at 90%: 4 requests/s" in text.getvalue()
     assert "5 × refused: full" in text.getvalue()
-    show(Console(file=text, width=200), "h:1", "m", runs[:2])
+    show(Console(file=text, width=200), ["h:1"], "m", runs[:2])
     assert "goodput at 90%: 4 or more requests/s" in text.getvalue()
-    show(Console(file=text, width=200), "h:1", "m", [runs[2], runs[2]])
+    show(Console(file=text, width=200), ["h:1"], "m", [runs[2], runs[2]])
     assert "goodput at 90%: less than 8 requests/s" in text.getvalue()
 
 
@@ -92,9 +92,9 @@ def test_a_client_that_was_late_or_full_says_so() -> None:
     assert not ClientTimes.of([], 0.5).was_the_bottleneck
     text = io.StringIO()
     late = Run("a load", 1.0, 10.0, [ok()], 1, 1, times)
-    show(Console(file=text, width=200), "h:1", "m", [late])
+    show(Console(file=text, width=200), ["h:1"], "m", [late])
     assert "the client was the bottleneck: its turns came 300.0 ms late" in text.getvalue()
-    show(Console(file=text, width=200), "h:1", "m", [run(ok(moved=1 << 20), ok())])
+    show(Console(file=text, width=200), ["h:1"], "m", [run(ok(moved=1 << 20), ok())])
     assert "1 of 2 were split over prefill and decode, each of which moved 1.0 MiB" in (
         text.getvalue()
     )
@@ -102,10 +102,10 @@ def test_a_client_that_was_late_or_full_says_so() -> None:
 
 def test_nothing_seen_is_a_report_all_the_same() -> None:
     nothing = Run("a load", None, 0.0, (), 0, 0, ClientTimes.of([], 0.0), TARGETS, 3, True)
-    json.dumps(values("h:1", "m", [nothing]), allow_nan=False)
-    json.dumps(values("h:1", "m", [run(ok(), targets=Targets(math.inf, 1.0))]), allow_nan=False)
+    json.dumps(values(["h:1"], "m", [nothing]), allow_nan=False)
+    json.dumps(values(["h:1"], "m", [run(ok(), targets=Targets(math.inf, 1.0))]), allow_nan=False)
     text = io.StringIO()
-    show(Console(file=text, width=200), "h:1", "m", [nothing])
+    show(Console(file=text, width=200), ["h:1"], "m", [nothing])
     assert "interrupted after 0.0 s: 0 requests came" in text.getvalue()
     assert "3 under way were cut off and not counted" in text.getvalue()
 
