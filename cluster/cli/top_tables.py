@@ -54,7 +54,7 @@ def _head(frame: Frame) -> str:
 
 def _totals(frame: Frame) -> str:
     return (
-        f"{frame.running_requests} requests, {frame.queued_requests} of them queued; "
+        f"{_count(frame.running_requests, 'request')}, {frame.queued_requests} of them queued; "
         f"tokens/s: prompt {_rate(frame.rates.prompt)}, output {_rate(frame.rates.output)}"
     )
 
