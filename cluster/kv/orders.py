@@ -24,10 +24,10 @@ def told_size(most: int, step_bytes: int) -> int:
 def leaves_behind(layer: int, num_layers: int, step_bytes: int, last: bool) -> bool:
     """Whether what a step has computed leaves over a link once it has computed `layer`.
 
-    A link wants bursts: payloads that leave one by one while prefill computes cost it several times
-    the compute that the same bytes cost it at once. What another step follows leaves beside that
-    one. Of a prompt's last step half leaves as soon as it is there, and so that little is left when
-    the step ends, three quarters of the rest.
+    A link wants few bursts: as long as its wires are awake a device at its power limit computes more
+    slowly, whatever crosses them. What another step follows leaves beside that one. Of a prompt's
+    last step half leaves as soon as it is there, and so that little is left when the step ends,
+    three quarters of the rest.
     """
     done = layer + 1
     if done == num_layers:

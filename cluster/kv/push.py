@@ -12,7 +12,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
@@ -43,8 +43,8 @@ class Push:
     ready: deque[Ready] = field(default_factory=deque)
     first_token: int | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _bursts: bool = False
-    _due: int = 0
+    _gathering: list[Ready] = field(default_factory=list)
+    _bursts: bool = True
     _indexes: dict[int, tuple[Stamp, BlockIndex]] = field(default_factory=dict)
     _still: dict[int, int] = field(default_factory=dict)
     _read: list[Ready] = field(default_factory=list)
@@ -55,15 +55,24 @@ class Push:
 
     def add(self, ready: Ready) -> None:
         """More to send."""
-        self.ready.append(ready)
+        self._gathering.append(ready)
         if ready.due or not self._bursts:
-            self._due = len(self.ready)
-            self._changed.set()
+            self._go()
+
+    def _go(self) -> None:
+        """What has gathered leaves; over a link all of it once the last one is there."""
+        if self._bursts and self._gathering:
+            fence = self._gathering[-1].fence
+            self.ready += [replace(ready, fence=fence) for ready in self._gathering]
+        else:
+            self.ready += self._gathering
+        self._gathering.clear()
+        self._changed.set()
 
     def clear(self) -> None:
         """Nothing of what was added is to be sent."""
         self.ready.clear()
-        self._due = 0
+        self._gathering.clear()
 
     def when_read(self, call: Callable[[], None]) -> None:
         """Calls it once all that was added has been read from the cache, or never will be."""
@@ -85,7 +94,7 @@ class Push:
     def finish(self, first_token: int) -> None:
         """Nothing more will be added; decode goes on after the token."""
         self.first_token = first_token
-        self._changed.set()
+        self._go()
 
     async def run(self) -> None:
         """Returns when decode has acknowledged everything.
@@ -106,6 +115,8 @@ class Push:
         try:
             rank = order.route.prefill_rank
             self._bursts = outbound.bursts
+            if not self._bursts:
+                self._go()
             await outbound.send(Open(order.ticket.encode(), rank, outbound.link))
             grant = await outbound.receive()
             if not isinstance(grant, Grant):
@@ -169,22 +180,19 @@ class Push:
 
     def _group(self, frame_bytes: int) -> list[Ready]:
         """Takes the next items that make a frame; none while more layers are to join them."""
-        over = self.first_token is not None
-        if over:
-            self._due = len(self.ready)
-        if not self._due:
+        if not self.ready:
             return []
         room = max(1, frame_bytes // (len(self.ready[0].block_ids) * self._head_bytes))
         group: list[Ready] = []
-        for item in itertools.islice(self.ready, min(room, self._due)):
+        for item in itertools.islice(self.ready, room):
             if group and not group[-1].goes_on(item):
                 break
             group.append(item)
-        if not (over or len(group) == room or len(group) < self._due or group[-1].due):
+        full = len(group) == room or len(group) < len(self.ready) or group[-1].due
+        if not (full or self.first_token is not None):
             return []
         for _ in group:
             self.ready.popleft()
-        self._due -= len(group)
         return group
 
     @property
