@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,20 +25,15 @@ def told_size(most: int, step_bytes: int) -> int:
 def leaves_behind(layer: int, num_layers: int, step_bytes: int, last: bool) -> bool:
     """Whether what a step has computed leaves over a link once it has computed `layer`.
 
-    A link wants few bursts: as long as its wires are awake a device at its power limit computes more
+    A link wants few bursts: while its wires are awake a device at its power limit computes more
     slowly, whatever crosses them. What another step follows leaves beside that one. Of a prompt's
-    last step half leaves as soon as it is there, and so that little is left when the step ends,
-    three quarters of the rest.
+    last step an eighth is left for its end, or a little more, and all before leaves just ahead.
     """
     done = layer + 1
-    if done == num_layers:
-        return True
-    if not last:
-        return False
-    half, most = num_layers // 2, num_layers - num_layers // 8
-    return (done == half and step_bytes >= 2 * LEAST_BYTES) or (
-        done == most and step_bytes >= 8 * LEAST_BYTES
-    )
+    if not last or step_bytes < 2 * LEAST_BYTES:
+        return done == num_layers
+    left = max(step_bytes // 8, LEAST_BYTES)
+    return done in (num_layers, num_layers - math.ceil(num_layers * left / step_bytes))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Made:
     def __init__(self, used_at: float) -> None:
         self.id, self.pushes, self.closed = 1, 0, ""
         slots = SimpleNamespace(largest=64)
-        self.link = SimpleNamespace(broken="", used_at=used_at, copies=None, slots=slots)
+        self.link = SimpleNamespace(broken="", used_at=used_at, copies=None, slots=slots, puts=True)
 
     def close(self, reason: str) -> None:
         self.closed = self.link.broken = reason

@@ -290,9 +290,10 @@ def test_the_agent_hears_of_a_step_in_eighths_or_frames(most: int, step: int, to
 @pytest.mark.parametrize(
     ("step", "last", "leaves"),
     [
-        (1 << 30, True, [15, 27, 31]),
-        (512 << 20, True, [15, 27, 31]),
-        (256 << 20, True, [15, 31]),
+        (1 << 30, True, [27, 31]),
+        (512 << 20, True, [27, 31]),
+        (256 << 20, True, [23, 31]),
+        (128 << 20, True, [15, 31]),
         (64 << 20, True, [31]),
         (1 << 30, False, [31]),
     ],

@@ -14,7 +14,7 @@ from cluster.kv.transport.streams.views import Views
 
 _MASK = (1 << 64) - 1
 FACTOR = 0x1E3779B97F4A7C15
-"""Odd. The weight of the word at place p is p × FACTOR (modulo 2^64), its halves mixed, made odd."""
+"""Odd. The weight of the word at place p is p × FACTOR modulo 2^64, its halves mixed, made odd."""
 PLACES = 40
 """Bits of a word's number within its payload; above them is the payload's within its push."""
 
@@ -69,7 +69,7 @@ class ChecksumSeal:
 class DeviceSum:
     """A running checksum of payloads, computed where they lie: the sum of their 64-bit words, each
     times an odd number of its place (modulo 2^64). Any changed word changes it, and almost any
-    exchange of words. In which order they are counted does not matter. Nothing waits for the device.
+    exchange of words. They may be counted in any order. Nothing waits for the device.
 
     Args:
         stream: on which it is computed; None on the host.

@@ -6,8 +6,8 @@ part.
 
 Where NCCL can map the receiver's memory, the sender **puts** a payload there by its copy engines,
 and its header follows once it is there: neither side's multiprocessors work for it, and the
-receiver's device never waits. Else the header goes first and the payload is sent and received, by kernels that
-wait for each other.
+receiver's device never waits. Else the header goes first and the payload is sent and received, by
+kernels that wait for each other.
 
 A link that breaks, stands still for too long, or whose stream ends, is aborted as a whole, on the
 device too; what was under way on it is refused. What a peer may still put afterwards ends in the

@@ -103,7 +103,8 @@ class LinkedInbound(Inbound):
     def verify(self, blocks: Blocks, seed: int) -> Tally | None:
         arriving = self._taken.get(id(blocks.payload))
         if arriving is None:
-            return self._inner.verify(blocks, seed)
+            self._inner.verify(blocks, seed)
+            return None
         if not arriving.payload.summed:
             return None
         if self._sum is None:

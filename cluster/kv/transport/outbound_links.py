@@ -222,7 +222,6 @@ class NcclOutbound:
     """
 
     transport = "nccl"
-    bursts = True
 
     def __init__(self, inner: GrpcOutbound, link: OutboundLink, handoff_id: str, checksums: int):
         self._inner = inner
@@ -234,6 +233,7 @@ class NcclOutbound:
         self._over = False
         link.pushes += 1
         self.link = link.id
+        self.bursts = link.link.puts
         self.stream = link.link.copies
         self.frame_bytes = link.link.slots.largest
 
