@@ -104,9 +104,10 @@ class BlockCopies:
         heads = range(first.shape[1])
         payload = torch.empty(first[0].nbytes, dtype=torch.uint8, device=first.device)
         tally = Tally(DeviceSum(first.device, torch.cuda.current_stream(first.device), 0), 0)
-        for counted in (None, tally):
-            self.gather(0, index, heads, payload, counted)
-            self.scatter(0, index, heads, payload, counted)
+        with torch.cuda.device(first.device):  # Triton's is the current one, whatever it is given
+            for counted in (None, tally):
+                self.gather(0, index, heads, payload, counted)
+                self.scatter(0, index, heads, payload, counted)
 
     def gather(
         self,
