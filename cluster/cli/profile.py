@@ -60,6 +60,7 @@ def run(terminal: Terminal, address: str, token: str, wanted: Wanted, as_json: b
         run.chunk,
         run.ahead,
         run.graph_tokens,
+        tuple(run.launch),
     )
     fitted = calibrate(roofline(shape, gpu, wanted.tensor_parallel), profile)
     _write(wanted.out, profile.to_json() + "\n", "w")
@@ -68,7 +69,8 @@ def run(terminal: Terminal, address: str, token: str, wanted: Wanted, as_json: b
         "decode": {"median": fitted.decode_error.median, "p90": fitted.decode_error.p90},
     }
     counts = {
-        kind: len(getattr(profile, kind)) for kind in ("prefill", "decode", "handoff", "shared")
+        kind: len(getattr(profile, kind))
+        for kind in ("prefill", "decode", "handoff", "shared", "launch")
     }
     slowed = fitted.performance.contention
     if as_json:

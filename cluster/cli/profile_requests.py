@@ -117,4 +117,6 @@ class Requests:
             ),
             (begins, begins + phases.prefill_seconds),
             tuple(came),
+            report.prefill_worker,
+            phases.prefill_queue_seconds,
         )

@@ -18,9 +18,21 @@ import grpc.aio
 from cluster.cli.access import channel
 from cluster.cli.calls import RouterView, cluster_view, grpc_errors
 from cluster.cli.profile_requests import Requests
-from cluster.cli.profile_served import Served, busy_seconds, samples_of, steps_within
+from cluster.cli.profile_served import (
+    Served,
+    busy_seconds,
+    launches_of,
+    samples_of,
+    steps_within,
+)
 from cluster.errors import NotFound, Unavailable
-from cluster.planner.profile import DecodeSample, HandoffSample, PathSample, PrefillSample
+from cluster.planner.profile import (
+    DecodeSample,
+    HandoffSample,
+    LaunchSample,
+    PathSample,
+    PrefillSample,
+)
 from cluster.planner.profile import SharedSample as Shared
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
@@ -37,6 +49,8 @@ SHARED_STREAMS = ((512, 1), (128, 2), (512, 2))
 SHARED_PROMPTS = (128, 512, 1024)
 STREAMS = 2
 """That ask one prompt after another, so that there is always one to compute."""
+LAUNCHED_PROMPTS, LAUNCH_STREAMS, LAUNCH_SECONDS = (64, 512), 4, 1.5
+"""Of engines that plan ahead: prompts that always wait for a step, some within a CUDA graph."""
 
 
 class Run:
@@ -74,6 +88,7 @@ class Run:
         self.handoff: list[HandoffSample] = []
         self.path: list[PathSample] = []
         self.shared: list[Shared] = []
+        self.launch: list[LaunchSample] = []
 
     async def measure(self, address: str, token: str) -> None:
         """Raises Unavailable: the cluster is at work, or gave up a request."""
@@ -90,6 +105,8 @@ class Run:
                 batches = [n for n in BATCHES if n <= self._max_batch]
                 await self._decodes(to, batches, await self._warm(to, max(batches), context))
                 await self._prefills(to)
+            if self.ahead:
+                await self._launches(to)
             if self._shares:
                 await self._beside_each_other(to)
         for length, seconds in self._alone.items():
@@ -143,6 +160,13 @@ class Run:
             if s.handoff is not None and (not self.chunk or s.prompt <= self.chunk):
                 self.handoff.append(s.handoff)  # longer ones leave while they are computed
         return served
+
+    async def _launches(self, to: grpc.aio.Channel) -> None:
+        for length in (n for n in LAUNCHED_PROMPTS if n <= self._longest):
+            self._tell(f"computing prompts of {length} tokens without a pause")
+            async with self._requests.stream(to, LAUNCH_STREAMS, length, 2) as served:
+                await asyncio.sleep(LAUNCH_SECONDS)
+            self.launch += launches_of(served)
 
     async def _warm(self, to: grpc.aio.Channel, count: int, context: int) -> list[list[int]]:
         """Prompts that the caches hold, so that a batch of them begins nearly at once."""

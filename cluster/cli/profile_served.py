@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from cluster.planner.profile import DecodeSample, HandoffSample, PathSample
+from cluster.planner.profile import DecodeSample, HandoffSample, LaunchSample, PathSample
 
 MIN_STEPS = 8
 """Of a batch that runs as a whole; fewer say nothing."""
+SAME_STEP_SECONDS = 0.003
+"""Prompts that began so close together began with one step."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Served:
     Attributes:
         computing: from when to when its prompt was computed, on the caller's clock.
         came: when tokens came, and how many had by then.
+        waited: at the prefill engine until its prompt was computed.
     """
 
     prefill: float
@@ -30,6 +33,8 @@ class Served:
     path: PathSample
     computing: tuple[float, float]
     came: tuple[tuple[float, int], ...]
+    prefill_worker: str = ""
+    waited: float = 0.0
 
     @property
     def first_token_at(self) -> float:
@@ -82,6 +87,30 @@ def samples_of(batch: Iterable[Served]) -> list[DecodeSample]:
         if (window := steps_within(group)) is not None:
             step = window.seconds / window.steps
             found.append(DecodeSample(len(group), round(window.context), step))
+    return found
+
+
+def launches_of(stream: Iterable[Served]) -> list[LaunchSample]:
+    """Of a stream that leaves no engine idle: steps that began behind another and were followed by
+    one whose prompts had waited for it."""
+    by_worker: dict[str, list[Served]] = defaultdict(list)
+    for served in sorted(stream, key=lambda s: s.computing[0]):
+        by_worker[served.prefill_worker].append(served)
+    found = []
+    for group in by_worker.values():
+        steps: list[list[Served]] = []
+        for served in group:
+            if steps and served.computing[0] - steps[-1][0].computing[0] < SAME_STEP_SECONDS:
+                steps[-1].append(served)
+            else:
+                steps.append([served])
+        for before, step, after in zip(steps, steps[1:], steps[2:], strict=False):
+            began, ends = step[0].computing[0], after[0].computing[0]
+            waited = any(s.computing[0] - s.waited < (began + ends) / 2 for s in after)
+            told = before[0].computing[1] > began and step[0].computing[1] > ends
+            if waited and told:
+                new = sum(s.prompt - s.cached for s in step)
+                found.append(LaunchSample(new, ends - began))
     return found
 
 

@@ -23,6 +23,7 @@ from cluster.planner.performance import (
 from cluster.planner.profile import (
     DecodeSample,
     HandoffSample,
+    LaunchSample,
     PathSample,
     PrefillSample,
     Profile,
@@ -73,7 +74,7 @@ def calibrate(start: Performance, profile: Profile) -> Calibration:
 
     def fit_prefill(samples: Sequence[PrefillSample]) -> Performance:
         if profile.ahead:
-            return _fit_launches(start, samples, profile.graph_tokens)
+            return _behind(_fit_launches(start, samples, profile.graph_tokens), profile.launch)
         return _fit_prefill(start, samples)
 
     fitted = _fit_decode(fit_prefill(profile.prefill), profile.decode)
@@ -130,6 +131,17 @@ def _fit_launches(
         if off < least:
             best, least = worker, off
     return best
+
+
+def _behind(fitted: Performance, samples: Sequence[LaunchSample]) -> Performance:
+    """With the launches of steps behind others; where none was measured, they take as long."""
+    if fitted.launch is None:
+        return fitted
+    launch = fitted.launch
+    within = [s.seconds for s in samples if s.new <= launch.graph_tokens]
+    beyond = [s.seconds for s in samples if s.new > launch.graph_tokens]
+    launch = replace(launch, next_within=_level(within), next_beyond=_level(beyond))
+    return replace(fitted, launch=launch)
 
 
 def _level(seconds: Sequence[float]) -> float:

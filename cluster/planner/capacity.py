@@ -202,7 +202,8 @@ class Load:
             if self.performance.launch:
                 launch = self.performance.launch.seconds(each.new)
                 share = 1 - math.exp(-late * launch)
-                longer = max(0.0, 2 * launch - self._prefill(each))
+                told = launch + self.performance.launch.seconds(each.new, behind=True)
+                longer = max(0.0, told - self._prefill(each))
                 in_time = (1 - share) * in_time + share * (1 - wait.longer_than(left - longer))
             met += in_time
         return met / len(demand.lengths)

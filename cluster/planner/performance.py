@@ -39,15 +39,27 @@ class Launch:
     Attributes:
         graph_tokens: steps of no more are replayed from CUDA graphs; 0: none is.
         within, beyond: seconds, of those and of larger ones.
+        next_within, next_beyond: the same of steps that are started behind another: an engine that
+            is at work is quicker; 0: not known, and as long.
     """
 
     graph_tokens: int
     within: float
     beyond: float
+    next_within: float = 0.0
+    next_beyond: float = 0.0
 
-    def seconds(self, tokens: int) -> float:
-        """To start a step of so many new tokens."""
-        return self.within if tokens <= self.graph_tokens else self.beyond
+    def seconds(self, tokens: int, behind: bool = False) -> float:
+        """To start a step of so many new tokens, `behind` one that is not told yet."""
+        if tokens <= self.graph_tokens:
+            return (behind and self.next_within) or self.within
+        return (behind and self.next_beyond) or self.beyond
+
+    def scaled(self, factor: float) -> Launch:
+        return Launch(
+            self.graph_tokens,
+            *(x * factor for x in (self.within, self.beyond, self.next_within, self.next_beyond)),
+        )
 
 
 @dataclass(frozen=True)
@@ -205,12 +217,7 @@ class Performance:
                 self.prefill.floor * prefill,
                 self.prefill.once * prefill,
             ),
-            launch=self.launch
-            and replace(
-                self.launch,
-                within=self.launch.within * prefill,
-                beyond=self.launch.beyond * prefill,
-            ),
+            launch=self.launch and self.launch.scaled(prefill),
             decode=_scaled(self.decode, decode),
             decode_large=_scaled(self.decode_large, decode),
             whole=self.whole and self.whole.scaled(prefill, decode),

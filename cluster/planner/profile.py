@@ -20,6 +20,15 @@ class PrefillSample:
 
 
 @dataclass(frozen=True)
+class LaunchSample:
+    """The start of one step of `new` prompt tokens behind another that was not told yet, on an
+    engine that plans ahead: from its beginning to the next one's."""
+
+    new: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class DecodeSample:
     """One decode step for `batch` sequences that hold `context` tokens together."""
 
@@ -84,6 +93,7 @@ class Profile:
         ahead: the engine plans its steps one ahead, as vLLM's async scheduling does.
         graph_tokens: steps of no more tokens are replayed from CUDA graphs; 0: none is.
         shared: empty where workers have their own cores.
+        launch: empty where the engine does not plan ahead.
     """
 
     model: str
@@ -97,6 +107,7 @@ class Profile:
     chunk: int = 0
     ahead: bool = False
     graph_tokens: int = 0
+    launch: tuple[LaunchSample, ...] = ()
 
     def check(self, model: str, hardware: str, tensor_parallel: int) -> None:
         """Raises InvalidRequest unless it was measured on exactly this."""
@@ -131,11 +142,12 @@ class Profile:
                 chunk=int(values.get("chunk", 0)),
                 ahead=bool(values.get("ahead", False)),
                 graph_tokens=int(values.get("graph_tokens", 0)),
+                launch=tuple(LaunchSample(**sample) for sample in values.get("launch", ())),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidRequest("profile", f"is not a profile: {error!r}") from error
         for samples in (profile.prefill, profile.decode, profile.handoff, profile.path,
-                        profile.shared):  # fmt: skip
+                        profile.shared, profile.launch):  # fmt: skip
             for sample in samples:
                 _check_sample(sample)
         return profile

@@ -50,8 +50,8 @@ def start(
         goes_on + performance.computing_seconds(prompts),
         now + performance.prefill_batch_seconds(prompts),
     )
-    launched_at = now + launch.seconds(sum(new for new, _ in prompts))
-    return Step(chunks, now, computed_at), max(goes_on, launched_at)
+    launching = launch.seconds(sum(new for new, _ in prompts), behind=before is not None)
+    return Step(chunks, now, computed_at), max(goes_on, now + launching)
 
 
 def tokens_of(chunks: list[tuple[Job, int]]) -> list[tuple[int, int]]:

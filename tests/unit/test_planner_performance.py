@@ -21,6 +21,7 @@ from cluster.planner.performance import Contention, Launch, PrefillCost
 from cluster.planner.profile import (
     DecodeSample,
     HandoffSample,
+    LaunchSample,
     PathSample,
     PrefillSample,
     Profile,
@@ -141,7 +142,8 @@ def test_what_a_prompt_takes_once_is_told_from_its_steps() -> None:
     assert calibrate(roofline(LLAMA, H200), short).performance.prefill.once == 0.0
 
 
-def test_launches_are_told_from_computing() -> None:
+def ahead() -> Profile:
+    """Of an engine that plans ahead."""
     start = replace(roofline(LLAMA, H200), launch=Launch(256, 0.019, 0.041))
     start = replace(start, prefill=PrefillCost(0.005, 2.2e-5, 3e-10))
     sizes = ((32, 0), (128, 0), (64, 64), (256, 256), (512, 0), (1024, 0), (512, 512), (2048, 0))
@@ -149,7 +151,11 @@ def test_launches_are_told_from_computing() -> None:
         PrefillSample(n, c, start.prefill_seconds(n, c))
         for n, c in (*sizes, (4096, 0), (2048, 2048), (8192, 0))
     )
-    profile = replace(MEASURED, prefill=samples, ahead=True, graph_tokens=256)
+    return replace(MEASURED, prefill=samples, ahead=True, graph_tokens=256)
+
+
+def test_launches_are_told_from_computing() -> None:
+    profile = ahead()
     found = calibrate(roofline(LLAMA, H200), profile)
     assert found.performance.launch == Launch(256, pytest.approx(0.019), pytest.approx(0.041))
     assert found.performance.computing_seconds([(3000, 0)]) == pytest.approx(0.0737)
@@ -160,6 +166,20 @@ def test_launches_are_told_from_computing() -> None:
     assert found.performance.scaled(prefill=2.0).launch == Launch(
         256, pytest.approx(0.038), pytest.approx(0.082)
     )
+
+
+def test_launches_behind_another_are_measured_by_themselves() -> None:
+    launch = tuple(LaunchSample(n, s) for n, s in ((512, 0.030), (1024, 0.030), (64, 0.014)))
+    profile = replace(ahead(), launch=launch)
+    found = calibrate(roofline(LLAMA, H200), profile).performance.launch
+    assert found is not None
+    assert [found.seconds(n) for n in (100, 600)] == [pytest.approx(0.019), pytest.approx(0.041)]
+    behind = [found.seconds(n, behind=True) for n in (100, 600)]
+    assert behind == [pytest.approx(0.014), pytest.approx(0.030)]
+    assert found.scaled(2.0).seconds(100, behind=True) == pytest.approx(0.028)
+    assert Profile.from_json(profile.to_json()) == profile
+    only = calibrate(roofline(LLAMA, H200), replace(profile, launch=launch[:2])).performance.launch
+    assert only is not None and only.seconds(100, behind=True) == only.seconds(100)
 
 
 def shared(truth: Contention) -> tuple[SharedSample, ...]:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.cli.profile_served import Served, busy_seconds, samples_of, steps_within
-from cluster.planner.profile import PathSample
+from cluster.cli.profile_served import (
+    Served,
+    busy_seconds,
+    launches_of,
+    samples_of,
+    steps_within,
+)
+from cluster.planner.profile import LaunchSample, PathSample
 
 
 def served(begins: float, step: float, tokens: int, worker: str = "d", prompt: int = 100) -> Served:
@@ -51,3 +57,31 @@ def test_time_that_is_covered_twice_counts_once() -> None:
     spans = [(0.0, 2.0), (1.0, 3.0), (1.5, 1.6), (5.0, 9.0), (20.0, 30.0)]
     assert busy_seconds(spans, 0.5, 6.0) == pytest.approx(2.5 + 1.0)
     assert busy_seconds([], 0.0, 1.0) == 0.0
+
+
+def computed(
+    began: float, told: float, waited: float, worker: str = "p", prompt: int = 100, cached: int = 0
+) -> Served:
+    path = PathSample(prompt, 0, 0.01, 0.01)
+    return Served(
+        told - began, prompt, cached, "d", None, path, (began, told), ((told, 1),), worker, waited
+    )
+
+
+def test_launches_are_those_of_steps_behind_another_that_were_waited_for() -> None:
+    stream = [
+        computed(0.000, 0.035, 0.0),
+        computed(0.020, 0.050, 0.015),
+        computed(0.021, 0.050, 0.002, prompt=50, cached=20),  # the same step
+        computed(0.035, 0.070, 0.010),
+        computed(0.050, 0.070, 0.010),
+        # It came when the engine had nothing to do: the one before it was over.
+        computed(0.100, 0.130, 0.0),
+        computed(0.120, 0.150, 0.001),  # it had not waited: the engine had
+        computed(0.010, 0.045, 0.0, worker="q"),
+    ]
+    assert [(s.new, round(s.seconds, 6)) for s in launches_of(reversed(stream))] == [
+        (130, 0.015),
+        (100, 0.015),
+    ]
+    assert launches_of([]) == [] and isinstance(launches_of(stream)[0], LaunchSample)

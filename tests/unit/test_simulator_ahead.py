@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.planner.performance import (
@@ -29,9 +31,11 @@ WORKER = Performance(
 )
 
 
-def first_tokens(*prompts: tuple[float, int], max_tokens: int = 8192) -> list[float]:
+def first_tokens(
+    *prompts: tuple[float, int], max_tokens: int = 8192, worker: Performance = WORKER
+) -> list[float]:
     """When each prompt's first token is told, ms; they come at those milliseconds."""
-    split = Deployment(WORKER, 1, 1, limits=EngineLimits(max_tokens), placement_mode="always")
+    split = Deployment(worker, 1, 1, limits=EngineLimits(max_tokens), placement_mode="always")
     outcomes = World(split).run([Arrival(at / 1e3, tokens, 1) for at, tokens in prompts])
     return [pytest.approx(1e3 * (o.at + o.ttft)) for o in outcomes]
 
@@ -48,6 +52,14 @@ def test_a_token_waits_for_the_launch_of_what_came_meanwhile() -> None:
 
 def test_steps_of_what_keeps_coming_are_told_one_launch_late() -> None:
     assert first_tokens((0, 100), (5, 300), (25, 100), (55, 100)) == [50, 70, 90, 90]
+
+
+def test_launches_behind_another_may_be_quicker() -> None:
+    worker = replace(WORKER, launch=Launch(256, 0.02, 0.03, 0.015, 0.025))
+    # The second is launched from 20 to 45, the third to 60; the fourth, followed by none,
+    # takes what a prompt alone does.
+    told = first_tokens((0, 100), (5, 300), (25, 100), (55, 100), worker=worker)
+    assert told == [45, 60, 75, 80]
 
 
 def test_what_comes_after_the_launch_waits_for_the_outcome() -> None:
