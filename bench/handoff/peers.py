@@ -20,7 +20,7 @@ from cluster.kv.geometry import HeadRun
 from cluster.kv.mailbox import Mailbox
 from cluster.kv.paged import PagedCache
 from cluster.kv.reservation import Reserve
-from cluster.kv.transport.checksums import DeviceSum, value
+from cluster.kv.transport.checksums import DeviceSum, Tally, value
 
 
 def serve_decode(
@@ -72,7 +72,7 @@ def digest(cache: PagedCache, block_ids: Sequence[int]) -> int:
         cache.gather(layers, cache.index(block_ids), HeadRun(0, cache.heads), payload)
         if (fence := cache.mark()) is not None:
             fence.synchronize()
-        total.add(payload)
+        Tally(total, layer).count(payload)
     fetched = total.fetch()
     if (fence := cache.fence()) is not None:
         fence.synchronize()

@@ -196,7 +196,7 @@ class HandoffRate:
             "decode-life",
             ticket.decode_geometry,
         )
-        offer = Offer(ticket.handoff_id, 0, ids)
+        offer = Offer(ticket.handoff_id, 0, ids, last=True)
         stamp = self._agent.generations.stamp(ids)
         sender = self._agent.sender
 

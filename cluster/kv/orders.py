@@ -13,8 +13,10 @@ from cluster.kv.handoff import HandoffResult
 from cluster.kv.milestones import Fence
 from cluster.kv.transport.seam import Peer
 
-LEAST_BYTES = 64 << 20
-"""Of what leaves at once: each time takes the engine's own Python, and some of its compute."""
+LEAST_BYTES = 32 << 20
+"""Of a frame, and of what the agent is told at once: each takes the engine's own Python."""
+LEAST_BURST_BYTES = 64 << 20
+"""Each takes some of the engine's compute besides."""
 
 
 def told_size(most: int, step_bytes: int) -> int:
@@ -22,17 +24,23 @@ def told_size(most: int, step_bytes: int) -> int:
     return min(most, max(LEAST_BYTES, step_bytes // 8))
 
 
-def leaves_behind(layer: int, num_layers: int, step_bytes: int, last: bool) -> bool:
-    """Whether what a step has computed leaves over a link once it has computed `layer`.
+def frame_size(most: int, step_bytes: int) -> int:
+    """Of the frames in which a step's KV leaves as it is computed, where none is larger than
+    `most`: two at least, unless they would be small, so that little is left when it ends."""
+    return min(most, max(LEAST_BYTES, step_bytes // 2))
 
-    A link wants few bursts: while its wires are awake a device at its power limit computes more
-    slowly, whatever crosses them. What another step follows leaves beside that one. Of a prompt's
+
+def leaves_behind(layer: int, num_layers: int, step_bytes: int, last: bool) -> bool:
+    """Whether a step's KV leaves once `layer` is computed, over a link whose payloads are put.
+
+    Such a link wants few bursts: while its wires are awake a device at its power limit computes
+    more slowly, whatever crosses them. What another step follows leaves beside that one. Of a prompt's
     last step an eighth is left for its end, or a little more, and all before leaves just ahead.
     """
     done = layer + 1
-    if not last or step_bytes < 2 * LEAST_BYTES:
+    if not last or step_bytes < 2 * LEAST_BURST_BYTES:
         return done == num_layers
-    left = max(step_bytes // 8, LEAST_BYTES)
+    left = max(step_bytes // 8, LEAST_BURST_BYTES)
     return done in (num_layers, num_layers - math.ceil(num_layers * left / step_bytes))
 
 

@@ -18,7 +18,7 @@ from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.generations import Generations, Stamp
 from cluster.kv.milestones import Fence, Milestones
-from cluster.kv.orders import Order, Ready, Sent
+from cluster.kv.orders import Order, Ready, Sent, frame_size
 from cluster.kv.paged import BlockIndex, PagedCache
 from cluster.kv.transport.frames import Ack, Commit, Grant, Open, Refused, Reply
 from cluster.kv.transport.seam import Buffer, Outbound, Transport
@@ -46,7 +46,7 @@ class Push:
     _gathering: list[Ready] = field(default_factory=list)
     _bursts: bool = True
     _indexes: dict[int, tuple[Stamp, BlockIndex]] = field(default_factory=dict)
-    _still: dict[int, int] = field(default_factory=dict)
+    _still: dict[int, tuple[Stamp, int]] = field(default_factory=dict)
     _read: list[Ready] = field(default_factory=list)
     _filled: Fence | None = None
     _checks: asyncio.Task[None] | None = None
@@ -79,7 +79,7 @@ class Push:
         if self._over:
             return call()
         self._when_read.append(call)
-        self._changed.set()
+        self._go()
 
     @property
     def unread(self) -> bool:
@@ -114,7 +114,8 @@ class Push:
         self.sent.transport = outbound.transport
         try:
             rank = order.route.prefill_rank
-            self._bursts = outbound.bursts
+            # The engine waits for blocks that it does not keep: they leave as they are computed.
+            self._bursts = outbound.bursts and self.cache.kept
             if not self._bursts:
                 self._go()
             await outbound.send(Open(order.ticket.encode(), rank, outbound.link))
@@ -182,12 +183,17 @@ class Push:
         """Takes the next items that make a frame; none while more layers are to join them."""
         if not self.ready:
             return []
-        room = max(1, frame_bytes // (len(self.ready[0].block_ids) * self._head_bytes))
+        size = len(self.ready[0].block_ids) * self._head_bytes
+        if not self._bursts:
+            frame_bytes = frame_size(frame_bytes, size * self.cache.num_layers)
+        room = max(1, frame_bytes // size)
         group: list[Ready] = []
         for item in itertools.islice(self.ready, room):
             if group and not group[-1].goes_on(item):
                 break
             group.append(item)
+            if item.due:  # what is behind it may take longer
+                break
         full = len(group) == room or len(group) < len(self.ready) or group[-1].due
         if not (full or self.first_token is not None):
             return []
@@ -289,11 +295,12 @@ class Push:
     def _check(self, ready: Ready) -> None:
         """Before they are read and afterwards."""
         renewals = self.generations.renewals
-        if self._still.get(id(ready.stamp)) == renewals:
+        known = self._still.get(id(ready.stamp))
+        if known is not None and known[1] == renewals:
             return
         if not self.generations.still(ready.block_ids, ready.stamp):
             raise HandoffRefused("blocks were handed out anew while they were read")
-        self._still[id(ready.stamp)] = renewals
+        self._still[id(ready.stamp)] = ready.stamp, renewals
 
 
 def seed_of(handoff_id: str) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
-from cluster.kv.orders import LEAST_BYTES, leaves_behind, told_size
+from cluster.kv.orders import LEAST_BYTES, frame_size, leaves_behind, told_size
 from cluster.kv.transport.checksums import AT_ONCE_BYTES, DeviceSum, Tally, value
 from cluster.kv.transport.frames import Blocks, Commit
 from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench, FakeLink
@@ -285,6 +285,21 @@ def test_a_device_checksum_is_the_sum_of_weighted_words() -> None:
 )
 def test_the_agent_hears_of_a_step_in_eighths_or_frames(most: int, step: int, told: int) -> None:
     assert told_size(most, step) == told
+
+
+@pytest.mark.parametrize(
+    ("most", "step", "frame"),
+    [
+        (128 << 20, 1 << 30, 128 << 20),
+        (128 << 20, 96 << 20, 48 << 20),
+        (128 << 20, 1 << 20, LEAST_BYTES),
+        (1 << 20, 1 << 30, 1 << 20),
+    ],
+)
+def test_what_does_not_wait_for_bursts_leaves_in_several_frames(
+    most: int, step: int, frame: int
+) -> None:
+    assert frame_size(most, step) == frame
 
 
 @pytest.mark.parametrize(

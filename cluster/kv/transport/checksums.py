@@ -68,8 +68,9 @@ class ChecksumSeal:
 
 class DeviceSum:
     """A running checksum of payloads, computed where they lie: the sum of their 64-bit words, each
-    times an odd number of its place (modulo 2^64). Any changed word changes it, and almost any
-    exchange of words. They may be counted in any order. Nothing waits for the device.
+    times an odd number of its place (modulo 2^64). One changed word always changes it, and almost
+    any other damage or exchange of words does. They may be counted in any order, and nothing waits
+    for the device.
 
     Args:
         stream: on which it is computed; None on the host.

@@ -63,8 +63,11 @@ def library() -> Any:
 
 @cache
 def driver() -> Any:
-    """CUDA's driver, which torch has loaded. Raises OSError if there is none."""
-    return ctypes.CDLL("libcuda.so.1")
+    """CUDA's driver, which torch has loaded; None if it is not found under its usual name."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
 
 
 def new_unique_id() -> bytes:
@@ -168,7 +171,7 @@ class Communicator:
             )
         )
         there = ctypes.c_void_p()
-        if window:
+        if window and driver():
             _check(
                 library().ncclGetPeerDevicePointer(
                     window, ctypes.c_size_t(0), ctypes.c_int(self._peer), ctypes.byref(there)
