@@ -27,16 +27,18 @@ _OPTIONS = (
 )
 
 
-def channel(address: str, token: str = "") -> grpc.aio.Channel:
+def channel(address: str, token: str = "", ours: bool = False) -> grpc.aio.Channel:
     """A channel to a router; the caller closes it.
 
     Args:
         token: in place of PDSERVE_TOKEN where that is not set.
+        ours: in place of PDSERVE_TOKEN at any rate: that one may be a tenant's.
 
     Raises:
         ConfigError: a file cannot be read.
     """
-    token = os.environ.get("PDSERVE_TOKEN", "") or token
+    given = os.environ.get("PDSERVE_TOKEN", "")
+    token = (token or given) if ours else (given or token)
     interceptors: list[grpc.aio.ClientInterceptor] = []
     if token:
         interceptors += [_Unary(token), _Stream(token), _Upload(token)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import secrets
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -21,7 +22,7 @@ from cluster.cli.bench_request import Meter
 from cluster.cli.bench_run import Load, Runner
 from cluster.cli.bench_seen import Run
 from cluster.cli.calls import cluster_view
-from cluster.cli.plan_calls import plan_view
+from cluster.cli.plan_calls import Values, plan_view
 from cluster.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Terminal
 from cluster.errors import InvalidRequest, PdserveError
 from cluster.simulator.outcome import Targets, parse_slo
@@ -32,6 +33,10 @@ SECONDS, WARM_UP_SECONDS, CONCURRENCY = 30.0, 3.0, 4
 """Unless they are asked for otherwise; a trace has no warm-up."""
 UNLIMITED_TOKENS = 1 << 30
 """A prompt's and its answer's, of a model that does not say how many it takes."""
+MOST = {"burstiness": 100.0, "timeout": 86400.0}
+"""Beyond it all requests come at once; gRPC's header has eight digits, here of milliseconds."""
+WITHOUT_TARGETS = "batch"
+"""The class for which the plan makes targets up, so that it is served at all: routers have none."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,18 @@ class Wanted:
             raise InvalidRequest("trace", "it has the lengths and the prefixes of its requests")
         if self.own_targets and not self.slo:
             raise InvalidRequest("own-targets", "give them: --slo ttft=…,tpot=…")
+        for name in ("burstiness", "timeout", "speed", "seconds", "warm_up"):
+            value, most = getattr(self, name), MOST.get(name, math.inf)
+            if value is not None and not (math.isfinite(value) and value <= most):
+                told = f"at most {most:g}" if name in MOST else "a number"
+                raise InvalidRequest(name.replace("_", "-"), f"must be {told}, not {value:g}")
 
 
 def run(
     terminal: Terminal,
     addresses: tuple[str, ...],
     operator: tuple[str, str],
+    known: str,
     wanted: Wanted,
     as_json: bool,
 ) -> int:
@@ -82,12 +93,14 @@ def run(
 
     Args:
         addresses: of routers; empty: of all that the cluster has.
-        operator: where the Operator API is, and what opens it: the class's targets are asked for
-            there, if none are given; then it may be out of reach.
+        operator: where the Operator API is, and what opens it, if it is this host's cluster; else
+            PDSERVE_TOKEN may. Routers and the classes' targets are asked for there, if none are
+            given; it may be out of reach.
+        known: of the router that is asked where there are no `addresses` and it is out of reach.
     """
     targets = parse_slo(wanted.slo) if wanted.slo else None
     with terminal.err.status("asking for the model") as status:
-        bench = Bench(addresses, operator, wanted, targets, status.update)
+        bench = Bench(addresses, operator, known, wanted, targets, status.update)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runs = runner.run(bench.run())
     if as_json:
@@ -110,14 +123,18 @@ class Bench:
         self,
         addresses: tuple[str, ...],
         operator: tuple[str, str],
+        known: str,
         wanted: Wanted,
         targets: Targets | None,
         tell: Callable[[str], None],
     ) -> None:
         self.addresses = addresses
         self._operator = operator
+        self._known = known
         self._wanted = wanted
-        self._targets = targets
+        self._targets: Mapping[str, Targets] | None = None
+        if targets is not None:
+            self._targets = dict.fromkeys(self._classes, targets)
         self._tell = tell
         self._shape: loads.Shape | None = None
         self.model = wanted.model
@@ -160,25 +177,30 @@ class Bench:
             loop.remove_signal_handler(signal.SIGINT)
         return runs
 
+    @property
+    def _classes(self) -> tuple[str, ...]:
+        """That requests may be of: a trace names them."""
+        return loads.CLASSES if self._wanted.trace is not None else (self._wanted.slo_class,)
+
     async def _routers(self) -> tuple[str, ...]:
         """All of them: each admits its share of what the cluster can take."""
         address, token = self._operator
-        async with channel(address, token) as to:
-            view = await cluster_view(to)
+        try:
+            async with channel(address, token, ours=True) as to:
+                view = await cluster_view(to)
+        except PdserveError:
+            return (self._known,)
         return tuple(router.grpc_address for router in view.routers)
 
-    async def _class_targets(self) -> Targets | None:
-        """As the cluster has them now; None where that cannot be asked."""
+    async def _class_targets(self) -> dict[str, Targets]:
+        """As the cluster has them now; none where that cannot be asked."""
         address, token = self._operator
         try:
-            async with channel(address, token) as to:
+            async with channel(address, token, ours=True) as to:
                 plan = await plan_view(to)
         except PdserveError:
-            return None
-        for each in plan["models"]:
-            if each["model"] == self.model and (of := each["targets"].get(self._wanted.slo_class)):
-                return Targets(of["ttft_seconds"], of["tpot_seconds"])
-        return None
+            return {}
+        return class_targets(plan, self.model, self._classes)
 
     def _prompts(self, model: Served) -> loads.Prompts:
         wanted = self._wanted
@@ -197,8 +219,8 @@ class Bench:
         if seconds is None and wanted.requests is None and wanted.trace is None:
             seconds = SECONDS
         load = Load(
-            "", (), None, 0, warm_up, seconds, wanted.requests, wanted.slo_class, self._targets,
-            wanted.own_targets,
+            "", (), None, 0, warm_up, seconds, wanted.requests, wanted.slo_class,
+            self._targets or {}, wanted.own_targets,
         )  # fmt: skip
         if wanted.trace is not None:
             longest = model.max_model_len or UNLIMITED_TOKENS
@@ -222,3 +244,14 @@ class Bench:
         if arrivals[-1].at < warm_up:
             raise InvalidRequest("warm-up", f"the trace is over after {arrivals[-1].at:.1f} s")
         return chain(arrivals)
+
+
+def class_targets(plan: Values, model: str, classes: tuple[str, ...]) -> dict[str, Targets]:
+    """Of a model in GetPlan's answer, by class, of those that have any."""
+    return {
+        name: Targets(of["ttft_seconds"], of["tpot_seconds"])
+        for each in plan["models"]
+        if each["model"] == model
+        for name, of in each["targets"].items()
+        if name in classes and name != WITHOUT_TARGETS
+    }

@@ -11,8 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from itertools import cycle
-from typing import cast
+from typing import Literal, cast
 
 import grpc
 import grpc.aio
@@ -23,7 +22,7 @@ from cluster.cli import access
 from cluster.cli.bench_request import Meter, Watch
 from cluster.cli.bench_seen import Seen
 from cluster.cli.calls import grpc_errors
-from cluster.errors import NotFound, Unavailable
+from cluster.errors import DeadlineExceeded, NotFound, PdserveError, Unavailable
 from cluster.rpc.client import CallFailed, ClientCall, ClientConnection, connected
 from cluster.rpc.limits import Limits
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
@@ -51,7 +50,7 @@ async def served_model(addresses: Sequence[str], name: str) -> Served:
 
     Raises:
         NotFound: there is none of that name.
-        Unavailable: it cannot be served now, or no router answers.
+        Unavailable, DeadlineExceeded: it cannot be served now, or no router answers.
     """
     reply = await _models(addresses)
     found = [model for model in reply.models if name in ("", model.name)]
@@ -65,14 +64,14 @@ async def served_model(addresses: Sequence[str], name: str) -> Served:
 
 
 async def _models(addresses: Sequence[str]) -> inference_pb2.ListModelsResponse:
-    failure: Unavailable = Unavailable("no router to ask")
+    failure: PdserveError = Unavailable("no router to ask")
     for address in addresses:
         async with access.channel(address) as to:
             stub = inference_pb2_grpc.InferenceStub(to)
             try:
                 with grpc_errors():
                     reply = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10)
-            except Unavailable as error:
+            except (Unavailable, DeadlineExceeded) as error:
                 failure = error
             else:
                 return cast(inference_pb2.ListModelsResponse, reply)
@@ -89,6 +88,9 @@ class _Line:
 class Client:
     """Sends requests to routers, to whichever has the fewest. An async context manager.
 
+    It connects to all of them at first. One that goes away is connected to again beside the
+    requests, which wait for that only where there is no other.
+
     Args:
         addresses: of the routers.
         timeout: seconds, a request's deadline.
@@ -97,7 +99,6 @@ class Client:
 
     def __init__(self, addresses: Sequence[str], timeout: float, meter: Meter) -> None:
         self._addresses = addresses
-        self._turns = cycle(addresses)
         self._shunned: dict[str, float] = {}
         """Routers that could not be reached, and until when they are not asked again."""
         self._timeout = timeout
@@ -106,13 +107,21 @@ class Client:
         deadline = ("grpc-timeout", f"{max(1, round(timeout * 1000))}m")
         self._metadata = (deadline, *access.credentials())
         self._lines: list[_Line] = []
-        self._connecting = asyncio.Lock()
+        """The one that was chosen last is the last."""
+        self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._failure = CallFailed(grpc.StatusCode.UNAVAILABLE, "no router can be reached")
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Client:
+        self._connect_missing()
+        await asyncio.gather(*self._connecting.values())
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        connecting = list(self._connecting.values())
+        for each in connecting:
+            each.cancel()
+        await asyncio.gather(*connecting, return_exceptions=True)
         await self._stack.aclose()
 
     async def ask(
@@ -121,32 +130,33 @@ class Client:
         """Sends it, and waits for its end.
 
         Args:
-            due: when it was to be sent, of `time.perf_counter`.
+            due: when it was to be sent, of `time.perf_counter`, from which its times count; None:
+                now.
 
         Returns:
             What became of it, and after how many seconds a refused one may come again.
         """
         message = request.SerializeToString()
         prompt, output = len(request.token_ids.ids), request.sampling.max_tokens
-        sent = time.perf_counter()
-        late = 0.0 if due is None else sent - due
-        watch = Watch(sent, prompt, output, self._meter)
+        watch = Watch(time.perf_counter() if due is None else due, prompt, output, self._meter)
         try:
             await self._call(message, watch)
         except CallFailed as error:
-            refused = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            reason = error.details if refused else f"{error.code.name}: {error.details}"
-            end = Seen(prompt, output, "refused" if refused else "failed", late, reason)
-            return end, _retry_seconds(error)
+            end: Literal["refused", "failed"] = "failed"
+            reason = f"{error.code.name}: {error.details}"
+            if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                end, reason = "refused", error.details
+            return Seen(prompt, output, end, _late(watch, due), reason), _retry_seconds(error)
         answered, wrong = watch.end()
         if wrong:
-            return Seen(prompt, output, "failed", late, wrong), 0.0
-        return Seen(prompt, output, "ok", late, answered=answered), 0.0
+            return Seen(prompt, output, "failed", _late(watch, due), wrong), 0.0
+        return Seen(prompt, output, "ok", _late(watch, due), answered=answered), 0.0
 
     async def _call(self, message: bytes, watch: Watch) -> None:
         line, call = await self._open(watch)
         line.calls += 1
         try:
+            watch.sent = time.perf_counter()
             call.send(message)
             call.send_no_more()
             async with asyncio.timeout(self._timeout + LATE_SECONDS):
@@ -169,43 +179,54 @@ class Client:
                     self._lines.remove(line)
 
     async def _line(self) -> _Line:
-        """The connection with the fewest calls, or a new one, first of all to every router.
+        """The connection with the fewest calls; of several, the one that was chosen longest ago.
 
         Raises:
             CallFailed: no router can be reached.
         """
-        async with self._connecting:
-            failure = CallFailed(grpc.StatusCode.UNAVAILABLE, "no router can be reached")
-            for address in self._to_connect():
-                made = connected(address, LIMITS, CONNECT_SECONDS, self._tls)
-                try:
-                    connection = await self._stack.enter_async_context(made)
-                except CallFailed as error:
-                    self._shunned[address] = time.perf_counter() + SHUN_SECONDS
-                    failure = error
-                else:
-                    self._lines.append(_Line(address, connection))
-                    break
-            if not self._lines:
-                raise failure
-            return min(self._lines, key=_calls)
+        self._connect_missing()
+        while not self._lines:
+            if not self._connecting:
+                raise self._failure
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait(self._connecting.values(), return_when=first)
+        line = min(self._lines, key=_calls)
+        self._lines.remove(line)
+        self._lines.append(line)
+        return line
 
-    def _to_connect(self) -> list[str]:
-        """Routers without a connection that may be asked for one, else one of them all if every
-        connection has its fill."""
+    def _connect_missing(self) -> None:
+        """Begins to connect to routers without a connection that may be asked for one; to one more
+        time to one of them if every connection has its fill."""
         now, reached = time.perf_counter(), {line.address for line in self._lines}
-        missing = [
-            address
-            for address in self._addresses
-            if address not in reached and self._shunned.get(address, now) <= now
-        ]
-        if missing or not self._lines or min(map(_calls, self._lines)) < CALLS_EACH:
-            return missing
-        return [next(self._turns)]
+        for address in self._addresses:
+            shunned = self._shunned.get(address, now) > now
+            if not (address in reached or shunned or address in self._connecting):
+                self._connecting[address] = asyncio.create_task(self._connect(address))
+        if self._connecting or not self._lines or min(map(_calls, self._lines)) < CALLS_EACH:
+            return
+        address = min(self._lines, key=_calls).address
+        self._connecting[address] = asyncio.create_task(self._connect(address))
+
+    async def _connect(self, address: str) -> None:
+        made = connected(address, LIMITS, CONNECT_SECONDS, self._tls)
+        try:
+            connection = await self._stack.enter_async_context(made)
+        except CallFailed as error:
+            self._shunned[address] = time.perf_counter() + SHUN_SECONDS
+            self._failure = error
+        else:
+            self._lines.insert(0, _Line(address, connection))
+        finally:
+            del self._connecting[address]
 
 
 def _calls(line: _Line) -> int:
     return line.calls
+
+
+def _late(watch: Watch, due: float | None) -> float | None:
+    return None if due is None or watch.sent is None else watch.sent - due
 
 
 def _retry_seconds(error: CallFailed) -> float:

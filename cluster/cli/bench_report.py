@@ -63,16 +63,29 @@ def _show_run(out: Console, at: str, model: str, run: Run) -> None:
             markup=False,
         )
         out.print(_latencies(run))
-    if run.targets is not None and run.attainment is not None:
+    if run.attainment is not None:
         out.print(
-            f"{run.attainment:.1%} of all {len(run.seen)} had {run.targets}: "
-            f"{run.per_second(run.attained):.2f} requests/s",
+            f"{run.attainment:.1%} of all {run.with_targets}{_but_those(run)} had "
+            f"{_targets(run)}: {run.per_second(run.attained):.2f} requests/s",
             markup=False,
         )
     if run.count("ok"):
         _show_phases(out, run)
     _show_client(out, run)
     out.print()
+
+
+def _but_those(run: Run) -> str:
+    without = len(run.seen) - run.with_targets
+    return f" that have targets ({without} have none)" if without else ""
+
+
+def _targets(run: Run) -> str:
+    """The same for all, or by class."""
+    different = set(run.targets.values())
+    if len(different) == 1:
+        return str(*different)
+    return "; ".join(f"{slo_class}: {each}" for slo_class, each in run.targets.items())
 
 
 def _latencies(run: Run) -> Table:
@@ -101,8 +114,12 @@ def _show_phases(out: Console, run: Run) -> None:
 
 def _show_client(out: Console, run: Run) -> None:
     client = run.client
+    requests = ""
+    if client.requests_p99 is not None:
+        requests = f"requests were sent {client.requests_p99 * 1e3:.1f} ms late (p99), "
     said = (
-        f"its turns came {client.p99 * 1e3:.1f} ms late (p99, {client.most * 1e3:.0f} ms at most), "
+        f"its turns came {client.turns_p99 * 1e3:.1f} ms late "
+        f"(p99, {client.turns_most * 1e3:.0f} ms at most), {requests}"
         f"and it took {client.core_share:.0%} of a core"
     )
     if client.was_the_bottleneck:
@@ -138,17 +155,18 @@ def _rates(runs: Sequence[Run]) -> Table:
 
 
 def _goodput_is_known(runs: Sequence[Run]) -> bool:
-    """Several rates had the same targets."""
-    return len(runs) > 1 and all(run.rate and run.targets is not None for run in runs)
+    """Several rates had targets."""
+    return len(runs) > 1 and all(run.rate and run.targets for run in runs)
 
 
 def _show_goodput(out: Console, runs: Sequence[Run]) -> None:
-    for share in SHARES:
+    tried = [run.rate or 0.0 for run in runs if not run.interrupted]
+    for share in SHARES if tried else ():
         found = goodput(runs, share)
-        said = f"less than {min(run.rate or 0.0 for run in runs):g}"
+        said = f"less than {min(tried):g}"
         if found is not None:
             said = f"{found:g}"
-            if found == max(run.rate or 0.0 for run in runs):
+            if found == max(tried):
                 said += " or more"
         out.print(f"goodput at {share:.0%}: {said} requests/s, of the rates tried", markup=False)
 

@@ -32,12 +32,16 @@ class Watch:
     """One request's messages as they come.
 
     Args:
-        sent: when it was sent, of `time.perf_counter`.
+        since: when it was due, of `time.perf_counter`: what it waited for here is in its times.
         prompt, output: its tokens, and those that are to come.
+
+    Attributes:
+        sent: when it was sent, of `time.perf_counter`; None: not yet.
     """
 
-    def __init__(self, sent: float, prompt: int, output: int, meter: Meter) -> None:
-        self._sent = sent
+    def __init__(self, since: float, prompt: int, output: int, meter: Meter) -> None:
+        self.sent: float | None = None
+        self._since = since
         self._prompt = prompt
         self._output = output
         self._meter = meter
@@ -89,8 +93,8 @@ class Watch:
             Answered(
                 report.ttft_seconds,
                 report.tpot_seconds,
-                self._first - self._sent,
-                ended - self._sent,
+                self._first - self._since,
+                ended - self._since,
                 self._gaps,
                 done.usage.cached_prompt_tokens,
                 tuple(getattr(report.phases, f"{name}_seconds") for name in PHASES),

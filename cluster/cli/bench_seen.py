@@ -6,7 +6,7 @@ import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
@@ -14,9 +14,9 @@ from typing import Any, Literal
 from cluster.cli.timeline import PHASES
 from cluster.simulator.outcome import Percentiles, Targets
 
-LATE_SECONDS, BUSY_SHARE = 0.02, 0.9
-"""A client that is later than this with one turn in a hundred, or takes more of a core, is what the
-figures are of."""
+LATE_SECONDS, BUSY_SHARE, STALL_SECONDS = 0.02, 0.9, 1.0
+"""A client that is later than the first a hundredth of the time, or with one request in a hundred,
+takes more of a core, or stands still for longer at a time, is what the figures are of."""
 SHARES = (0.9, 0.99)
 """Of the requests, that meet their targets at the goodput."""
 
@@ -27,7 +27,8 @@ class Answered:
 
     Attributes:
         ttft, tpot: as the router reports them: received to first token, and the mean gap after it.
-        first, e2e: the client's, from the call to its first token and to its end.
+        first, e2e: the client's, to its first token and to its end: from when it was due, in a
+            closed loop from the call. What it waited for on this side is in them.
         gaps: between tokens, the client's; 0 between those of one message.
         phases: the router's, in the order of `PHASES`.
         moved: KV bytes that were handed off; None: nothing was.
@@ -48,16 +49,18 @@ class Seen:
     """What became of one request.
 
     Attributes:
-        late: sent so many seconds after it was due.
+        late: sent so many seconds after it was due; None: it was due at no time, or never sent.
         reason: why it was refused or failed.
+        slo_class: whose targets it has.
     """
 
     prompt: int
     output: int
     end: Literal["ok", "refused", "failed"]
-    late: float = 0.0
+    late: float | None = None
     reason: str = ""
     answered: Answered | None = None
+    slo_class: str = ""
 
     def meets(self, targets: Targets) -> bool:
         """All of them; what was refused or failed meets none."""
@@ -67,20 +70,43 @@ class Seen:
 
 @dataclass(frozen=True)
 class ClientTimes:
-    """How late the client's own turns were, in seconds, and the share of a core it took."""
+    """How late the client itself was, in seconds, and the share of a core it took.
 
-    p99: float
-    most: float
+    Attributes:
+        turns_p99: 99 % of the time its event loop came back to a waiting task within this.
+        turns_most: the longest that one waited for it.
+        requests_p99: of requests, from when they were due to when they were sent; None: of none.
+    """
+
+    turns_p99: float
+    turns_most: float
+    requests_p99: float | None
     core_share: float
 
     @classmethod
-    def of(cls, late: Iterable[float], core_share: float) -> ClientTimes:
-        ordered = list(late) or [0.0]
-        return cls(Percentiles.of(ordered).p99, max(ordered), core_share)
+    def of(
+        cls, turns: Sequence[float], requests: Sequence[float], every: float, core_share: float
+    ) -> ClientTimes:
+        """
+        Args:
+            turns: how late each was; while one was late no other could be.
+            requests: how late each was.
+            every: seconds between two turns that are not late.
+        """
+        known = sorted(turns) or [0.0]
+        left = 0.01 * sum(every + late for late in known)
+        p99 = known[-1]
+        for late in reversed(known):
+            p99, left = late, left - (every + late)
+            if left < 0:
+                break
+        of_requests = Percentiles.of(list(requests)).p99 if requests else None
+        return cls(p99, known[-1], of_requests, core_share)
 
     @property
     def was_the_bottleneck(self) -> bool:
-        return self.p99 > LATE_SECONDS or self.core_share > BUSY_SHARE
+        late = max(self.turns_p99, self.requests_p99 or 0.0) > LATE_SECONDS
+        return late or self.turns_most > STALL_SECONDS or self.core_share > BUSY_SHARE
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,7 @@ class Run:
         seen: the requests that came in them, in whatever order they ended.
         prompt_tokens: of prompts whose first token came in these seconds.
         output_tokens: that came in them.
-        targets: None: there are none to attain.
+        targets: by class, of those that have any to attain.
         cut: requests under way when it was interrupted; they are in nothing else.
     """
 
@@ -123,7 +149,7 @@ class Run:
     prompt_tokens: int
     output_tokens: int
     client: ClientTimes
-    targets: Targets | None = None
+    targets: Mapping[str, Targets] = field(default_factory=dict)
     cut: int = 0
     interrupted: bool = False
     _answers: tuple[Answered, ...] = field(init=False, repr=False)
@@ -139,16 +165,21 @@ class Run:
         return count / self.seconds if self.seconds > 0 else 0.0
 
     @property
+    def with_targets(self) -> int:
+        """Requests of a class that has targets."""
+        return sum(each.slo_class in self.targets for each in self.seen)
+
+    @property
     def attained(self) -> int:
-        """Requests that met all targets."""
-        return sum(each.meets(self.targets) for each in self.seen) if self.targets else 0
+        """Those of them that met all of their class's."""
+        of = self.targets
+        return sum(each.slo_class in of and each.meets(of[each.slo_class]) for each in self.seen)
 
     @property
     def attainment(self) -> float | None:
-        """Their share of all that were offered, refused and failed ones included."""
-        if self.targets is None or not self.seen:
-            return None
-        return self.attained / len(self.seen)
+        """Their share of all with targets that were offered, refused and failed ones included."""
+        offered = self.with_targets
+        return self.attained / offered if offered else None
 
     def spreads(self) -> dict[str, Spread]:
         """By name. `ttft` and `tpot` are the router's, the others the client's."""
@@ -192,10 +223,10 @@ class Run:
     def values(self) -> dict[str, Any]:
         """For `--json`; seconds, tokens, bytes, requests."""
         phases = {n: s if math.isfinite(s) else None for n, s in self.phases().items()}
-        targets = None
-        if self.targets is not None:
-            named = {"ttft": self.targets.ttft, "tpot": self.targets.tpot}
-            targets = {name: t if math.isfinite(t) else None for name, t in named.items()}
+        targets = {
+            slo_class: {name: t if math.isfinite(t) else None for name, t in vars(of).items()}
+            for slo_class, of in self.targets.items()
+        }
         return {
             "load": self.load,
             "rate": self.rate,
@@ -203,6 +234,7 @@ class Run:
             "interrupted": self.interrupted,
             "requests": {
                 "offered": len(self.seen),
+                "with_targets": self.with_targets,
                 **{end: self.count(end) for end in ("ok", "refused", "failed")},
                 "cut_off": self.cut,
                 "offered_per_second": self.per_second(len(self.seen)),
@@ -215,7 +247,7 @@ class Run:
             "output_tokens_per_second": self.per_second(self.output_tokens),
             "cached_prompt_share": self.cached_share,
             **{f"{name}_seconds": spread.values() for name, spread in self.spreads().items()},
-            "targets_seconds": targets,
+            "targets_seconds": targets or None,
             "attained": self.attained if self.targets else None,
             "attainment": self.attainment,
             "attained_per_second": self.per_second(self.attained) if self.targets else None,
@@ -223,8 +255,9 @@ class Run:
             "split_requests": self.split,
             "handoff_bytes": self.moved_bytes,
             "client": {
-                "late_p99_seconds": self.client.p99,
-                "late_most_seconds": self.client.most,
+                "turns_late_p99_seconds": self.client.turns_p99,
+                "turns_late_most_seconds": self.client.turns_most,
+                "requests_late_p99_seconds": self.client.requests_p99,
                 "core_share": self.client.core_share,
                 "was_the_bottleneck": self.client.was_the_bottleneck,
             },
@@ -232,10 +265,14 @@ class Run:
 
 
 def goodput(runs: Sequence[Run], share: float) -> float | None:
-    """The highest rate of those tried at which so many met their targets; None: at none of them."""
+    """The highest rate of those tried to the end at which so many met their targets; None: at none
+    of them."""
     good = [
         run.rate
         for run in runs
-        if run.rate is not None and run.attainment is not None and run.attainment >= share
+        if not run.interrupted
+        and run.rate is not None
+        and run.attainment is not None
+        and run.attainment >= share
     ]
     return max(good, default=None)

@@ -51,7 +51,8 @@ class Delta:
 
 @dataclass(frozen=True)
 class WorkerView:
-    """A worker as the router sees it. Names as in operator.proto; tokens are those of `done`."""
+    """A worker as the router sees it. Names as in operator.proto; tokens are those of `done`, None
+    where it did not say."""
 
     worker_id: str
     model: str
@@ -70,8 +71,8 @@ class WorkerView:
     detail: str
     ejected: bool = False
     waiting_sequences: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ async def cluster_view(
             connected=w.connected,
             running_sequences=w.running_sequences,
             waiting_sequences=w.waiting_sequences,
-            prompt_tokens=w.done.prompt_tokens,
-            output_tokens=w.done.output_tokens,
+            prompt_tokens=w.done.prompt_tokens if w.HasField("done") else None,
+            output_tokens=w.done.output_tokens if w.HasField("done") else None,
             pinned_blocks=w.pinned_blocks,
             pinned_bytes=w.pinned_bytes,
             engine_blocks_used=w.engine_blocks_used,

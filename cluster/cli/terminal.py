@@ -21,19 +21,20 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class Terminal:
-    """The consoles of a command: results on `out`, progress and errors on `err`."""
+    """The consoles of a command: results on `out`, progress and errors on `err`. They print no
+    emoji: rich sees one in an address such as `10:100:1`."""
 
     def __init__(self) -> None:
-        self.out = Console(highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = Console(highlight=False, soft_wrap=True, emoji=False)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
     def keep_for_ourselves(self, log: Path) -> None:
         """Sends this process's file descriptors 1 and 2 to `log`; only the consoles still reach the
         user. Ray, gRPC and their C++ parts write there what nobody asked for."""
         out = os.fdopen(os.dup(1), "w", buffering=1)
         err = os.fdopen(os.dup(2), "w", buffering=1)
-        self.out = Console(file=out, highlight=False, soft_wrap=True)
-        self.err = Console(file=err, highlight=False, soft_wrap=True)
+        self.out = Console(file=out, highlight=False, soft_wrap=True, emoji=False)
+        self.err = Console(file=err, highlight=False, soft_wrap=True, emoji=False)
         sys.stdout.flush()
         sys.stderr.flush()
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -46,7 +47,13 @@ class Terminal:
         """As `out`; in a pipe or a file it has room for every column."""
         if self.out.is_terminal:
             return self.out
-        return Console(file=self.out.file, width=PIPE_COLUMNS, highlight=False, soft_wrap=True)
+        return Console(
+            file=self.out.file,
+            width=PIPE_COLUMNS,
+            highlight=False,
+            soft_wrap=True,
+            emoji=False,
+        )
 
     def json(self, value: Any) -> None:
         """One JSON document on stdout."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 import grpc.aio
@@ -44,13 +43,12 @@ class Watcher:
         self._token = token
         self._known = [address]
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Watcher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+        await asyncio.gather(*(each.close() for each in self._channels.values()))
 
     async def look(self) -> Look:
         """Asks one router about the cluster, and the others about themselves.
@@ -80,7 +78,7 @@ class Watcher:
         failure: PdserveError = Unavailable("no router answers")
         for address in list(self._known):
             try:
-                view = await cluster_view(await self._channel(address), LOOK_SECONDS)
+                view = await cluster_view(self._channel(address), LOOK_SECONDS)
             except (Unavailable, DeadlineExceeded) as error:
                 failure = error
                 await self._give_up(address)
@@ -93,16 +91,15 @@ class Watcher:
     async def _own(self, router: RouterView) -> RouterView | str:
         address = router.operator_address
         try:
-            view = await cluster_view(await self._channel(address), LOOK_SECONDS, router_only=True)
+            view = await cluster_view(self._channel(address), LOOK_SECONDS, router_only=True)
         except PdserveError as error:
             await self._give_up(address)
             return error.message
         return view.routers[0]
 
-    async def _channel(self, address: str) -> grpc.aio.Channel:
+    def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            made = channel(address, self._token)
-            self._channels[address] = await self._stack.enter_async_context(made)
+            self._channels[address] = channel(address, self._token)
         return self._channels[address]
 
     async def _give_up(self, address: str) -> None:

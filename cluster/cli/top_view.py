@@ -14,7 +14,7 @@ ROLES = ("prefill", "decode", "both")
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens per second since the look before; None: the life was not seen then."""
+    """Tokens per second since the look before; None: the life was not seen then, or what it did."""
 
     prompt: float | None
     output: float | None
@@ -148,9 +148,13 @@ def frame(before: Look, now: Look) -> Frame:
 def _since(before: WorkerView | None, now: WorkerView, seconds: float) -> Rates:
     if before is None or not (before.connected and now.connected) or seconds <= 0:
         return Rates(None, None)
+
+    def rate(earlier: int | None, later: int | None) -> float | None:
+        return None if earlier is None or later is None else (later - earlier) / seconds
+
     return Rates(
-        (now.prompt_tokens - before.prompt_tokens) / seconds,
-        (now.output_tokens - before.output_tokens) / seconds,
+        rate(before.prompt_tokens, now.prompt_tokens),
+        rate(before.output_tokens, now.output_tokens),
     )
 
 

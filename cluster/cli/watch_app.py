@@ -74,7 +74,7 @@ def add_watching(
         ] = 0,
         slo: Annotated[
             str,
-            typer.Option(help="Targets in seconds: ttft=0.5,tpot=0.05. Unset: the class's."),
+            typer.Option(help="Targets in seconds: ttft=0.5,tpot=0.05. Unset: each class's."),
         ] = "",
         own_targets: Annotated[
             bool,
@@ -125,8 +125,8 @@ def add_watching(
         given = tuple(filter(None, (address or "").split(",")))
         routers = tuple(where(each, name) for each in given)
         first = routers[0] if routers else None
-        at = operator(first, name), token(first, name)
-        _exit(command.run(terminal, routers, at, wanted, as_json))
+        at, known = (operator(first, name), token(first, name)), where(first, name)
+        _exit(command.run(terminal, routers, at, known, wanted, as_json))
 
 
 def _exit(code: int) -> NoReturn:

@@ -6,9 +6,13 @@ import asyncio
 from array import array
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
-from cluster.cli.bench_load import Lengths, Prompts, Shape, drawn
+import pytest
+
+from cluster.cli import bench_run
+from cluster.cli.bench_load import CLASSES, Lengths, Prompts, Shape, drawn
 from cluster.cli.bench_request import Meter
 from cluster.cli.bench_run import Load, Runner
 from cluster.cli.bench_seen import Answered, Run, Seen
@@ -18,13 +22,17 @@ from cluster.simulator.workload import Arrival
 
 SHAPE = Shape(Lengths(8, 8), Lengths(4, 4))
 NOTHING = (0.0,) * len(PHASES)
+TARGETS = dict.fromkeys(CLASSES, Targets(1.0, 1.0))
 
 
 class ScriptedClient:
     """Answers after some turns of the loop, or never."""
 
-    def __init__(self, meter: Meter, refuse: int = 0, hang_after: int = 1 << 30) -> None:
+    def __init__(
+        self, meter: Meter, refuse: int = 0, hang_after: int = 1 << 30, turns: int = 3
+    ) -> None:
         self.meter = meter
+        self.turns = turns
         self.refuse = refuse
         self.hang_after = hang_after
         self.asked: list[Any] = []
@@ -40,7 +48,7 @@ class ScriptedClient:
             if len(self.asked) > self.hang_after:
                 self.hangs.set()
                 await asyncio.Event().wait()
-            for _ in range(3):
+            for _ in range(self.turns):
                 await asyncio.sleep(0)
         finally:
             self.at_once -= 1
@@ -52,7 +60,7 @@ class ScriptedClient:
 
 
 def load(asked: Iterable[Arrival], **changes: Any) -> Load:
-    right = Load("w", asked, None, 0, 0.0, None, None, "standard", Targets(1.0, 1.0))
+    right = Load("w", asked, None, 0, 0.0, None, None, "standard", TARGETS)
     return replace(right, **changes)
 
 
@@ -78,7 +86,7 @@ async def play(
 
 async def test_an_open_loop_waits_for_nobody() -> None:
     trace = [Arrival(0.0, 8, 4) for _ in range(20)]
-    run, client = await play(load(trace))
+    run, client = await play(load(trace), turns=100)
     assert client.most == 20
     assert (len(run.seen), run.count("ok"), run.attainment, run.cut) == (20, 20, 1.0, 0)
     assert run.seconds > 0 and run.output_tokens == 80
@@ -138,3 +146,28 @@ async def test_a_traces_classes_are_kept_where_they_are_ours() -> None:
     assert [r.slo_class for r in client.asked] == [3, 1, 1]
     assert {r.targets.ttft_seconds for r in client.asked} == {1.0}
     assert {(r.model, r.cache_salt) for r in client.asked} == {("m", "salt")}
+
+
+async def test_a_request_has_the_targets_of_its_class() -> None:
+    trace = [Arrival(0.0, 8, 4, kind=kind) for kind in ("interactive", "batch", "")]
+    targets = {"interactive": Targets(0.01, 1.0), "standard": Targets(1.0, 1.0)}
+    run, _ = await play(load(trace, targets=targets))  # the answers' TTFT is 0.1
+    assert [each.slo_class for each in run.seen] == ["interactive", "batch", "standard"]
+    assert (run.with_targets, run.attained) == (2, 1)
+
+
+async def test_an_open_loop_that_is_behind_lets_answers_come() -> None:
+    """All were due at once: each is sent in a turn of its own."""
+    trace = [Arrival(0.0, 8, 4) for _ in range(50)]
+    run, client = await play(load(trace))
+    assert run.count("ok") == 50
+    assert client.most < 50, "answers came in between"
+
+
+async def test_an_open_loop_that_stays_behind_ends_with_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_run, "BEHIND_SECONDS", 0.0)
+    endless = repeat(Arrival(0.0, 8, 4))
+    run, client = await play(load(endless, seconds=0.1))
+    assert run.count("ok") == len(run.seen) == len(client.asked) > 0

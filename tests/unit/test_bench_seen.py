@@ -6,6 +6,7 @@ import io
 import json
 import math
 from array import array
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -23,7 +24,7 @@ from cluster.simulator.outcome import Targets
 from pdserve.v1 import inference_pb2
 
 TARGETS = Targets(0.5, 0.05)
-QUIET = ClientTimes(0.001, 0.002, 0.1)
+QUIET = ClientTimes(0.001, 0.002, None, 0.1)
 
 
 def ok(ttft: float = 0.1, tpot: float = 0.01, moved: int | None = None) -> Seen:
@@ -34,7 +35,8 @@ def ok(ttft: float = 0.1, tpot: float = 0.01, moved: int | None = None) -> Seen:
 
 
 def run(*seen: Seen, rate: float | None = None, targets: Targets | None = TARGETS) -> Run:
-    return Run("a load", rate, 10.0, seen, 1000, 200, QUIET, targets)
+    of = {} if targets is None else {"": targets}
+    return Run("a load", rate, 10.0, seen, 1000, 200, QUIET, of)
 
 
 def test_attainment_is_of_all_that_were_offered() -> None:
@@ -86,10 +88,10 @@ def test_goodput_is_the_highest_rate_that_was_met() -> None:
 
 
 def test_a_client_that_was_late_or_full_says_so() -> None:
-    times = ClientTimes.of([0.001] * 98 + [0.3] * 2, 0.2)
-    assert times.was_the_bottleneck and times.most == 0.3
-    assert ClientTimes(0.001, 0.5, 0.95).was_the_bottleneck
-    assert not ClientTimes.of([], 0.5).was_the_bottleneck
+    times = ClientTimes.of([0.001] * 98 + [0.3] * 2, [], 0.01, 0.2)
+    assert times.was_the_bottleneck and times.turns_most == 0.3
+    assert ClientTimes(0.001, 0.5, None, 0.95).was_the_bottleneck
+    assert not ClientTimes.of([], [], 0.01, 0.5).was_the_bottleneck
     text = io.StringIO()
     late = Run("a load", 1.0, 10.0, [ok()], 1, 1, times)
     show(Console(file=text, width=200), ["h:1"], "m", [late])
@@ -100,8 +102,51 @@ def test_a_client_that_was_late_or_full_says_so() -> None:
     )
 
 
+def test_requests_that_are_late_are_seen_among_any_number_of_turns() -> None:
+    times = ClientTimes.of([0.0] * 100_000, [0.0, 0.0, 0.5], 0.01, 0.1)
+    assert (times.turns_p99, times.turns_most) == (0.0, 0.0)
+    assert times.was_the_bottleneck and times.requests_p99 is not None and times.requests_p99 > 0.4
+    in_time = ClientTimes.of([0.0] * 100, [0.001] * 3, 0.01, 0.1)
+    assert not in_time.was_the_bottleneck
+
+
+def test_a_turn_counts_for_as_long_as_it_took() -> None:
+    """One in 2,701, and a tenth of the time."""
+    stalled = ClientTimes.of([0.0] * 2_700 + [3.0], [], 0.01, 0.1)
+    assert stalled.turns_p99 == 3.0 and stalled.was_the_bottleneck
+    # However long the others were in time.
+    assert ClientTimes.of([0.0] * 1_000_000 + [3.0], [], 0.01, 0.1).was_the_bottleneck
+    brief = ClientTimes.of([0.0] * 2_700 + [0.05], [], 0.01, 0.1)
+    assert brief.turns_p99 == 0.0 and not brief.was_the_bottleneck
+
+
+def test_a_request_is_judged_by_its_own_class() -> None:
+    seen = [
+        replace(ok(ttft=1.0), slo_class=slo_class)
+        for slo_class in ("interactive", "standard", "standard", "batch")
+    ]
+    targets = {"interactive": Targets(0.5, 0.1), "standard": Targets(5.0, 0.1)}
+    mixed = Run("a load", None, 10.0, seen, 1, 1, QUIET, targets)
+    assert (mixed.with_targets, mixed.attained, mixed.attainment) == (3, 2, 2 / 3)
+    assert mixed.values()["targets_seconds"]["standard"] == {"ttft": 5.0, "tpot": 0.1}
+    text = io.StringIO()
+    show(Console(file=text, width=200), ["h:1"], "m", [mixed])
+    said = "66.7% of all 3 that have targets (1 have none) had interactive: TTFT ≤ 0.5 s"
+    assert said in text.getvalue()
+
+
+def test_no_goodput_comes_of_a_run_that_was_interrupted() -> None:
+    runs = [run(ok(), rate=2.0), replace(run(ok(), rate=8.0), interrupted=True)]
+    assert goodput(runs, 0.9) == 2.0
+    assert goodput(runs[1:], 0.9) is None
+    text = io.StringIO()
+    show(Console(file=text, width=200), ["h:1"], "m", runs)
+    assert "goodput at 90%: 2 or more requests/s" in text.getvalue()
+
+
 def test_nothing_seen_is_a_report_all_the_same() -> None:
-    nothing = Run("a load", None, 0.0, (), 0, 0, ClientTimes.of([], 0.0), TARGETS, 3, True)
+    quiet = ClientTimes.of([], [], 0.01, 0.0)
+    nothing = Run("a load", None, 0.0, (), 0, 0, quiet, {"": TARGETS}, 3, True)
     json.dumps(values(["h:1"], "m", [nothing]), allow_nan=False)
     json.dumps(values(["h:1"], "m", [run(ok(), targets=Targets(math.inf, 1.0))]), allow_nan=False)
     text = io.StringIO()

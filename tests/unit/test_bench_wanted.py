@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.cli.bench import Bench, Wanted
+from cluster.cli import access, bench
+from cluster.cli.bench import Bench, Wanted, class_targets
 from cluster.cli.bench_client import Served
 from cluster.cli.bench_load import Lengths
 from cluster.cli.bench_run import Load
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidRequest, Unauthenticated
 from cluster.simulator.outcome import Targets
 
 MODEL = Served("m", 800, 2048)
 
 
 def loads(model: Served = MODEL, **options: Any) -> list[Load]:
-    bench = Bench(("h:1",), ("h:1", ""), Wanted(**options), Targets(1.0, 1.0), lambda _: None)
-    bench._prompts(model)
-    return list(bench._loads(model))
+    wanted = Wanted(**options)
+    made = Bench(("h:1",), ("h:1", ""), "h:1", wanted, Targets(1.0, 1.0), lambda _: None)
+    made._prompts(model)
+    return list(made._loads(model))
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,11 @@ def loads(model: Served = MODEL, **options: Any) -> list[Load]:
         ({"slo_class": "urgent"}, "class: 'urgent' is none of interactive, standard, batch"),
         ({"trace": Path("t"), "prompt": Lengths(1, 1)}, "trace: it has the lengths"),
         ({"own_targets": True}, "own-targets: give them"),
+        ({"burstiness": 1e9}, "burstiness: must be at most 100"),
+        ({"timeout": 100_000.0}, "timeout: must be at most 86400"),
+        ({"timeout": math.inf}, "timeout: must be at most 86400"),
+        ({"timeout": math.nan}, "timeout: must be at most 86400"),
+        ({"warm_up": math.nan}, "warm-up: must be a number"),
     ],
 )
 def test_what_contradicts_itself_is_refused(options: dict[str, Any], said: str) -> None:
@@ -70,3 +78,40 @@ def test_a_trace_ends_itself_and_has_no_warm_up(tmp_path: Path) -> None:
         loads(trace=trace, speed=2.0, warm_up=5.0)
     with pytest.raises(InvalidRequest, match="line 3: 200 \\+ 20 tokens are over the model's 150"):
         loads(Served("m", 800, 150), trace=trace)
+    assert set(load.targets) == {"interactive", "standard", "batch"}
+
+
+def test_targets_that_the_plan_makes_up_are_none() -> None:
+    """Routers hold no request of the class to them."""
+    each = {"ttft_seconds": 2.0, "tpot_seconds": 0.1}
+    of = dict.fromkeys(("interactive", "standard", "batch"), each)
+    plan = {"models": [{"model": "m", "targets": of}, {"model": "n", "targets": {}}]}
+    known = class_targets(plan, "m", ("standard", "batch"))
+    assert known == {"standard": Targets(2.0, 0.1)}
+    assert class_targets(plan, "n", ("standard",)) == {}
+
+
+async def test_the_operators_token_goes_before_a_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSERVE_TOKEN", "tenant")
+    monkeypatch.delenv("PDSERVE_CA_FILE", raising=False)
+    shown: list[str] = []
+
+    def made(_: str, *, interceptors: list[Any], **__: Any) -> None:
+        shown.append(interceptors[0]._header[1])
+
+    monkeypatch.setattr(access.grpc.aio, "insecure_channel", made)
+    access.channel("h:1", "operator", ours=True)
+    access.channel("h:1", "", ours=True)
+    access.channel("h:1", "operator")
+    assert shown == ["Bearer operator", "Bearer tenant", "Bearer tenant"]
+
+
+async def test_without_an_answer_about_routers_the_known_one_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refused(_: Any) -> None:
+        raise Unauthenticated("it is the operator's")
+
+    monkeypatch.setattr(bench, "cluster_view", refused)
+    unasked = Bench((), ("h:1", "token"), "h:2", Wanted(), None, lambda _: None)
+    assert await unasked._routers() == ("h:2",)

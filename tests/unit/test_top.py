@@ -62,6 +62,25 @@ def test_rates_are_of_the_same_life_between_two_looks() -> None:
     assert frame(now, replace(now, at=now.at)).rates == unknown
 
 
+def test_a_worker_that_did_not_say_what_it_has_done_has_no_rates() -> None:
+    silent = {"prompt_tokens": None, "output_tokens": None}
+    spoke, did_not = look(10.0, worker("a")), look(12.0, worker("a", **silent))
+    for before, now in ((spoke, did_not), (did_not, replace(spoke, at=14.0))):
+        shown = frame(before, now)
+        assert shown.rates == shown.workers[0].rates == Rates(None, None)
+        json.dumps(shown.values(), allow_nan=False)
+
+
+def test_json_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """No `:100:` becomes an emoji."""
+    terminal = Terminal()
+    value = {"address": "10:100:1", "reason": ":100: [bold]"}
+    terminal.json(value)
+    assert json.loads(capsys.readouterr().out) == value
+    top.JsonScreen(terminal).lost(":100:", 1.0)
+    assert json.loads(capsys.readouterr().out)["error"] == ":100:"
+
+
 def test_pools_are_sums_in_the_order_of_work() -> None:
     view = look(
         1.0,
