@@ -63,7 +63,7 @@ class Scaler:
     def step(self, now: float, observed: Observed) -> Decision:
         have = counted(serving(observed.workers))
         living = self._world.fleet.living()
-        metric = {
+        metric: dict[str, float] = {
             "prefill": sum(w.queued_prompt_tokens for w in living),
             "decode": sum(w.running_sequences for w in living),
         }

@@ -27,7 +27,7 @@ class BlockSums:
         self._blocks: OrderedDict[str, list[int]] = OrderedDict()
         self._offer, self._reserve = agent.sender.offer, agent.receiver.reserve
         agent.sender.offer = self._offered  # type: ignore[method-assign]
-        agent.receiver.reserve = self._reserved  # type: ignore[method-assign]
+        agent.receiver.reserve = self._reserved  # type: ignore[method-assign, assignment]
 
     def _offered(self, offer: Offer) -> None:
         self._keep(offer.handoff_id, offer.first_block, offer.block_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def make_agent(
     device: str = "cpu",
     transport: Choice = "grpc",
     frame_bytes: int = 2 << 20,
-    checksums: int = 16,
+    checksums: int = 1,
     link: int | None = None,
     max_ctas: int | None = None,
 ) -> tuple[HandoffAgent, PagedCache]:
@@ -36,7 +37,7 @@ def make_agent(
         link: MiB of device memory that a link takes; None: as configured by default.
         max_ctas: thread blocks of a transfer over NCCL; None: it decides.
     """
-    more = {} if link is None else {"link_bytes": link << 20}
+    more: dict[str, Any] = {} if link is None else {"link_bytes": link << 20}
     generator = torch.Generator(device).manual_seed(len(name))
     shape = (blocks, HEADS, TOKENS, CONTENT)
     cache = PagedCache(

@@ -74,7 +74,7 @@ async def send_grpc(port: int, count: int, message: int, frame: int) -> None:
     await asyncio.gather(*(channel.channel_ready() for channel in channels))
 
     async def push(channel: grpc.aio.Channel, messages: int) -> None:
-        call = channel.stream_stream(METHOD)()
+        call: Any = channel.stream_stream(METHOD)()
         for _ in range(messages):
             await call.write(data)
         await call.done_writing()
@@ -99,7 +99,7 @@ async def serve_grpc(frame: int) -> None:
 
     server = grpc.aio.server(options=grpc_options(frame))
     service, method = METHOD.strip("/").split("/")
-    handler = grpc.stream_stream_rpc_method_handler(push)
+    handler: Any = grpc.stream_stream_rpc_method_handler(push)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)
     )

@@ -16,6 +16,7 @@ from bench.handoff.peers import digest, wait_for_result
 from bench.handoff.plain_peers import cpu_seconds
 from cluster.kv.handoff import HandoffParams
 from cluster.kv.sender import Arrival, Offer, Release
+from cluster.kv.transport.choose import Choice
 from cluster.kv.transport.streams.client import unpace
 
 MIB = 1 << 20
@@ -153,13 +154,13 @@ class HandoffRate:
         self,
         blocks: int,
         devices: tuple[str, str],
-        transport: str,
+        transport: Choice,
         link: int | None = None,
         frame: int = 16,
         max_ctas: int | None = None,
     ) -> None:
         self._blocks = blocks
-        self._agent, self._cache = make_agent(  # type: ignore[arg-type]
+        self._agent, self._cache = make_agent(
             "prefill",
             blocks,
             devices[0],

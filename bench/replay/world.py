@@ -118,7 +118,7 @@ class Worker:
             self._clock.after(LAG_SECONDS, lambda: self._tell(stored, removed))
         self.wake()
 
-    def _tell(self, stored: np.ndarray, removed: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _tell(self, stored: np.ndarray, removed: np.ndarray) -> None:
         self._index.remove(self._slot, removed)
         self._index.add(self._slot, stored)
 

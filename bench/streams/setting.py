@@ -71,10 +71,10 @@ def config(load: Load) -> Config:
         classes = {"standard": {"ttft_seconds": None, "tpot_seconds": None}}
     return Config(
         models=[
-            {**loaded, "name": LOAD},  # type: ignore[list-item]
-            {**model, **endless, "name": PROBE, "simulation": {**quiet, "step_seconds": 1e-3}},  # type: ignore[list-item]
+            {**loaded, "name": LOAD},
+            {**model, **endless, "name": PROBE, "simulation": {**quiet, "step_seconds": 1e-3}},
         ],
-        router=router,  # type: ignore[arg-type]
-        placement={"disaggregate": load.disaggregate},  # type: ignore[arg-type]
-        classes=classes,  # type: ignore[arg-type]
+        router=router,
+        placement={"disaggregate": load.disaggregate},
+        classes=classes,
     )

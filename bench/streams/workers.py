@@ -94,7 +94,7 @@ class Front(inference_pb2_grpc.InferenceServicer):
     """Generate of one bare engine."""
 
     def __init__(self, bare: Bare) -> None:
-        self.Generate = bare.generate
+        self.Generate = bare.generate  # type: ignore[method-assign]
 
 
 async def start(arguments: dict[str, Any]) -> tuple[dict[str, Any], object]:

@@ -34,8 +34,9 @@ def leaves_behind(layer: int, num_layers: int, step_bytes: int, last: bool) -> b
     """Whether a step's KV leaves once `layer` is computed, over a link whose payloads are put.
 
     Such a link wants few bursts: while its wires are awake a device at its power limit computes
-    more slowly, whatever crosses them. What another step follows leaves beside that one. Of a prompt's
-    last step an eighth is left for its end, or a little more, and all before leaves just ahead.
+    more slowly, whatever crosses them. What another step follows leaves beside that one. Of a
+    prompt's last step an eighth is left for its end, or a little more, and all before leaves just
+    ahead.
     """
     done = layer + 1
     if not last or step_bytes < 2 * LEAST_BURST_BYTES:
