@@ -7,17 +7,19 @@ import json
 import os
 import pty
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
-from cluster.cli import top
+from cluster.cli import calls, top, top_looks
 from cluster.cli.calls import ClusterView, Quantiles, RouterView, ServedLately, WorkerView
 from cluster.cli.terminal import Terminal
 from cluster.cli.top_looks import Look
 from cluster.cli.top_tables import WIDE_COLUMNS, tables
 from cluster.cli.top_view import Frame, Rates, frame
+from cluster.errors import Unavailable
+from pdserve.v1 import operator_pb2
 
 
 def worker(worker_id: str, role: str = "decode", **changes: Any) -> WorkerView:
@@ -169,3 +171,50 @@ async def test_a_key_ends_the_wait_and_others_do_not() -> None:
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+async def test_what_a_worker_did_not_say_it_did_is_not_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = operator_pb2.GetClusterResponse()
+    reply.workers.add(worker_id="silent")
+    reply.workers.add(worker_id="new").done.SetInParent()
+
+    class Stub:
+        def __init__(self, _: Any) -> None: ...
+
+        async def GetCluster(self, *_: Any, **__: Any) -> Any:
+            return reply
+
+    monkeypatch.setattr(calls.operator_pb2_grpc, "OperatorStub", Stub)
+    view = await calls.cluster_view(cast(Any, None))
+    done = [(each.prompt_tokens, each.output_tokens) for each in view.workers]
+    assert done == [(None, None), (0, 0)]
+
+
+class Channel:
+    closed = 0
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+async def test_channels_to_what_does_not_answer_are_closed_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Channel] = []
+
+    def channel(*_: str) -> Channel:
+        made.append(Channel())
+        return made[-1]
+
+    async def view(to: Channel, *_: Any, router_only: bool = False) -> ClusterView:
+        if router_only:
+            raise Unavailable("dead")
+        return ClusterView("c", True, (), (ROUTER, replace(ROUTER, operator_address="h:9")))
+
+    monkeypatch.setattr(top_looks, "channel", channel)
+    monkeypatch.setattr(top_looks, "cluster_view", view)
+    async with top_looks.Watcher("h:1", "") as watcher:
+        for _ in range(3):
+            await watcher.look()
+        assert [each.closed for each in made] == [0, 1, 1, 1]
+    assert [each.closed for each in made] == [1, 1, 1, 1]
