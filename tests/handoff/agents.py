@@ -131,7 +131,10 @@ class Side:
                 await asyncio.sleep(0.002)
 
     async def result(self, handoff_id: str) -> HandoffResult:
+        """And what the agent says just behind it: whose blocks are the engine's again."""
         await self.until(lambda: handoff_id in self.results)
+        self.pinned()  # the agent's thread is through with what it did
+        self.step()
         return self.results[handoff_id]
 
     def pinned(self) -> int:
