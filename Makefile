@@ -20,7 +20,7 @@ test: lint ## lint, types, import contracts, then the whole test suite without G
 	@scripts/test.sh $(ARGS)
 
 check: lint ## the same, with the unit and property tests only (under two minutes)
-	@$(PY) -m pytest -q -m "not gpu and not slow" $(wildcard tests/unit tests/property) $(ARGS)
+	@scripts/check.sh $(ARGS)
 
 gpu: ## what needs a GPU: tests/gpu, and tests/handoff over caches there (PYTHON: where vLLM for GPUs is)
 	@scripts/test_gpu.sh $(ARGS)
