@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.generations import Generations, Stamp
-from cluster.kv.milestones import Fence, Milestones
+from cluster.kv.milestones import Milestones
 from cluster.kv.orders import Order, Ready, Sent, frame_size
 from cluster.kv.paged import BlockIndex, PagedCache
+from cluster.kv.reads import Reads
 from cluster.kv.transport.frames import Ack, Commit, Grant, Open, Refused, Reply
 from cluster.kv.transport.seam import Buffer, Outbound, Transport
 
@@ -46,12 +47,11 @@ class Push:
     _gathering: list[Ready] = field(default_factory=list)
     _bursts: bool = True
     _indexes: dict[int, tuple[Stamp, BlockIndex]] = field(default_factory=dict)
-    _still: dict[int, tuple[Stamp, int]] = field(default_factory=dict)
-    _read: list[Ready] = field(default_factory=list)
-    _filled: Fence | None = None
-    _checks: asyncio.Task[None] | None = None
     _when_read: list[Callable[[], None]] = field(default_factory=list)
     _over: bool = False
+
+    def __post_init__(self) -> None:
+        self._reads = Reads(self.generations)
 
     def add(self, ready: Ready) -> None:
         """More to send."""
@@ -150,34 +150,19 @@ class Push:
             if reply.done():
                 raise HandoffRefused(_refusal(reply.result()))
             if self._when_read and not self.ready:
-                await self._checked()
+                await self._reads.checked()
                 self._all_read()
             if self.first_token is not None and not self.ready:
                 break
             await self._changed.wait()
         checksum = await outbound.flush()
-        await self._checked()
+        await self._reads.checked()
         await outbound.send(
             Commit(self.sent.frames, self.first_token, self.order.num_tokens, checksum)
         )
         verdict = await reply
         if not isinstance(verdict, Ack):
             raise HandoffRefused(_refusal(verdict))
-
-    async def _check_reads(self, outbound: Outbound) -> None:
-        """As soon as they have been read: a block may be another's soon afterwards, and be right.
-        So it is with a sliding window, when the prompt goes on behind it."""
-        while self._read:
-            read, self._read = self._read, []
-            assert self._filled is not None
-            await outbound.reached(self._filled)
-            for ready in read:
-                self._check(ready)
-
-    async def _checked(self) -> None:
-        """What has been read so far was what was offered."""
-        if self._checks is not None:
-            await self._checks
 
     def _group(self, frame_bytes: int) -> list[Ready]:
         """Takes the next items that make a frame; none while more layers are to join them."""
@@ -217,7 +202,7 @@ class Push:
         for start in range(skip, len(head.block_ids), step):
             part = index[start : start + step]
             ids = head.block_ids[start : start + step]
-            self._check(head)
+            self._reads.check(head)
             size = len(group) * len(part) * self._head_bytes
             if self.sent.bytes + size > grant.credit_bytes:
                 raise HandoffRefused("decode granted less than the prompt needs")
@@ -226,7 +211,7 @@ class Push:
             )
             if pieces := self._pieces(group, ids):
                 await outbound.send_pieces(run, pieces, self._seed)
-                self._check(head)
+                self._reads.check(head)
             else:
                 await self._send_copy(run, group, part, outbound, size)
             self.sent.frames += 1
@@ -241,20 +226,13 @@ class Push:
             self._fill(run, buffer, index, outbound)
             filled = self.cache.mark(outbound.stream)
             if filled is None:
-                self._check(group[0])
+                self._reads.check(group[0])
             else:
-                self._check_soon(group[0], filled, outbound)
+                self._reads.check_behind(filled, group[0], outbound)
         except BaseException:
             outbound.discard(buffer)
             raise
         await outbound.send_blocks(run, buffer, self._seed, filled)
-
-    def _check_soon(self, ready: Ready, filled: Fence, outbound: Outbound) -> None:
-        self._read.append(ready)
-        self._filled = filled
-        if self._checks is None or (self._checks.done() and not self._checks.exception()):
-            self._checks = asyncio.create_task(self._check_reads(outbound))
-            self._checks.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @property
     def _seed(self) -> int:
@@ -291,16 +269,6 @@ class Push:
             stream=outbound.stream,
             tally=outbound.tally(run.sequence, self._seed),
         )
-
-    def _check(self, ready: Ready) -> None:
-        """Before they are read and afterwards."""
-        renewals = self.generations.renewals
-        known = self._still.get(id(ready.stamp))
-        if known is not None and known[1] == renewals:
-            return
-        if not self.generations.still(ready.block_ids, ready.stamp):
-            raise HandoffRefused("blocks were handed out anew while they were read")
-        self._still[id(ready.stamp)] = ready.stamp, renewals
 
 
 def seed_of(handoff_id: str) -> int:

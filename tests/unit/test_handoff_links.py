@@ -12,8 +12,7 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
-from cluster.kv.orders import LEAST_BYTES, frame_size, leaves_behind, told_size
-from cluster.kv.transport.checksums import AT_ONCE_BYTES, DeviceSum, Tally, value
+from cluster.kv.transport.checksums import DeviceSum, Tally, value
 from cluster.kv.transport.frames import Blocks, Commit
 from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench, FakeLink
 
@@ -226,95 +225,6 @@ async def test_a_checksum_of_nothing_is_refused(bench: Bench) -> None:
     await bench.inbound.judge(Commit(0, 42, 12))
     with pytest.raises(HandoffRefused, match="checksum differs"):
         await bench.inbound.judge(Commit(0, 42, 12, 1))
-
-
-def summed(*payloads: torch.Tensor, seed: int = 5, first: int = 0) -> int:
-    running = DeviceSum(torch.device("cpu"), None, seed)
-    for sequence, payload in enumerate(payloads, first):
-        Tally(running, sequence).count(payload)
-    return value(running.fetch())
-
-
-def test_a_device_checksum_sees_every_byte_their_order_and_that_of_payloads() -> None:
-    payload = torch.arange(103, dtype=torch.uint8)
-    right = summed(payload)
-    assert right and summed(payload.clone()) == right
-    assert summed(payload, seed=6) != right
-    for at in range(len(payload)):
-        changed = payload.clone()
-        changed[at] ^= 1
-        assert summed(changed) != right
-    swapped = payload.clone()
-    swapped[0:8], swapped[8:16] = payload[8:16], payload[0:8]
-    assert summed(swapped) != right
-    other = payload + 1
-    assert summed(payload, other) != summed(other, payload)
-    assert summed(payload, payload) != summed(payload)
-
-
-def test_a_device_checksum_sees_the_place_in_a_large_payload() -> None:
-    payload = torch.zeros(2 * AT_ONCE_BYTES + 7, dtype=torch.uint8)
-    payload[0] = 1
-    moved = torch.zeros_like(payload)
-    moved[AT_ONCE_BYTES] = 1
-    assert len({summed(payload), summed(moved), summed(torch.zeros_like(payload))}) == 3
-
-
-def test_a_device_checksum_is_the_sum_of_weighted_words() -> None:
-    """As anybody can compute it: on a device it is taken by the kernel that copies the blocks."""
-    payload = torch.randint(0, 256, (AT_ONCE_BYTES + 80,), dtype=torch.uint8)
-    total, seed, sequence = 0, 5, 3
-    for number, word in enumerate(payload.numpy().view("<u8").tolist()):
-        if word and (number < 4 or number > len(payload) // 8 - 12):
-            mixed = ((sequence << 40) + number) * 0x1E3779B97F4A7C15 % 2**64
-            signed = mixed - 2**64 if mixed >= 2**63 else mixed
-            total += word * ((signed ^ (signed >> 32)) | 1)
-    few = payload.clone()
-    few[32 : -11 * 8] = 0
-    assert summed(few, seed=seed, first=sequence) == (total + seed + 2**63) % 2**64
-
-
-@pytest.mark.parametrize(
-    ("most", "step", "told"),
-    [
-        (128 << 20, 1 << 30, 128 << 20),
-        (128 << 20, 512 << 20, 64 << 20),
-        (64 << 20, 1 << 20, LEAST_BYTES),
-        (1 << 20, 1 << 30, 1 << 20),
-    ],
-)
-def test_the_agent_hears_of_a_step_in_eighths_or_frames(most: int, step: int, told: int) -> None:
-    assert told_size(most, step) == told
-
-
-@pytest.mark.parametrize(
-    ("most", "step", "frame"),
-    [
-        (128 << 20, 1 << 30, 128 << 20),
-        (128 << 20, 96 << 20, 48 << 20),
-        (128 << 20, 1 << 20, LEAST_BYTES),
-        (1 << 20, 1 << 30, 1 << 20),
-    ],
-)
-def test_what_does_not_wait_for_bursts_leaves_in_several_frames(
-    most: int, step: int, frame: int
-) -> None:
-    assert frame_size(most, step) == frame
-
-
-@pytest.mark.parametrize(
-    ("step", "last", "leaves"),
-    [
-        (1 << 30, True, [27, 31]),
-        (512 << 20, True, [27, 31]),
-        (256 << 20, True, [23, 31]),
-        (128 << 20, True, [15, 31]),
-        (64 << 20, True, [31]),
-        (1 << 30, False, [31]),
-    ],
-)
-def test_over_a_link_a_step_leaves_in_few_bursts(step: int, last: bool, leaves: list[int]) -> None:
-    assert [n for n in range(32) if leaves_behind(n, 32, step, last)] == leaves
 
 
 async def test_when_a_link_breaks_its_pushes_hear_of_it(bench: Bench) -> None:

@@ -17,9 +17,7 @@ link's own memory, which was never anything else's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +29,7 @@ import torch
 from cluster.errors import HandoffRefused
 from cluster.kv.milestones import Fence, Milestones
 from cluster.kv.transport.checksums import AT_ONCE_BYTES, DeviceSum, Tally
+from cluster.kv.transport.in_a_thread import in_a_thread
 from cluster.kv.transport.link_slots import LinkSlots
 from cluster.kv.transport.link_streams import STREAMS
 from cluster.kv.transport.nccl_library import Communicator, NcclError, PeerMemory
@@ -118,7 +117,7 @@ class Link:
                 self._comm.split()
                 await self._settle()
                 # The first transfer waits for the peer on the host, the others do not.
-                began = _in_a_thread(self._begin)
+                began = in_a_thread(self._begin)
                 try:
                     await asyncio.shield(began)
                     self._raise_if_broken()
@@ -243,7 +242,7 @@ class Link:
         self.broken = reason or "the link was closed"
         log.info("link aborted: %s", self.broken)
         self._watcher.cancel()
-        self._aborting = _in_a_thread(self._abort)
+        self._aborting = in_a_thread(self._abort)
         self._aborting.add_done_callback(lambda _: STREAMS.give_back(self.copies, self._wire))
         if self._slots is not None:
             self._slots.close(self.broken)
@@ -267,36 +266,9 @@ class Link:
     def _give_up_memory(self) -> None:
         """Nobody uses a slot any more."""
         assert self._aborting is not None
-        self._aborting.add_done_callback(lambda _: _in_a_thread(self._free_memory))
+        self._aborting.add_done_callback(lambda _: in_a_thread(self._free_memory))
 
     def _free_memory(self) -> None:
         with torch.cuda.device(self.device):
             if self._memory is not None:
                 self._memory.free()
-
-
-def _in_a_thread(call: Callable[[], None]) -> asyncio.Future[None]:
-    """In one of its own: what waits for a peer must not keep a thread from what ends that wait."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-    done.add_done_callback(lambda _: done.cancelled() or done.exception())  # may go unheard
-
-    def settle(error: Exception | None) -> None:
-        if done.done():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    def run() -> None:
-        error: Exception | None = None
-        try:
-            call()
-        except Exception as raised:
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(settle, error)
-
-    threading.Thread(target=run, name="link", daemon=True).start()
-    return done
