@@ -1,6 +1,6 @@
 """The handoff between two agents on two GPUs, without engines: NCCL beside gRPC, by size.
 
-    python -m bench.handoff_links [--transports nccl grpc] [--sizes 2,16,128,512]
+    python -m bench.handoff_links [--transports nccl grpc] [--sizes 2,16,128,512] [--json]
 
 The first handoff's blocks of every size are compared on both sides. A quick look before
 bench.gpu_handoff.
@@ -9,11 +9,26 @@ bench.gpu_handoff.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
+from dataclasses import asdict
 
 from bench.handoff.cache import BLOCK_BYTES
+from bench.handoff.link_rate import LinkRate
 from bench.handoff.rates import MIB, HandoffRate
 from bench.tables import table
+
+
+def measure(rate: HandoffRate, mib: int, rounds: int) -> LinkRate:
+    """Raises RuntimeError if a handoff fails, or its blocks are not the same on both sides."""
+    size = max(1, mib * MIB // BLOCK_BYTES) * BLOCK_BYTES
+    runs = [rate.run(size, compare=round == 0) for round in range(rounds + 2)][2:]
+    whole, moving, cpu = (
+        1000 * statistics.median(times)
+        for times in zip(*((run.seconds, run.moving, run.cpu) for run in runs), strict=True)
+    )
+    return LinkRate(runs[-1].transport, size // MIB, whole, moving, cpu)
 
 
 def main() -> None:
@@ -22,11 +37,12 @@ def main() -> None:
     parser.add_argument("--sizes", default="2,16,128,512", help="MiB, comma-separated")
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--link", type=int, help="MiB of device memory that a link takes (256)")
+    parser.add_argument("--link", type=int, help="MiB of device memory that a link takes (1024)")
     parser.add_argument(
         "--max-ctas", type=int, help="thread blocks of a transfer over NCCL (it decides)"
     )
     parser.add_argument("--frame", type=int, default=16, help="MiB of a payload over gRPC (16)")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
     rows = []
@@ -40,26 +56,18 @@ def main() -> None:
             args.max_ctas,
         )
         for mib in sizes:
-            blocks = max(1, mib * MIB // BLOCK_BYTES)
-            runs = [
-                rate.run(blocks * BLOCK_BYTES, compare=round == 0)
-                for round in range(args.rounds + 2)
-            ][2:]
-            seconds = statistics.median(run.seconds for run in runs)
-            moving = statistics.median(run.moving for run in runs)
-            size = blocks * BLOCK_BYTES
-            rows.append(
-                [
-                    runs[-1].transport,
-                    str(mib),
-                    f"{seconds * 1e3:.2f}",
-                    f"{moving * 1e3:.2f}",
-                    f"{size / moving / 2**30:.1f}",
-                ]
-            )
-            print(rows[-1], flush=True)
+            print(f"{transport}: {mib} MiB", file=sys.stderr, flush=True)
+            rows.append(measure(rate, mib, args.rounds))
         rate.stop()
-    print(table(["transport", "MiB", "ms", "from grant to landed, ms", "GiB/s"], rows))
+    if args.json:
+        return print(json.dumps({"rows": [asdict(row) for row in rows]}))
+    said = [
+        [row.transport, str(row.mib)]
+        + [f"{v:.2f}" for v in (row.whole_ms, row.moving_ms, row.gib_per_s, row.cpu_ms)]
+        for row in rows
+    ]
+    head = ["transport", "MiB", "ms", "from grant to landed, ms", "GiB/s", "CPU, ms"]
+    print(table(head, said))
 
 
 if __name__ == "__main__":

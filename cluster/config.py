@@ -135,10 +135,10 @@ class HandoffConfig(Section):
         int,
         Field(
             ge=16 * MIB,
-            description="GPU memory of a link over nccl, at either end; a GPU has at most 16 links"
-            " each way.",
+            description="GPU memory of a link over nccl, at either end, where there is so much: at"
+            " most. A GPU has at most 16 links each way.",
         ),
-    ] = 256 * MIB
+    ] = 1 << 30
 
 
 class TargetsConfig(Section):

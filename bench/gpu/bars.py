@@ -105,7 +105,7 @@ def _exposed(results: Results) -> Found:
 def _rate(results: Results) -> Bar:
     name, limit = f"{NCCL}: rate at {RATE_MIB} MiB, nothing hiding it", f"≥ {RATE_SHARE:.0%} of raw"
     for raw in results.raw:
-        found = results.find_unhidden(NCCL, raw.prompt)
+        found = next((row for row in results.agents if row.prompt == raw.prompt), None)
         if round(raw.mib) == RATE_MIB and found is not None:
             share = found.gib_per_s / raw.gib_per_s
             said = f"{share:.0%} ({found.gib_per_s:.1f} of {raw.gib_per_s:.1f} GiB/s)"

@@ -16,9 +16,10 @@ def report(results: Results) -> str:
     parts = ["\n".join(f"- {name}: {said}" for name, said in results.about.items())]
     for title, rows in (
         ("Bars", _bars(results)),
+        ("From agent to agent over NCCL, no engine beside", _agents(results)),
         ("Time to first token and to the second, ms", _latency(results)),
         ("Handoffs while prefill computes", _handoffs(results, results.latency)),
-        ("Handoffs with nothing to hide them", _handoffs(results, results.unhidden)),
+        ("Handoffs of prompts that prefill has in its cache", _handoffs(results, results.unhidden)),
         ("Decode steps while KV comes in", _steps(results)),
         ("KV blocks of layers on both sides after a handoff", _blocks(results)),
         ("A split's tokens against one engine's", _exact(results)),
@@ -34,6 +35,19 @@ def _bars(results: Results) -> str:
     said = {True: "pass", False: "FAIL", None: "–"}
     rows = [[bar.name, bar.limit, bar.found, said[bar.met]] for bar in bars(results)]
     return table(["bar", "limit", "found", "verdict"], rows)
+
+
+def _agents(results: Results) -> str:
+    rows = []
+    for row in results.agents:
+        raw = results.find_raw(row.prompt)
+        share = f"{row.gib_per_s / raw.gib_per_s:.0%}" if raw else ""
+        times = [f"{row.ms:.2f}", f"{row.gib_per_s:.1f}", share]
+        rows.append(
+            [str(row.prompt), f"{row.mib:.0f}", *times, f"{row.whole_ms:.2f}", f"{row.cpu_ms:.1f}"]
+        )
+    head = ["prompt", "MiB", "grant to landed ms", "GiB/s", "of raw"]
+    return table([*head, "arrival to verdict ms", "CPU ms of both"], rows) if rows else ""
 
 
 def _latency(results: Results) -> str:

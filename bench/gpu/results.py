@@ -185,17 +185,42 @@ class Missing:
     why: str
 
 
+@dataclass(frozen=True)
+class AgentSend:
+    """The KV of a prompt from one agent to another, all of it there from the beginning and no
+    engine beside: gather, checksums, transfer, scatter.
+
+    Attributes:
+        ms: from the grant to the last byte landed.
+        whole_ms: from the prompt's arrival at prefill to decode's verdict.
+        cpu_ms: of both agents.
+    """
+
+    prompt: int
+    mib: float
+    ms: float
+    whole_ms: float
+    cpu_ms: float
+
+    @property
+    def gib_per_s(self) -> float:
+        return self.mib / 1024 / self.ms * 1000
+
+
 @dataclass
 class Results:
     """Filled section by section.
 
     Attributes:
         about: date, machine, command and settings, in words.
-        unhidden: handoffs of prompts that prefill had in its cache, so nothing hides them.
+        unhidden: handoffs of prompts that prefill had in its cache: only the step of their last
+            block is beside them.
+        agents: handoffs without engines, so that nothing at all hides them.
     """
 
     about: dict[str, str] = field(default_factory=dict)
     raw: list[RawSend] = field(default_factory=list)
+    agents: list[AgentSend] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
     unhidden: list[Latency] = field(default_factory=list)
     steps: list[Steps] = field(default_factory=list)

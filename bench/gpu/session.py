@@ -9,18 +9,26 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from bench.gpu.agents import agent_sends
 from bench.gpu.bars import GRPC, NCCL, NIXL, ONE, PREFILL, PREFILL_ALONE
 from bench.gpu.exactness import exactness, ledgers
 from bench.gpu.fleet import Engine, Fleet
 from bench.gpu.latencies import latencies, unhidden
 from bench.gpu.plan import Group, Setting, groups, waves
 from bench.gpu.raw import raw_sends
-from bench.gpu.results import MIB, Latency, Missing, RawSend, Results
+from bench.gpu.results import MIB, AgentSend, Latency, Missing, RawSend, Results
 from bench.gpu.steps import steps
 from bench.gpu.systems import NixlSplit, Split, System, Whole
 
-SECTIONS = ("raw", "latency", "unhidden", "steps", "exact")
-SECTION_SECONDS = {"raw": 100, "latency": 240, "unhidden": 90, "steps": 120, "exact": 150}
+SECTIONS = ("raw", "agents", "latency", "unhidden", "steps", "exact")
+SECTION_SECONDS = {
+    "raw": 100,
+    "agents": 60,
+    "latency": 240,
+    "unhidden": 90,
+    "steps": 120,
+    "exact": 150,
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ class Session:
     async def run(self) -> None:
         if len(self._setting.gpus) >= 2:
             await self._section("raw", self._raw)
-        if not set(self._only) - {"raw"}:
+            await self._section("agents", self._agents)
+        if not set(self._only) - {"raw", "agents"}:
             return
         for wave in waves(groups(self._setting), self._setting.gpus):
             await self._wave(wave)
@@ -158,6 +167,13 @@ class Session:
         ):
             rate = size / seconds / (1 << 30)
             self._results.raw.append(RawSend(prompt, size / MIB, 1000 * seconds, rate))
+
+    async def _agents(self) -> None:
+        sizes = [n * self._load.kv_bytes_per_token for n in self._load.prompts]
+        for prompt, row in zip(self._load.prompts, await agent_sends(sizes), strict=True):
+            self._results.agents.append(
+                AgentSend(prompt, row.mib, row.moving_ms, row.whole_ms, row.cpu_ms)
+            )
 
     async def _latency(
         self, compared: Sequence[tuple[System, int]], reshaped: Sequence[System]

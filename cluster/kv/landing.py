@@ -18,9 +18,8 @@ from cluster.kv.assembly import Assembly, BlockRun
 from cluster.kv.doorkeeper import Admitted
 from cluster.kv.generations import Generations
 from cluster.kv.paged import BlockIndex, PagedCache, Slots
-from cluster.kv.push import seed_of
 from cluster.kv.reservation import Reservation
-from cluster.kv.transport.checksums import Tally
+from cluster.kv.transport.checksums import Tally, seed_of
 from cluster.kv.transport.frames import Blocks, Coming, Commit
 from cluster.kv.transport.seam import Inbound
 
@@ -44,8 +43,12 @@ class Landing:
     cache: PagedCache
     generations: Generations
     given_up: Callable[[Reservation], None]
-    _index: BlockIndex | None = None
     _writes: set[asyncio.Task[None]] = field(default_factory=set)
+    _held: bool = False
+
+    def __post_init__(self) -> None:
+        ids = self.reservation.reserve.block_ids
+        self._index: BlockIndex = self.cache.index(ids, self.inbound.stream)
 
     async def land(self, frame: Blocks | Coming) -> None:
         """Raises HandoffRefused unless the payload is the one that was due."""
@@ -111,9 +114,9 @@ class Landing:
     def _write(self, frame: Blocks, tally: Tally | None) -> None:
         run, heads = frame.run, self.admitted.route.target
         stream, reserve = self.inbound.stream, self.reservation.reserve
-        if self._index is None:
+        if not self._held:
             self.cache.hold(self.reservation.free, stream)
-            self._index = self.cache.index(reserve.block_ids, stream)
+            self._held = True
         layers = range(run.layer, run.layer + run.num_layers)
         if not self.admitted.plain:
             index = self._index[run.first_block : run.first_block + run.num_blocks]

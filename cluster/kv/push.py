@@ -21,6 +21,7 @@ from cluster.kv.milestones import Milestones
 from cluster.kv.orders import Order, Ready, Sent, frame_size
 from cluster.kv.paged import BlockIndex, PagedCache
 from cluster.kv.reads import Reads
+from cluster.kv.transport.checksums import seed_of
 from cluster.kv.transport.frames import Ack, Commit, Grant, Open, Refused, Reply
 from cluster.kv.transport.seam import Buffer, Outbound, Transport
 
@@ -119,6 +120,8 @@ class Push:
             if not self._bursts:
                 self._go()
             await outbound.send(Open(order.ticket.encode(), rank, outbound.link))
+            for ready in itertools.islice(itertools.chain(self.ready, self._gathering), 1):
+                self._index(ready, outbound)  # while decode makes up its mind
             grant = await outbound.receive()
             if not isinstance(grant, Grant):
                 raise HandoffRefused(_refusal(grant))
@@ -193,10 +196,10 @@ class Push:
 
     async def _send(self, group: list[Ready], grant: Grant, outbound: Outbound) -> None:
         """One frame, or several where a single layer is larger than a frame."""
-        await self.milestones.reached(group[-1].fence)
-        self.sent.first_frame_at = self.sent.first_frame_at or time.monotonic()
         head = group[0]
         index = self._index(head, outbound)
+        await self.milestones.reached(group[-1].fence)
+        self.sent.first_frame_at = self.sent.first_frame_at or time.monotonic()
         skip = max(0, grant.held_tokens // self.cache.tokens - head.first_block)
         step = max(1, outbound.frame_bytes // (len(group) * self._head_bytes))
         for start in range(skip, len(head.block_ids), step):
@@ -267,13 +270,8 @@ class Push:
             buffer.payload,
             plain=self.order.plain,
             stream=outbound.stream,
-            tally=outbound.tally(run.sequence, self._seed),
+            tally=outbound.tally(run.sequence),
         )
-
-
-def seed_of(handoff_id: str) -> int:
-    """Seeds checksums, so that another handoff's frame never matches."""
-    return int(handoff_id[:16], 16)
 
 
 def _refusal(reply: Reply) -> str:

@@ -30,6 +30,7 @@ class FakeLink:
     """Payloads are there at once."""
 
     copies = None
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.aborted = ""

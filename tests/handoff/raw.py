@@ -11,8 +11,7 @@ import torch
 
 from cluster.kv.assembly import BlockRun
 from cluster.kv.geometry import HeadRun
-from cluster.kv.push import seed_of
-from cluster.kv.transport.checksums import host_checksum
+from cluster.kv.transport.checksums import host_checksum, seed_of
 from cluster.kv.transport.frames import (
     Ack,
     Blocks,

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from cluster.kv.assembly import BlockRun
-from cluster.kv.push import seed_of
-from cluster.kv.transport.checksums import host_checksum
+from cluster.kv.transport.checksums import host_checksum, seed_of
 from cluster.kv.transport.frames import (
     CHECKSUM_BYTES,
     HEADER_BYTES,

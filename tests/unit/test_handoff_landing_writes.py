@@ -37,8 +37,9 @@ class Inbound:
 async def test_a_payload_counts_as_read_only_when_the_device_has_got_there(breaks: bool) -> None:
     """A worker that stops breaks off every wait; a payload's memory may be given up then."""
     inbound = Inbound(breaks)
-    reservation = SimpleNamespace(writing=0, error="", saw_frame=lambda now: None)
-    cache = SimpleNamespace(mark=lambda stream: object())
+    reserve = SimpleNamespace(block_ids=(1,))
+    reservation = SimpleNamespace(reserve=reserve, writing=0, error="", saw_frame=lambda now: None)
+    cache = SimpleNamespace(mark=lambda stream: object(), index=lambda ids, stream: ids)
     rest: Any = [None] * 4
     landing = Landing(inbound, reservation, rest[0], rest[1], cache, rest[2], rest[3])  # type: ignore[arg-type]
     landing._settle(Blocks(BlockRun(0, 0, 1, 0, 1), torch.zeros(8, dtype=torch.uint8)))

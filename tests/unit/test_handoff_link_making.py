@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import itertools
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +20,15 @@ from cluster.kv.transport import link as link_module
 from cluster.kv.transport import nccl, nccl_library
 from cluster.kv.transport.hello import decode_hello
 from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
-from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS
+from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS, largest_payload
 from cluster.kv.transport.nccl import NcclTransport
-from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES, Communicator, NcclError
+from cluster.kv.transport.nccl_library import (
+    SPARE_BYTES,
+    UNIQUE_ID_BYTES,
+    Communicator,
+    NcclError,
+    PeerMemory,
+)
 from cluster.kv.transport.seam import Peer
 from tests.handoff.fake_links import SIGNER, TERMS
 
@@ -61,7 +68,9 @@ class Made:
     def __init__(self, used_at: float) -> None:
         self.id, self.pushes, self.closed = 1, 0, ""
         slots = SimpleNamespace(largest=64)
-        self.link = SimpleNamespace(broken="", used_at=used_at, copies=None, slots=slots, puts=True)
+        self.link = SimpleNamespace(
+            broken="", used_at=used_at, device=CPU, copies=None, slots=slots, puts=True
+        )
 
     def close(self, reason: str) -> None:
         self.closed = self.link.broken = reason
@@ -175,6 +184,53 @@ async def test_a_peer_that_cannot_be_linked_is_tried_more_and_more_seldom(
         last = await pool.open(peer(0), "a" * 32)
         await asyncio.sleep(0)
     assert last.transport == "nccl" and not pool._failed
+
+
+async def test_every_try_in_vain_asks_for_half_as_much_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Either end may have had no room for more."""
+    pool: Any = transport(1 << 30)
+    monkeypatch.setattr(nccl, "new_unique_id", lambda: b"u" * UNIQUE_ID_BYTES)
+
+    def no_memory(*args: object) -> Link:
+        raise NcclError("a link needs more GPU memory than is free")
+
+    monkeypatch.setattr(nccl, "Link", no_memory)
+    asked = []
+    for _ in range(5):
+        assert (await pool.open(peer(0), "a" * 32)).transport == "grpc"
+        with contextlib.suppress(NcclError):
+            await pool._links[peer(0)]
+        assert (await pool.open(peer(0), "a" * 32)).transport == "grpc"  # hears of it
+        hello = decode_hello(pool._grpc.said[-1], SIGNER)
+        asked.append(hello.slots * hello.slot_bytes >> 20)
+        pool._failed[peer(0)] = replace(pool._failed[peer(0)], until=0.0)
+    assert asked == [1024, 512, 256, 128, 128]
+
+
+@pytest.mark.parametrize("free", [SPARE_BYTES + 63, SPARE_BYTES + 64])
+def test_a_link_leaves_memory_to_the_engine(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    fake = SimpleNamespace(ncclMemAlloc=lambda address, size: taken.append(size.value) or 0)
+    monkeypatch.setattr(nccl_library, "library", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 40))
+    monkeypatch.setattr(torch, "as_tensor", lambda data, device: torch.zeros(64))
+    with (
+        contextlib.nullcontext()
+        if free == SPARE_BYTES + 64
+        else pytest.raises(NcclError, match="lower gpu_memory_utilization or handoff")
+    ):
+        PeerMemory(64)
+    assert taken == [64] * (free == SPARE_BYTES + 64)
+
+
+@pytest.mark.parametrize(
+    ("slots", "slot_bytes", "most"),
+    [(64, 16 << 20, 128 << 20), (2, 8, 8), (3, 8, 8), (1, 8, 8), (64, 1 << 30, 1 << 30)],
+)
+def test_payloads_are_so_large_at_most(slots: int, slot_bytes: int, most: int) -> None:
+    assert largest_payload(slots, slot_bytes) == most
 
 
 @pytest.mark.parametrize(

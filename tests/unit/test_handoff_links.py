@@ -12,7 +12,7 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
-from cluster.kv.transport.checksums import DeviceSum, Tally, value
+from cluster.kv.transport.checksums import DeviceSum, Tally, seed_of, value
 from cluster.kv.transport.frames import Blocks, Commit
 from tests.handoff.fake_links import HANDOFF, LINK, SIZE, SLOTS, Bench, FakeLink
 
@@ -194,9 +194,11 @@ async def test_a_push_over_a_link_that_is_down_is_refused() -> None:
         await bench.open()
 
 
-@pytest.mark.parametrize("damage", ["none", "a payload", "an unsummed payload", "the sum"])
+@pytest.mark.parametrize(
+    "damage", ["none", "a payload", "an unsummed payload", "the sum", "another handoff's"]
+)
 async def test_the_checksum_of_what_was_sampled_is_checked(bench: Bench, damage: str) -> None:
-    seed = 99
+    seed = seed_of("f" * 32 if damage == "another handoff's" else HANDOFF)
     sent = DeviceSum(torch.device("cpu"), None, seed)
     for sequence in (0, 2):
         Tally(sent, sequence).count(torch.full((SIZE,), sequence, dtype=torch.uint8))

@@ -22,6 +22,11 @@ AT_ONCE_BYTES = 8 << 20
 """More at once takes more memory, less takes more of the engine's Python."""
 
 
+def seed_of(handoff_id: str) -> int:
+    """Seeds checksums, so that another handoff's frame never matches."""
+    return int(handoff_id[:16], 16)
+
+
 def host_checksum(payload: torch.Tensor, seed: int) -> int:
     """XXH3-64 of a payload in host memory."""
     return xxhash.xxh3_64_intdigest(payload.numpy(), seed=seed)

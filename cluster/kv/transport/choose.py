@@ -31,7 +31,7 @@ class TransportOptions:
         link_seconds: how long a link may stand still before it is taken for dead.
         link_max_ctas: thread blocks of the GPU that a transfer by kernels may take; None: NCCL
             decides.
-        link_bytes: device memory that a link takes.
+        link_bytes: device memory that a link takes at most.
     """
 
     transport: Choice
@@ -42,7 +42,7 @@ class TransportOptions:
     link_checksums: int = 1
     link_seconds: float = 10.0
     link_max_ctas: int | None = None
-    link_bytes: int = 256 << 20
+    link_bytes: int = 1 << 30
 
 
 def make_transport(

@@ -65,7 +65,7 @@ class GrpcOutbound:
     async def buffer(self, size: int) -> Buffer:
         return HostBuffer(torch.empty(size, dtype=torch.uint8))
 
-    def tally(self, sequence: int, seed: int) -> None:
+    def tally(self, sequence: int) -> None:
         """None: payloads are counted as they leave."""
 
     async def send_pieces(self, run: BlockRun, pieces: Sequence[memoryview], seed: int) -> None:

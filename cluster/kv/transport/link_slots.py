@@ -18,6 +18,8 @@ from cluster.kv.transport.staging import Slot
 
 MAX_SLOTS = 1024
 """Of one link."""
+LARGEST_BYTES = 128 << 20
+"""Of a payload: while one crosses, others are copied at either end."""
 ALIGNMENT = 64
 """Of slots: devices read and write payloads by the word."""
 
@@ -47,8 +49,8 @@ class LinkSlots:
 
     @property
     def largest(self) -> int:
-        """Bytes of a payload that leaves room for another one as large."""
-        return max(1, len(self._used) // 2) * self._slot_bytes
+        """Bytes of the largest payload; there is room for another one as large."""
+        return largest_payload(len(self._used), self._slot_bytes)
 
     async def take(self, size: int) -> Slot:
         """Waits for free slots. Raises HandoffRefused if the link is closed."""
@@ -129,6 +131,11 @@ class LinkSlots:
         if not self._taken:
             unused, self._unused = self._unused, _nothing
             unused()
+
+
+def largest_payload(slots: int, slot_bytes: int) -> int:
+    """Of a link of so many slots, bytes."""
+    return max(1, min(slots // 2, LARGEST_BYTES // slot_bytes)) * slot_bytes
 
 
 def _nothing() -> None: ...

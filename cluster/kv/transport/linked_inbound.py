@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.errors import HandoffRefused
 from cluster.kv.milestones import Fence
-from cluster.kv.transport.checksums import DeviceSum, Tally, value
+from cluster.kv.transport.checksums import DeviceSum, Tally, seed_of, value
 from cluster.kv.transport.frames import Blocks, Coming, Commit, Frame, Open
 from cluster.kv.transport.grpc_streams import GrpcInbound
 from cluster.kv.transport.inbound_links import Arrivals, Arriving, InboundLinks
@@ -32,6 +32,7 @@ class LinkedInbound(Inbound):
         self._commit_told = False
         self._control: asyncio.Task[Frame | None] | None = None
         self._sum: DeviceSum | None = None
+        self._summed = False
 
     @property
     def transport(self) -> str:  # type: ignore[override]
@@ -44,7 +45,9 @@ class LinkedInbound(Inbound):
     def claim(self, handoff_id: str) -> None:
         if self._link_id:
             self._handoff_id = handoff_id
-            self._link, self._queue = self._links.claim(self._link_id, handoff_id)
+            link, self._queue = self._links.claim(self._link_id, handoff_id)
+            self._link = link
+            self._sum = DeviceSum(link.device, link.copies, seed_of(handoff_id))
 
     async def receive(self) -> Frame | None:
         """Frames and payloads in the order they were sent: a commit comes behind its payloads."""
@@ -107,8 +110,8 @@ class LinkedInbound(Inbound):
             return None
         if not arriving.payload.summed:
             return None
-        if self._sum is None:
-            self._sum = DeviceSum(blocks.payload.device, self.stream, seed)
+        assert self._sum is not None
+        self._summed = True
         return Tally(self._sum, blocks.run.sequence)
 
     async def reached(self, fence: Fence | None) -> None:
@@ -116,8 +119,8 @@ class LinkedInbound(Inbound):
 
     async def judge(self, commit: Commit) -> None:
         found = 0
-        if self._sum is not None:
-            assert self._link is not None
+        if self._summed:
+            assert self._link is not None and self._sum is not None
             fetched = self._sum.fetch()
             await self.reached(self._link.mark())
             found = value(fetched)

@@ -20,7 +20,7 @@ from cluster.kv.transport.grpc import GrpcTransport
 from cluster.kv.transport.hello import Hello, decode_link_reply, encode_hello
 from cluster.kv.transport.inbound_links import InboundLinks
 from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
-from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS
+from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS, largest_payload
 from cluster.kv.transport.linked_inbound import LinkedInbound
 from cluster.kv.transport.nccl_library import library, new_unique_id
 from cluster.kv.transport.outbound_links import NcclOutbound, OutboundLink
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 SLOT_BYTES = 16 << 20
 """Payloads take as many in a row as they need, up to half of a link's memory: large ones take less
 of the engines' Python."""
+FEWEST_SLOTS = 8
+"""That a link is asked for, where it may have as many."""
 RETRY_SECONDS = 5.0
 """A peer that could not be linked is tried again so long after, then after twice as long …"""
 LONGEST_RETRY_SECONDS = 3600.0
@@ -59,16 +61,18 @@ class _Failure:
     Attributes:
         until: no try before; CLOCK_MONOTONIC seconds.
         pause: seconds from the try to then.
+        tries: in vain so far.
     """
 
     why: str
     until: float
     pause: float
+    tries: int
 
     @classmethod
     def after(cls, last: _Failure | None, why: str) -> _Failure:
         pause = RETRY_SECONDS if last is None else min(2 * last.pause, LONGEST_RETRY_SECONDS)
-        return cls(why, time.monotonic() + pause, pause)
+        return cls(why, time.monotonic() + pause, pause, 1 if last is None else last.tries + 1)
 
 
 class NcclTransport:
@@ -102,7 +106,7 @@ class NcclTransport:
         slot_bytes = max(min(SLOT_BYTES, links.memory_bytes // 2), cache.block_bytes)
         self._slot_bytes = _aligned(slot_bytes, cache.block_bytes)
         self._slots = min(max(2, links.memory_bytes // self._slot_bytes), MAX_SLOTS)
-        self.frame_bytes = self._slots // 2 * self._slot_bytes
+        self.frame_bytes = largest_payload(self._slots, self._slot_bytes)
         self._links: dict[Peer, asyncio.Task[OutboundLink]] = {}
         self._failed: dict[Peer, _Failure] = {}
 
@@ -163,7 +167,7 @@ class NcclTransport:
             peer.rank,
             await asyncio.to_thread(new_unique_id),
             time.time(),
-            self._slots,
+            self._slots_for(peer),
             self._slot_bytes,
         )
         stream = await self._grpc.call(peer.address, "Link")
@@ -194,6 +198,11 @@ class NcclTransport:
         how = "puts" if link.puts else "kernels on both sides"
         log.info("linked to rank %d of %s, by %s", peer.rank, peer.worker_id, how)
         return OutboundLink(hello.link, stream, link)
+
+    def _slots_for(self, peer: Peer) -> int:
+        """Half as many with every try in vain: either end may have had no memory for more."""
+        failed = self._failed.get(peer)
+        return max(min(self._slots, FEWEST_SLOTS), self._slots >> (failed.tries if failed else 0))
 
     def _up(self) -> dict[Peer, OutboundLink]:
         return {

@@ -89,12 +89,16 @@ class _Bytes:
         }
 
 
+SPARE_BYTES = 512 << 20
+"""Of a device's memory, that links leave to the engine."""
+
+
 class PeerMemory:
     """Memory on the current CUDA device that a peer can be given access to. A peer that has it
     keeps it: what it still writes after `free` ends in memory that is nobody else's.
 
     Raises:
-        NcclError: there is not so much left.
+        NcclError: there is not so much left beside what the engine may still need.
 
     Attributes:
         bytes: uint8, flat; not to be used after `free`.
@@ -102,6 +106,13 @@ class PeerMemory:
 
     def __init__(self, size: int) -> None:
         self._address = ctypes.c_void_p()
+        free, _ = torch.cuda.mem_get_info()
+        if free < size + SPARE_BYTES:
+            raise NcclError(
+                f"a link needs {size >> 20} MiB of GPU memory and {SPARE_BYTES >> 20} MiB more left"
+                f" for the engine, {free >> 20} MiB are free: lower gpu_memory_utilization or"
+                " handoff.link_bytes"
+            )
         _check(library().ncclMemAlloc(ctypes.byref(self._address), ctypes.c_size_t(size)))
         self.bytes = torch.as_tensor(_Bytes(self._address.value, size), device="cuda")
 

@@ -11,7 +11,7 @@ from functools import partial
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
 from cluster.kv.milestones import Fence
-from cluster.kv.transport.checksums import DeviceSum, Tally, value
+from cluster.kv.transport.checksums import DeviceSum, Tally, seed_of, value
 from cluster.kv.transport.frames import Abort, Commit, Open, Reply
 from cluster.kv.transport.grpc_streams import GrpcOutbound
 from cluster.kv.transport.hello import Payload, decode_link_reply, encode_payloads
@@ -218,7 +218,6 @@ class NcclOutbound:
 
     Args:
         checksums: every how many payloads count for the checksum; 0: none.
-        seed: of the checksum.
     """
 
     transport = "nccl"
@@ -228,32 +227,31 @@ class NcclOutbound:
         self._link = link
         self._handoff_id = handoff_id
         self._checksums = checksums
-        self._sum: DeviceSum | None = None
+        device, self.stream = link.link.device, link.link.copies
+        self._sum = DeviceSum(device, self.stream, seed_of(handoff_id)) if checksums else None
         self._sent: list[asyncio.Future[None]] = []
         self._over = False
         link.pushes += 1
         self.link = link.id
         self.bursts = link.link.puts
-        self.stream = link.link.copies
         self.frame_bytes = link.link.slots.largest
 
     async def buffer(self, size: int) -> Buffer:
         return await self._link.link.slots.take(size)
 
-    def tally(self, sequence: int, seed: int) -> Tally | None:
-        if not self._checksums or sequence % self._checksums:
+    def tally(self, sequence: int) -> Tally | None:
+        if self._sum is None or sequence % self._checksums:
             return None
-        if self._sum is None:
-            self._sum = DeviceSum(self._link.link.device, self.stream, seed)
         return Tally(self._sum, sequence)
 
     async def send_blocks(
         self, run: BlockRun, buffer: Buffer, seed: int, filled: Fence | None
     ) -> None:
         assert isinstance(buffer, Slot)
-        summed = self.tally(run.sequence, seed) is not None
+        summed = self.tally(run.sequence) is not None
         payload = Payload(self._handoff_id, run, buffer.payload.numel(), summed, buffer.index)
         self._sent.append(self._link.send(payload, buffer, filled))
+        await asyncio.sleep(0)  # what has crossed meanwhile is announced
 
     async def send_pieces(self, run: BlockRun, pieces: Sequence[memoryview], seed: int) -> None:
         raise AssertionError("nothing crosses a link from host memory")

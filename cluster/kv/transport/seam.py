@@ -59,7 +59,7 @@ class Outbound(Protocol):
         """A buffer will not be sent."""
         ...
 
-    def tally(self, sequence: int, seed: int) -> Tally | None:
+    def tally(self, sequence: int) -> Tally | None:
         """What is to count a payload while its buffer is filled; None: nothing."""
         ...
 
