@@ -39,7 +39,7 @@ from cluster.simulator.workload import Arrival
 from cluster.simulator.world import World
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
-UNMIXED = EngineLimits(max_tokens=2048, mixes=False, cache_share=0.0, repeats_first_token=False)
+UNMIXED = EngineLimits(max_tokens=2048, mixes=False, cache_share=0.0)
 """DistServe and the vLLM of its time: whole prompts, never in one step with decodes."""
 NVLINK = 200e9
 SHARE = 0.9

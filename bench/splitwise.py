@@ -48,9 +48,7 @@ QUANTILES = (0.5, 0.9, 0.99)
 SLOWDOWNS = {"ttft": (2.0, 3.0, 6.0), "tbt": (1.25, 1.5, 5.0), "e2e": (1.25, 1.5, 5.0)}
 LAYERS, WIDTH, WEIGHTS, MEMORY = 70, 14_336, 329e9, 8 * 80e9
 KV_BYTES = 2 * LAYERS * WIDTH * 2
-LIMITS = EngineLimits(
-    max_tokens=2048, max_sequences=512, mixes=False, cache_share=0.0, repeats_first_token=False
-)
+LIMITS = EngineLimits(max_tokens=2048, max_sequences=512, mixes=False, cache_share=0.0)
 SECONDS = 30.0
 """Of arrivals, in every run: some thousand requests."""
 PRECISION, STEP = 0.02, 1.15

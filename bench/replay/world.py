@@ -171,8 +171,7 @@ class World:
             half("computed")
 
         def sampled(sequence: Sequence) -> None:
-            if sequence.generated > 1:
-                self._token(served, sequence.generated)
+            self._token(served, sequence.generated)
             if sequence.generated >= sequence.output:
                 decode.release(decode.end(sequence.sequence_id))
                 served.on_end()

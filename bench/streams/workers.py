@@ -29,6 +29,7 @@ from bench.streams.setting import (
 )
 from cluster.control.compose import worker_host
 from cluster.engine.protocol import Engine, EngineOutput, EngineRequest, Sampling
+from cluster.engine.simulated.tokens import text_of
 from cluster.store.records import WorkerRecord
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
@@ -76,18 +77,19 @@ async def several(
     count: int,
     request: EngineRequest,
 ) -> AsyncIterator[EngineOutput]:
-    """A request's outputs, `count` tokens in each but for the first and the last, as an engine that
-    guesses ahead gives them with each step; the others repeat the first."""
-    left = request.sampling.max_tokens
+    """A request's outputs as an engine that guesses ahead gives them: `count` tokens with each step
+    but the first, as far as the request wants them; they are all the one that was sampled."""
+    most = left = request.sampling.max_tokens
     steps = 1 + -(-(left - 1) // count)
     asked = replace(request, sampling=replace(request.sampling, max_tokens=steps))
-    size = 1
     async with aclosing(generate(asked)) as outputs:  # type: ignore[type-var]
         async for output in outputs:
-            size = min(size, left)
-            left -= size
-            yield output._replace(token_ids=output.token_ids * size, text=output.text * size)
-            size = count
+            tokens: list[int] = []
+            for token in output.token_ids:
+                size = min(count if left < most else 1, left)
+                left -= size
+                tokens += [token] * size
+            yield output._replace(token_ids=tokens, text="".join(map(text_of, tokens)))
 
 
 class Front(inference_pb2_grpc.InferenceServicer):

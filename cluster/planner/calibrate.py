@@ -172,15 +172,15 @@ def _fit_handoff(start: Performance, samples: Sequence[HandoffSample]) -> Perfor
 def _fit_path(start: Performance, samples: Sequence[PathSample]) -> Performance:
     """What is outside of the steps, at the median.
 
-    Between the first two tokens decode takes two steps, because it repeats the first token; what
-    the last layer's copy does not explain of the rest is the handoff's latency.
+    Between the first two tokens decode takes one step; what the last layer's copy does not explain
+    of the rest is the handoff's latency.
     """
     dispatch = quantile(sorted(s.before for s in samples), 0.5)
     late = []
     for sample in (s for s in samples if s.bytes):
-        steps = 2 * start.decode_seconds(1, sample.prompt)
+        step = start.decode_seconds(1, sample.prompt)
         copy = sample.bytes / start.handoff.bandwidth / start.handoff.layers
-        late.append(max(0.0, sample.between - steps - copy))
+        late.append(max(0.0, sample.between - step - copy))
     handoff = start.handoff
     if late:
         handoff = replace(handoff, latency=quantile(sorted(late), 0.5))

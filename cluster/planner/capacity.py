@@ -261,7 +261,7 @@ class Load:
     def _tpot_met(
         self, demand: Demand, targets: ClassTargets, workers: int, population: float
     ) -> float:
-        """The handoff and the repeated first step count: short answers feel them most."""
+        """The handoff counts: short answers feel it most."""
         met = 0.0
         for each in demand.lengths:
             if each.output == 1:
@@ -269,7 +269,7 @@ class Load:
                 continue
             hidden = self._prefill(each)
             exposed = self.performance.exposed_handoff_seconds(each.prompt, hidden)
-            step = (targets.tpot * (each.output - 1) - exposed) / each.output
+            step = targets.tpot - exposed / (each.output - 1)
             met += poisson_at_most(population, workers * self._largest_batch(step))
         return met / len(demand.lengths)
 

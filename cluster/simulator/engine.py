@@ -34,14 +34,12 @@ class EngineLimits:
         mixes: a step may hold prompts and decodes (chunked prefill); if not, prompts go first and
             whole, and decodes wait for them, as in vLLM before 0.6 and in DistServe.
         cache_share: of the KV capacity, kept for prefixes while sequences leave room.
-        repeats_first_token: decode's first step samples the handed-off token again.
     """
 
     max_tokens: int = 8192
     max_sequences: int = 256
     mixes: bool = True
     cache_share: float = 0.5
-    repeats_first_token: bool = True
 
 
 class Engine:
@@ -119,7 +117,7 @@ class Engine:
         return jobs
 
     def decode(self, now: float, job: Job) -> None:
-        """A reserved job's KV has landed: it joins at the next step."""
+        """A reserved job's KV and first token have landed: it joins at the next step."""
         self._landed.append(job)
         self._poke(now)
 
@@ -146,7 +144,7 @@ class Engine:
             kept = [entry for entry in self._decoding if entry[2] is not job]
             if len(kept) != len(self._decoding):
                 self._cut(now)
-                done = max(0, job.output - (job.last_step - self._step))
+                done = job.output - (job.last_step - self._step)
                 self._context -= job.prompt + done
                 self._decoding = kept
                 self._decoding.sort()
@@ -154,7 +152,7 @@ class Engine:
     def tokens_done(self, now: float, job: Job) -> int:
         """Tokens of a decoding job that have been sampled by now."""
         done = self._step + (self._run.steps_by(now) if not self._chunks else 0)
-        return max(1, min(job.output, job.output - (job.last_step - done)))
+        return job.output - max(0, job.last_step - done)
 
     def jobs(self) -> list[Job]:
         """Everything on it."""
@@ -205,12 +203,13 @@ class Engine:
                     self.release(job)
                     finished.ended.append(job)
                 else:
-                    self._join(job, job.output - 1)
+                    self._join(job)
 
-    def _join(self, job: Job, steps: int) -> None:
-        job.last_step = self._step + steps
+    def _join(self, job: Job) -> None:
+        """It has its first token; each step from now on gives it another."""
+        job.last_step = self._step + job.output - 1
         self._order += 1
-        self._context += job.prompt + job.output - steps
+        self._context += job.prompt + 1
         heappush(self._decoding, (job.last_step, self._order, job))
 
     def _poke(self, now: float) -> None:
@@ -226,7 +225,7 @@ class Engine:
 
     def _begin(self, now: float) -> None:
         for job in self._landed:
-            self._join(job, job.output - (0 if self.limits.repeats_first_token else 1))
+            self._join(job)
         self._landed.clear()
         if self.performance.launch and (self._started or not self._decoding):
             self._begin_prompts(now, self.performance.launch)

@@ -23,7 +23,7 @@ from cluster.simulator.world import World
 DATA = Path(__file__).parent.parent / "data"
 
 # DistServe and vLLM of its time: whole prompts, never in one step with decodes.
-UNMIXED = EngineLimits(max_tokens=2048, mixes=False, cache_share=0.0, repeats_first_token=False)
+UNMIXED = EngineLimits(max_tokens=2048, mixes=False, cache_share=0.0)
 
 
 def opt13b(tensor_parallel: int, kv_capacity: int) -> Performance:

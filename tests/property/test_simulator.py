@@ -159,9 +159,7 @@ def test_a_run_of_decode_steps_is_what_single_steps_are(seed: int, count: int) -
     joins = sorted(
         (rng.uniform(0, 0.3), rng.randint(1, 900), rng.randint(2, 60)) for _ in range(count)
     )
-    limits = EngineLimits(repeats_first_token=False)
-
-    engine, ends = Engine(WORKER, limits, 512), {}
+    engine, ends = Engine(WORKER, EngineLimits(), 512), {}
     pending = list(enumerate(joins))
     while pending or engine.batch or engine.next_event < math.inf:
         if pending and pending[0][1][0] <= engine.next_event:
@@ -253,7 +251,7 @@ def test_steps_are_slowed_for_as_long_as_the_other_worker_works(
     first, second = World(deployment, seed=1).run(
         [Arrival(0.0, 1, output), Arrival(begins + at, prompt, 1)]
     )
-    decoding, computing = 0.004 * output, worker.prefill_seconds(prompt)
+    decoding, computing = 0.004 * (output - 1), worker.prefill_seconds(prompt)
     if at >= decoding:
         assert first.ended_at - begins == pytest.approx(decoding)
         assert second.ttft == pytest.approx(computing)

@@ -10,7 +10,7 @@ import pytest
 from cluster.planner.capacity import Load
 from cluster.planner.demand import Demand, Lengths
 from cluster.planner.hardware import hardware
-from cluster.planner.performance import across
+from cluster.planner.performance import DecodeCost, HandoffCost, across
 from cluster.planner.roofline import roofline
 from cluster.planner.shape import load_shape
 from cluster.planner.sizing import shortfalls, size_split, size_whole
@@ -68,6 +68,15 @@ def test_bursts_and_tails_cost_more_than_averages() -> None:
         WORKER, {"": Demand(8.0, calm.demands[""].lengths, burstiness=8.0)}, calm.targets, 1024
     )
     assert size_split(bursty, 40).counts.prefill > size_split(calm, 40).counts.prefill  # type: ignore[union-attr]
+
+
+def test_an_answer_of_two_tokens_takes_its_handoff_and_one_step() -> None:
+    decode = DecodeCost(0.01, 0.0, 1e-4)
+    worker = replace(WORKER, decode=decode, handoff=HandoffCost(0.02, 1e15))
+    two = {"": Demand(0.001, (Lengths(1000, 2),))}
+    for tpot, met in ((0.0302, 1.0), (0.03, 0.0)):  # one step of one sequence takes 0.0101 s
+        targets = {"": ClassTargets(1.0, tpot)}
+        assert Load(worker, two, targets).split(1, 1)[""].tpot == pytest.approx(met, abs=1e-3)
 
 
 def test_loose_tpot_wants_no_split_and_tight_tpot_does() -> None:

@@ -74,14 +74,21 @@ def test_decodes_go_on_beside_a_long_prompt() -> None:
     assert first == 3 and all("a" in sampled for _, sampled in with_b[:first])
 
 
-def test_a_handoff_waits_until_it_has_landed_then_recomputes_the_last_token() -> None:
+def test_a_handoff_waits_until_it_has_landed_then_goes_on_behind_its_first_token() -> None:
     engine = scheduler()
-    remote = sequence("d", list(range(10)), 2, remote=True)
+    remote = sequence("d", list(range(10)), 3, remote=True)
     engine.add(remote)
     assert engine.begin(0.0) is None
     assert engine.reserved == [remote] and len(remote.blocks) == 3
     engine.landed("d")
-    assert [sampled for _, sampled in run(engine)] == [["d"], ["d"]]
+    assert remote.generated == 1
+    steps = run(engine)
+    assert [sampled for _, sampled in steps] == [["d"], ["d"]]
+    assert [seconds for seconds, _ in steps] == pytest.approx([1.110, 1.111])
+    again = sequence("e", list(range(10)), 1)
+    engine.add(again)
+    run(engine)
+    assert again.cached == 8  # what was handed off is found
 
 
 def test_the_last_to_come_gives_its_blocks_up_and_is_recomputed() -> None:

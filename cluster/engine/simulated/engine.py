@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 
@@ -21,27 +21,15 @@ from cluster.engine.protocol import (
 from cluster.engine.results import HandoffResults
 from cluster.engine.simulated.port import TransferPort
 from cluster.engine.simulated.push import Push
+from cluster.engine.simulated.running import Running
 from cluster.engine.simulated.scheduler import Scheduler, Sequence, Shape
 from cluster.engine.simulated.timing import Timing
-from cluster.engine.simulated.tokens import TokenSource, refuse_unsimulated, text_of
+from cluster.engine.simulated.tokens import TokenSource, refuse_unsimulated
 from cluster.engine.simulated.wire import TRANSPORT
 from cluster.errors import EngineFailed
 from cluster.kv.handoff import HandoffParams, HandoffResult
 from cluster.prefix import block_hashes
 from cluster.ticket import TicketSigner
-
-
-@dataclass
-class _Running:
-    """A request and its way out."""
-
-    request: EngineRequest
-    sequence: Sequence
-    tokens: TokenSource
-    outputs: asyncio.Queue[EngineOutput] = field(default_factory=asyncio.Queue)
-    push: Push | None = None
-    pushing: asyncio.Task[None] | None = None
-    forced: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class SimulatedEngine:
             self._landed,
             self._received,
         )
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
         self._pinned: dict[str, _Pinned] = {}
         self._pushes: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -106,7 +94,7 @@ class SimulatedEngine:
         )
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        running = self._take(request)
+        running = self._add(request)
         try:
             while True:
                 output = await running.outputs.get()
@@ -116,7 +104,7 @@ class SimulatedEngine:
         finally:
             self._end(running)
 
-    def _take(self, request: EngineRequest) -> _Running:
+    def _add(self, request: EngineRequest) -> Running:
         if self._loop is None or self._loop.done():
             raise EngineFailed("the engine is not running")
         refuse_unsimulated(request.sampling)
@@ -132,7 +120,7 @@ class SimulatedEngine:
         seed = self._model.simulation.seed ^ (request.sampling.seed or 0)
         vocabulary = self._model.simulation.vocab_size
         source = TokenSource(request.prompt_token_ids, seed, vocabulary)
-        running = _Running(request, sequence, source)
+        running = Running(request, sequence, source)
         self._running[request.sequence_id] = running
         self._scheduler.add(sequence)
         self._wake.set()  # First, so that the step begins before the push connects.
@@ -143,7 +131,7 @@ class SimulatedEngine:
                 self._push(running, handoff)
         return running
 
-    def _push(self, running: _Running, handoff: HandoffParams) -> None:
+    def _push(self, running: Running, handoff: HandoffParams) -> None:
         token: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         running.push = Push(handoff, self._timing, self._shape.max_tokens, token)
         running.pushing = asyncio.create_task(self._carry(running.push))
@@ -158,7 +146,7 @@ class SimulatedEngine:
             self._scheduler.pool.release(pinned.blocks)
             self._wake.set()
 
-    def _end(self, running: _Running) -> None:
+    def _end(self, running: Running) -> None:
         """The request is over, in whatever way; the push of a first token that is out goes on."""
         del self._running[running.request.sequence_id]
         blocks = self._scheduler.remove(running.request.sequence_id)
@@ -208,37 +196,23 @@ class SimulatedEngine:
         running = self._running.get(sequence.sequence_id)
         if running is None:
             return
-        token = running.tokens.draw()
-        if sequence.generated == 1 and running.forced not in (None, token):
-            running.outputs.put_nowait(EngineOutput([], "", finish_reason="error"))
-            return
-        sampling = running.request.sampling
-        stopped = token in sampling.stop_token_ids and sequence.generated > sampling.min_tokens
-        full = sequence.generated >= sequence.output
-        if running.push is not None and not running.push.first_token.done():
-            if stopped:
-                running.push.first_token.cancel()
-            else:
-                running.push.first_token.set_result(token)
-        if stopped or full:
-            # Its blocks stay until the reader of the outputs has seen the end.
-            self._scheduler.stop(sequence.sequence_id)
-        running.outputs.put_nowait(
-            EngineOutput(
-                [token],
-                text_of(token),
-                finish_reason="stop" if stopped else "length" if full else None,
-                stop=token if stopped else None,
-                scheduled_at=sequence.scheduled_at,
-                cached_tokens=sequence.cached,
-            )
-        )
+        self._take(running, running.tokens.draw())
 
     def _landed(self, sequence_id: str, first_token: int) -> None:
-        if running := self._running.get(sequence_id):
-            running.forced = first_token
+        running = self._running.get(sequence_id)
+        if running is None:
+            return
+        if running.tokens.draw() != first_token:
+            running.fail()
+            return
         self._scheduler.landed(sequence_id)
+        self._take(running, first_token)
         self._wake.set()
+
+    def _take(self, running: Running, token: int) -> None:
+        if running.take(token):
+            # Its blocks stay until the reader of the outputs has seen the end.
+            self._scheduler.stop(running.sequence.sequence_id)
 
     def _received(self, result: HandoffResult) -> None:
         self._results.add(result)
@@ -246,7 +220,7 @@ class SimulatedEngine:
             for running in self._running.values():
                 handoff = running.request.handoff
                 if handoff is not None and handoff.handoff_id == result.handoff_id:
-                    running.outputs.put_nowait(EngineOutput([], "", finish_reason="error"))
+                    running.fail()
 
     def expect_handoff(self, handoff_id: str) -> None:
         self._results.expect(handoff_id)
@@ -267,7 +241,7 @@ class SimulatedEngine:
         ]
         for running in self._running.values():
             handoff, blocks = running.request.handoff, len(running.sequence.blocks)
-            if handoff is not None and running.forced is None and blocks:
+            if handoff is not None and not running.landed and blocks:
                 reason = "sending" if handoff.side == "prefill" else "reserved"
                 name = handoff.handoff_id
                 entry = PinnedKv(name, reason, blocks, blocks * per_block, handoff.expires_in)
@@ -290,4 +264,4 @@ class SimulatedEngine:
         if self._failed is not None and not self._failed.done() and not task.cancelled():
             self._failed.set_result(f"the simulated engine broke: {task.exception()!r}")
             for running in self._running.values():
-                running.outputs.put_nowait(EngineOutput([], "", finish_reason="error"))
+                running.fail()

@@ -90,10 +90,11 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def landed(self, sequence_id: str) -> None:
-        """The KV of a parked sequence is here: all but the last prompt token's counts."""
+        """The KV of a parked sequence's prompt is here, and its first token: the next step gives
+        it the second."""
         sequence = self._parked.pop(sequence_id, None)
         if sequence is not None:
-            sequence.computed = sequence.prompt - 1
+            sequence.computed, sequence.generated = sequence.prompt, 1
             self._name_blocks(sequence)
             self._running[sequence_id] = sequence
 
