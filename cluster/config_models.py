@@ -150,7 +150,7 @@ class ModelConfig(Section):
             raise ValueError(f"engine_args must not set {', '.join(taken)}: pdserve sets them")
         if "speculative_config" in self.engine_args:
             raise ValueError(
-                "engine_args.speculative_config: speculative decoding cannot be exact "
-                "with a handed-off first token and is refused"
+                "engine_args.speculative_config: speculative decoding is refused: what a drafter "
+                "knows of a prompt is not handed off"
             )
         return self

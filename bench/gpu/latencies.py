@@ -12,7 +12,7 @@ from bench.gpu.timing import Request
 
 Say = Callable[[str], None]
 WARM_UPS = 2
-SETTLE_SECONDS = 0.1
+SETTLE_SECONDS = 0.2
 """Between two requests, so that one's last step does not lie in the other's first."""
 
 
@@ -24,7 +24,7 @@ async def latencies(
     keep: Callable[[Sequence[Latency]], None],
     say: Say,
 ) -> dict[str, str]:
-    """The systems take turns with the same prompts, another one first in each round, because a card
+    """The systems take turns with the same prompts, in another order in each round, because a card
     that has just worked clocks lower; says why some were given up.
 
     Args:
@@ -37,8 +37,7 @@ async def latencies(
         taken: dict[str, list[Request]] = {system.name: [] for system, _ in systems}
         for run in range(WARM_UPS + runs):
             prompt = random_prompt(rng, length, vocab)
-            first = run % len(systems)
-            for system, tokens in [*systems[first:], *systems[:first]]:
+            for system, tokens in rng.sample(systems, len(systems)):
                 if system.name in broken:
                     continue
                 try:

@@ -89,7 +89,7 @@ class VllmEngine:
             os.environ["OMP_NUM_THREADS"] = str(self._threads)
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         else:
-            # The forced first token and the per-layer hooks are written for the V1 model runner.
+            # Going on behind first tokens and the per-layer hooks are written for the V1 runner.
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         try:
             self._kv_events.start()
@@ -145,7 +145,6 @@ class VllmEngine:
             # One backend for every guide: vLLM keeps the first one it was asked for, and xgrammar
             # takes regular expressions whose every token then costs seconds.
             "structured_outputs_config": {"backend": "guidance"},
-            "logits_processors": ["cluster.kv.first_token:FirstTokenProcessor"],
             **_processes(model.tensor_parallel_size),
             "scheduler_cls": "cluster.kv.connector.landings.make_scheduler",
             "worker_extension_cls": "cluster.kv.worker_extension.PdserveWorkerExtension",

@@ -10,11 +10,16 @@ from cluster.kv.handoff import HandoffResult
 
 @dataclass
 class Finished:
-    """Requests by the engine's ids: what vLLM calls KVConnectorTransferResults."""
+    """Requests by the engine's ids: what vLLM calls KVConnectorTransferResults.
+
+    Attributes:
+        first_tokens: of those of `recving` that have not failed.
+    """
 
     sending: set[str] = field(default_factory=set)
     recving: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
+    first_tokens: dict[str, int] = field(default_factory=dict)
 
 
 class Mailbox:
@@ -37,12 +42,15 @@ class Mailbox:
         with self._lock:
             self._finished.sending.add(request)
 
-    def received(self, request: str, *, failed: bool) -> None:
-        """The decode blocks of `request` are verified, or discarded."""
+    def received(self, request: str, first_token: int | None) -> None:
+        """The decode blocks of `request` are verified, and it goes on behind its first token; None:
+        they are discarded."""
         with self._lock:
             self._finished.recving.add(request)
-            if failed:
+            if first_token is None:
                 self._finished.failed.add(request)
+            else:
+                self._finished.first_tokens[request] = first_token
         self._received.set()
 
     def wait_received(self, seconds: float) -> None:
@@ -59,11 +67,11 @@ class Mailbox:
             finished, self._finished = self._finished, Finished()
             return finished
 
-    def take_landed(self) -> set[str]:
-        """Of the finished ones only the requests whose blocks are verified."""
+    def take_landed(self) -> dict[str, int]:
+        """Of the finished ones only the requests whose blocks are verified: their first tokens."""
         with self._lock:
-            landed = self._finished.recving - self._finished.failed
-            self._finished.recving -= landed
+            landed, self._finished.first_tokens = self._finished.first_tokens, {}
+            self._finished.recving -= landed.keys()
             return landed
 
     def take_granted(self) -> list[str]:

@@ -243,7 +243,8 @@ class Receiver:
             return
         self._ledger.unpin(reserve.handoff_id)
         self._mailbox.result(reservation.result(time.monotonic()))
-        self._mailbox.received(reserve.request, failed=bool(reservation.error))
+        landed = None if reservation.error else reservation.first_token
+        self._mailbox.received(reserve.request, landed)
 
 
 async def _read_off(inbound: Inbound) -> None:

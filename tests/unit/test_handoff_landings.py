@@ -95,19 +95,22 @@ def test_a_step_is_planned_with_what_has_landed(
     monkeypatch.setattr(
         Scheduler,
         "_update_from_kv_xfer_finished",
-        lambda self, output: seen.append(("landed", output.finished_recving)),
+        lambda self, output: seen.append(
+            (output.finished_recving, output.kv_connector_worker_meta.first_tokens)
+        ),
     )
     monkeypatch.setattr(Scheduler, "schedule", lambda self, throttle: seen.append("planned"))
     scheduler = landings.HandoffScheduler.__new__(landings.HandoffScheduler)
     scheduler.requests = {}
-    agent.mailbox.received("whole", failed=False)
-    agent.mailbox.received("broken", failed=True)
+    agent.mailbox.received("whole", 42)
+    agent.mailbox.received("broken", None)
     agent.mailbox.sent("pushed")
     scheduler.schedule()
     scheduler.schedule()
-    assert seen == [("landed", {"whole"}), "planned", "planned"]
+    assert seen == [({"whole"}, {"whole": 42}), "planned", "planned"]
     left = agent.mailbox.take_finished()
     assert (left.recving, left.failed, left.sending) == ({"broken"}, {"broken"}, {"pushed"})
+    assert not left.first_tokens
 
 
 @pytest.mark.parametrize(
@@ -135,11 +138,11 @@ def test_only_an_engine_whose_requests_all_wait_for_handoffs_waits(
 
 def test_a_wait_ends_with_what_comes_and_with_what_had_come() -> None:
     mailbox = Mailbox()
-    mailbox.received("before", failed=True)
+    mailbox.received("before", None)
     mailbox.wait_received(60)
-    threading.Timer(0.01, lambda: mailbox.received("meanwhile", failed=False)).start()
+    threading.Timer(0.01, lambda: mailbox.received("meanwhile", 7)).start()
     mailbox.wait_received(60)
-    assert mailbox.take_landed() == {"meanwhile"}
+    assert mailbox.take_landed() == {"meanwhile": 7}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from vllm.v1.request import RequestStatus
 
 from cluster.kv.connector import scheduler
 from cluster.kv.connector.scheduler import SchedulerSide
+from cluster.kv.connector.step import StepReport
 from cluster.kv.credit import CreditBook
 from cluster.kv.handoff import HandoffParams
 from cluster.kv.sender import Offer, Release
@@ -261,7 +262,7 @@ def test_starved_of_credit_a_prompt_waits_and_pins_nothing() -> None:
     assert engine.matched(first) == (0, False)
     assert engine.matched(second) == engine.matched(third) == (None, False)
     assert (engine.side.credit.ahead_bytes, engine.side.credit.waiting) == (200, 2)
-    engine.side.after_step(granted=["h-a"], sent_requests=[])
+    engine.side.after_step(StepReport({"h-a"}), sent_requests=[])
     assert engine.matched(second) == (0, False)  # a's bytes are decode's business now
     assert engine.matched(third) == (None, False)
 
@@ -270,7 +271,7 @@ def test_a_grant_of_its_own_lets_a_prompt_pass_whatever_the_limit() -> None:
     engine = Engine(limit=0)
     prompt = engine.add(request("prefill", "a", 8))
     assert engine.matched(prompt) == (None, False)
-    engine.side.after_step(granted=["h-a"], sent_requests=[])
+    engine.side.after_step(StepReport({"h-a"}), sent_requests=[])
     assert engine.matched(prompt) == (0, False)
     assert engine.matched(prompt) == (0, False)
 
@@ -283,7 +284,7 @@ def test_credit_comes_back_when_blocks_are_no_longer_pinned_and_not_before() -> 
     engine.step({"a": 8})
     assert engine.finish(first, 42)
     assert engine.matched(second) == (None, False)  # the engine is done with a, decode is not
-    engine.side.after_step(granted=[], sent_requests=["a"])
+    engine.side.after_step(StepReport(), sent_requests=["a"])
     assert engine.matched(second) == (0, False)
     engine.finish(second, status=RequestStatus.FINISHED_ABORTED)
     assert engine.side.credit.empty
@@ -300,27 +301,13 @@ def test_the_router_is_told_when_credit_changes() -> None:
     assert engine.side.stats() is None
 
 
-def test_the_last_token_of_a_prompt_that_came_over_is_kept_once() -> None:
-    """In the step that computes it again, and not when a preempted request is computed anew."""
+def test_a_first_token_is_known_once_any_rank_has_it_and_until_its_request_ends() -> None:
     engine = Engine()
     decode = engine.add(request("decode", "d", 11))
-    own = engine.add(Request("own", 11, None))
-    engine.matched(decode)
-    engine.allocate(decode, 11)
-    engine.allocate(own, 0)
-    assert engine.step().kept == ()
-    blocks = engine.blocks["d"]
-    step = engine.step({"d": 1, "own": 1}, new=[("d", blocks, 10), ("own", [7, 8, 9], 10)])
-    assert step.kept == (blocks[2] * BLOCK + 2,)
-    assert engine.step({"d": 1}, cached=[("d", None, 11, False)]).kept == ()
-    again = engine.step({"d": 11}, cached=[("d", blocks, 0, True)])
-    assert again.kept == ()
-
-
-def test_a_prompt_that_decode_computes_itself_is_written_whole() -> None:
-    engine = Engine()
-    decode = engine.add(request("decode", "d", 11))
-    assert engine.step({"d": 11}, new=[("d", [1, 2, 3], 0)]).kept == ()
-    engine.matched(decode)
-    engine.allocate(decode, 11)
-    assert engine.step({"d": 3}, new=[("d", [1, 2, 3], 8)]).kept == ()
+    report = StepReport({"h-x"}, {"d": 42}).aggregate(StepReport(set(), {"gone": 7}))
+    engine.side.after_step(report, sent_requests=[])
+    assert engine.side.first_token("d") == 42
+    engine.finish(decode, status=RequestStatus.FINISHED_ABORTED)
+    for name in ("d", "gone"):
+        with pytest.raises(KeyError):
+            engine.side.first_token(name)

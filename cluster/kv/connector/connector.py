@@ -11,10 +11,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
 )
-from vllm.forward_context import get_forward_context
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from cluster.kv.connector.kept import keep
 from cluster.kv.connector.scheduler import SchedulerSide
 from cluster.kv.connector.stats import HandoffStats
 from cluster.kv.connector.step import StepMetadata, StepReport
@@ -79,8 +77,6 @@ class PdserveConnector(KVConnectorBase_V1):
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepMetadata)
         self._worker.begin_step(connector_metadata)
-        if connector_metadata.kept:
-            keep(connector_metadata.kept, get_forward_context().slot_mapping)
 
     def clear_connector_metadata(self) -> None:
         super().clear_connector_metadata()
@@ -107,8 +103,7 @@ class PdserveConnector(KVConnectorBase_V1):
         self._worker.step_written()
 
     def build_connector_worker_meta(self) -> StepReport | None:
-        granted = self._worker.take_granted()
-        return StepReport(set(granted)) if granted else None
+        return self._worker.take_report()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         finished = self._worker.take_finished()
@@ -155,8 +150,13 @@ class PdserveConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         report = connector_output.kv_connector_worker_meta
-        granted = report.granted if isinstance(report, StepReport) else set()
-        self._sched.after_step(granted, connector_output.finished_sending or ())
+        if not isinstance(report, StepReport):
+            report = StepReport()
+        self._sched.after_step(report, connector_output.finished_sending or ())
+
+    def first_token(self, request_id: str) -> int:
+        """Of a decode request that has landed."""
+        return self._sched.first_token(request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         return self._sched.build(scheduler_output)

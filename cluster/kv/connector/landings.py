@@ -1,22 +1,27 @@
-"""vLLM's schedulers, which plan a step with what has landed by then.
+"""vLLM's schedulers, which plan a step with what has landed by then, and go on behind first tokens.
 
 As vLLM has it, a step's outcome says that a handoff has landed, and the request joins the first
 step that is planned after that outcome was looked at: on a GPU, where steps are planned one ahead,
-the second next.
+the second next. And what came over is a prompt, whose last token is computed once more for the
+first output. Here that is there already: it is counted as the request's, so that the first step
+computes the token and samples the second.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import KVConnectorOutput
-from vllm.v1.request import RequestStatus
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.outputs import KVConnectorOutput, LogprobsLists, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 
 from cluster.kv.connector.near import agent_nearby
+from cluster.kv.connector.step import StepReport
 
 WAIT_SECONDS = 0.002
 """An engine that has nothing to compute before something lands waits so long before it looks for
@@ -29,7 +34,10 @@ class _TakesLandings(Scheduler):
             if self._all_waits():
                 agent.mailbox.wait_received(WAIT_SECONDS)
             if landed := agent.mailbox.take_landed():
-                self._update_from_kv_xfer_finished(KVConnectorOutput(finished_recving=landed))
+                report = StepReport(first_tokens=landed)
+                self._update_from_kv_xfer_finished(
+                    KVConnectorOutput(finished_recving=set(landed), kv_connector_worker_meta=report)
+                )
         return super().schedule(throttle_prefills)
 
     def _all_waits(self) -> bool:
@@ -38,11 +46,57 @@ class _TakesLandings(Scheduler):
         return bool(self.requests) and all(r.status == waits for r in self.requests.values())
 
 
-class HandoffScheduler(_TakesLandings):
+class _GoesOn(_TakesLandings):
+    """A request's first output holds its first token and the one that was sampled here, as one
+    engine's would if it had sampled two at once: whoever reads outputs sees every token."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._untold: dict[str, int] = {}
+
+    def _update_waiting_for_remote_kv(self, request: Request) -> None:
+        name = request.request_id
+        if name not in self.failed_recving_kv_req_ids:
+            token: int = self.connector.first_token(name)
+            request.append_output_token_ids(token)
+            self._untold[name] = token
+            if not self.structured_output_manager.accept_tokens(request, [token]):
+                self.grammar_compile_error_reqs.add(name)  # ends it with an error
+        super()._update_waiting_for_remote_kv(request)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs: dict[int, EngineCoreOutputs]
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._untold:
+            for output in (each for some in outputs.values() for each in some.outputs):
+                if output.new_token_ids and output.request_id in self._untold:
+                    _put_first(output, self._untold.pop(output.request_id))
+            self._untold = {name: t for name, t in self._untold.items() if name in self.requests}
+        return outputs
+
+
+def _put_first(output: EngineCoreOutput, token: int) -> None:
+    """Its own logprobs went to the client with the first token, from prefill: what stands here for
+    them is dropped with the repeated token."""
+    output.new_token_ids = [token, *output.new_token_ids]
+    if output.new_logprobs is not None:
+        ids, logprobs, ranks, _ = output.new_logprobs
+        first = ids[:1].copy()
+        first[0, 0] = token
+        output.new_logprobs = LogprobsLists(
+            np.concatenate([first, ids]),
+            np.concatenate([logprobs[:1], logprobs]),
+            np.concatenate([ranks[:1], ranks]),
+        )
+
+
+class HandoffScheduler(_GoesOn):
     """Plans a step after the last one's outcome."""
 
 
-class AsyncHandoffScheduler(_TakesLandings, AsyncScheduler):
+class AsyncHandoffScheduler(_GoesOn, AsyncScheduler):
     """Plans one step ahead."""
 
 

@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from cluster.kv.connector.near import agent_nearby
 from cluster.kv.connector.stats import HandoffStats
-from cluster.kv.connector.step import StepMetadata
+from cluster.kv.connector.step import StepMetadata, StepReport
 from cluster.kv.credit import CreditBook
 from cluster.kv.handoff import HandoffParams
 from cluster.kv.reservation import Reserve
@@ -38,6 +38,7 @@ class _Decode:
     arrived_at: float
     local_tokens: int = 0
     reserved: bool = False
+    first_token: int | None = None
 
 
 class SchedulerSide:
@@ -77,13 +78,22 @@ class SchedulerSide:
         else:
             self._decodes[request.request_id] = _Decode(params, time.monotonic())
 
-    def after_step(self, granted: Iterable[str], sent_requests: Iterable[str]) -> None:
-        """Decode has room for these handoffs; these requests' blocks are pinned no more."""
-        for handoff_id in granted:
+    def after_step(self, report: StepReport, sent_requests: Iterable[str]) -> None:
+        """What the ranks say; these requests' blocks are pinned no more."""
+        for handoff_id in report.granted:
             self.credit.grant(handoff_id)
+        for request_id, token in report.first_tokens.items():
+            if decode := self._decodes.get(request_id):
+                decode.first_token = token
         for request_id in sent_requests:
             if handoff_id := self._unsent.pop(request_id, ""):
                 self.credit.end(handoff_id)
+
+    def first_token(self, request_id: str) -> int:
+        """Of a decode request that has landed."""
+        token = self._decodes[request_id].first_token
+        assert token is not None, "it has not landed"
+        return token
 
     def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """Prompt tokens that will come over, beyond those in the local prefix cache; None: not now.
@@ -140,7 +150,6 @@ class SchedulerSide:
         ]
         step = StepMetadata(
             allocated=tuple(self._allocated(output)),
-            kept=tuple(self._kept(output)),
             arrivals=tuple(self._arrivals),
             reserves=tuple(self._reserves),
             offers=tuple(offers),
@@ -163,18 +172,6 @@ class SchedulerSide:
             if cached.req_ids[i] in cached.resumed_req_ids:
                 shared = cached.num_computed_tokens[i] // self._block_size
             yield from blocks[0][shared:]
-
-    def _kept(self, output: SchedulerOutput) -> Iterable[int]:
-        """Where the last prompt token lies of requests whose whole prompt came over. Computed once
-        more in a step of another shape, its KV would be rounded otherwise than prefill's."""
-        for new in output.scheduled_new_reqs:
-            decode = self._decodes.get(new.req_id)
-            if decode is None or not decode.reserved:
-                continue
-            last = decode.params.num_tokens - 1
-            if new.num_computed_tokens == last:
-                block = new.block_ids[0][last // self._block_size]
-                yield block * self._block_size + last % self._block_size
 
     def _offer(self, prefill: _Prefill, scheduled: int) -> Offer | None:
         """The blocks this step completes; the prompt's last one also when it is partly filled."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -19,8 +19,6 @@ class StepMetadata(KVConnectorMetadata):
 
     Attributes:
         allocated: blocks that the step hands out.
-        kept: slots of the cache (block id times block size plus offset) that hold a prompt's last
-            token from prefill. The step computes that token again, for its logits only.
         arrivals: prefill requests that have come.
         reserves: decode requests that took blocks.
         offers: prompt blocks this step completes, in prefill requests.
@@ -30,7 +28,6 @@ class StepMetadata(KVConnectorMetadata):
     """
 
     allocated: tuple[int, ...] = ()
-    kept: tuple[int, ...] = ()
     arrivals: tuple[Arrival, ...] = ()
     reserves: tuple[Reserve, ...] = ()
     offers: tuple[Offer, ...] = ()
@@ -45,10 +42,12 @@ class StepReport(KVConnectorWorkerMetadata):
 
     Attributes:
         granted: handoffs that decode has room for, by any rank's word.
+        first_tokens: of decode requests that have landed on some rank.
     """
 
-    granted: set[str]
+    granted: set[str] = field(default_factory=set)
+    first_tokens: dict[str, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
-        return StepReport(self.granted | other.granted)
+        return StepReport(self.granted | other.granted, self.first_tokens | other.first_tokens)

@@ -11,9 +11,9 @@ import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from cluster.kv.agent import HandoffAgent
-from cluster.kv.connector import near
+from cluster.kv.connector import going_on, near
 from cluster.kv.connector.describe import describe
-from cluster.kv.connector.step import StepMetadata
+from cluster.kv.connector.step import StepMetadata, StepReport
 from cluster.kv.doorkeeper import Terms
 from cluster.kv.generations import Stamp
 from cluster.kv.handoff import HandoffResult
@@ -81,6 +81,7 @@ class WorkerSide:
         self._vllm_config = vllm_config
         self._layers: dict[str, int] = {}
         self._step = _Step()
+        self._first_tokens: dict[str, int] = {}
         self.agent: HandoffAgent | None = None
         self.layout: KvLayout | None = None
 
@@ -111,6 +112,7 @@ class WorkerSide:
             TransportOptions(**config.transport),
         )
         self.agent.start()
+        going_on.install()
         if geometry.ranks == 1:
             near.announce(self.agent)
 
@@ -206,13 +208,18 @@ class WorkerSide:
         self._step = _Step()
 
     def take_finished(self) -> Finished:
-        return self.agent.mailbox.take_finished() if self.agent else Finished()
+        finished = self.agent.mailbox.take_finished() if self.agent else Finished()
+        self._first_tokens |= finished.first_tokens
+        return finished
 
     def take_results(self) -> list[HandoffResult]:
         return self.agent.mailbox.take_results() if self.agent else []
 
-    def take_granted(self) -> list[str]:
-        return self.agent.mailbox.take_granted() if self.agent else []
+    def take_report(self) -> StepReport | None:
+        """None if there is nothing to say. What has finished is taken before."""
+        granted = self.agent.mailbox.take_granted() if self.agent else []
+        landed, self._first_tokens = self._first_tokens, {}
+        return StepReport(set(granted), landed) if granted or landed else None
 
     def stop(self) -> None:
         if self.agent is not None:

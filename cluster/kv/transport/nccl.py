@@ -32,8 +32,7 @@ from cluster.ticket import TicketSigner
 log = logging.getLogger(__name__)
 
 SLOT_BYTES = 16 << 20
-"""Payloads take as many in a row as they need, up to half of a link's memory: large ones take less
-of the engines' Python."""
+"""Payloads take as many in a row as they need."""
 FEWEST_SLOTS = 8
 """That a link is asked for, where it may have as many."""
 RETRY_SECONDS = 5.0
