@@ -35,7 +35,7 @@ class SequenceReport:
 
     Attributes:
         landed_at: every block had landed and was verified.
-        first_token_at: the first token came out; on decode, the forced one.
+        first_token_at: the first token came out; on decode, with the second.
         second_token_at: the first token that decode sampled itself.
     """
 
