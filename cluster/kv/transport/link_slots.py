@@ -19,8 +19,8 @@ from cluster.kv.transport.staging import Slot
 MAX_SLOTS = 1024
 """Of one link."""
 LARGEST_BYTES = 128 << 20
-"""Of a payload: large ones take less of the engines' Python, and while one crosses others are copied
-at either end."""
+"""Of a payload: large ones take less of the engines' Python, and while one crosses others are
+copied at either end."""
 ALIGNMENT = 64
 """Of slots: devices read and write payloads by the word."""
 
