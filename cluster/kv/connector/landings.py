@@ -54,6 +54,17 @@ class _GoesOn(_TakesLandings):
         super().__init__(*args, **kwargs)
         self._untold: dict[str, int] = {}
 
+    def _inflight_prefill_reserved_blocks(self) -> int:
+        """Blocks that a handoff leaves alone as it takes its own: also those that first tokens
+        will need behind prompts that fill their blocks, its own among them. Were they taken by what
+        is to land, and nothing ran that gives any back, all of it would wait for ever."""
+        waits = RequestStatus.WAITING_FOR_REMOTE_KVS
+        coming = [each for each in self._inflight_prefills if each.status == waits]
+        coming.append((self.kv_holding_waiting or self.waiting).peek_request())
+        behind = sum(each.num_prompt_tokens % self.block_size == 0 for each in coming)
+        reserved: int = super()._inflight_prefill_reserved_blocks()
+        return reserved + behind
+
     def _update_waiting_for_remote_kv(self, request: Request) -> None:
         name = request.request_id
         if name not in self.failed_recving_kv_req_ids:

@@ -1,0 +1,166 @@
+"""vLLM's own scheduler with what pdserve adds, in a cache so small that requests take it whole."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVTransferConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from cluster.kv.connector.landings import make_scheduler
+from cluster.kv.connector.step import StepReport
+from cluster.kv.handoff import HandoffParams
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "recall-tiny"
+BLOCK = 16
+FIRST, LATER = 7, 9
+
+
+class Engine:
+    """The scheduler, and a model that always says the same.
+
+    Args:
+        blocks: that requests can have.
+        ahead: it plans a step before it has seen the last one's outcome.
+    """
+
+    def __init__(self, blocks: int, ahead: bool = False) -> None:
+        self._ahead = ahead
+        config = VllmConfig(
+            model_config=ModelConfig(model=str(MODEL), dtype="float32", max_model_len=4 * BLOCK),
+            cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
+            scheduler_config=SchedulerConfig(
+                max_model_len=4 * BLOCK,
+                is_encoder_decoder=False,
+                max_num_batched_tokens=256,
+                async_scheduling=ahead,
+            ),
+            device_config=DeviceConfig("cpu"),
+            kv_transfer_config=KVTransferConfig(
+                kv_connector="PdserveConnector",
+                kv_connector_module_path="cluster.kv.connector",
+                kv_role="kv_both",
+                kv_load_failure_policy="fail",
+                kv_connector_extra_config={
+                    "worker_id": "decode",
+                    "incarnation": "decode-1",
+                    "model_digest": "",
+                    "max_ahead_bytes": 0,
+                    "transport": {},
+                },
+            ),
+        )
+        config.cache_config.num_gpu_blocks = blocks + 1  # vLLM keeps one for itself
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+        cache = KVCacheConfig(blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)])
+        self.scheduler: Any = make_scheduler(
+            config,
+            kv_cache_config=cache,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK,
+            hash_block_size=BLOCK,
+        )
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(BLOCK, partial(sha256))
+        self._planned: list[SchedulerOutput] = []
+        self.said: dict[str, list[int]] = {}
+
+    def ask(self, name: str, prompt: int, max_tokens: int = 4) -> None:
+        """A request that is handed off, with a prompt of its own of so many tokens."""
+        handoff = HandoffParams("decode", f"h-{name}", "ticket", prompt, 30.0)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            extra_args={"kv_transfer_params": handoff.to_dict()},
+        )
+        tokens = [ord(name)] * prompt
+        self.scheduler.add_request(Request(name, tokens, params, None, block_hasher=self._hasher))
+
+    def land(self) -> set[str]:
+        """All that has taken blocks and waits for its KV."""
+        waits = RequestStatus.WAITING_FOR_REMOTE_KVS
+        names = {each.request_id for each in self.scheduler.kv_holding_waiting}
+        names = {name for name in names if self.scheduler.requests[name].status == waits}
+        names -= self.scheduler.finished_recving_kv_req_ids
+        report = StepReport(first_tokens=dict.fromkeys(names, FIRST))
+        self.scheduler._update_from_kv_xfer_finished(
+            KVConnectorOutput(finished_recving=names, kv_connector_worker_meta=report)
+        )
+        return names
+
+    def step(self) -> SchedulerOutput:
+        planned: SchedulerOutput = self.scheduler.schedule()
+        self._planned.append(planned)
+        if len(self._planned) > self._ahead:
+            self._compute(self._planned.pop(0))
+        return planned
+
+    def _compute(self, planned: SchedulerOutput) -> None:
+        names = list(planned.num_scheduled_tokens)
+        came = self.scheduler.update_from_output(
+            planned,
+            ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: i for i, name in enumerate(names)},
+                sampled_token_ids=[[LATER] for _ in names],
+            ),
+        )
+        for output in (each for some in came.values() for each in some.outputs):
+            self.said.setdefault(output.request_id, []).extend(output.new_token_ids)
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "one ahead"])
+def ahead(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def test_prompts_that_fill_their_blocks_and_the_cache_go_on(ahead: bool) -> None:
+    """Behind each is the block of its first token: who has none, and no one runs, waits for ever."""
+    engine = Engine(blocks=6, ahead=ahead)
+    engine.ask("a", 3 * BLOCK)
+    engine.ask("b", 3 * BLOCK)
+    for _ in range(30):
+        engine.step()
+        engine.land()
+    assert engine.said == {name: [FIRST, LATER, LATER, LATER] for name in "ab"}
+    assert not engine.scheduler.requests and not engine.scheduler._untold
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_comes_ends(ahead: bool, seed: int) -> None:
+    """Of any length, with preemptions; nothing is lost, repeated or left behind."""
+    draw = random.Random(seed)
+    engine = Engine(blocks=6, ahead=ahead)
+    wanted = {}
+    for name in "abcdefghijklmnopqrst":
+        prompt, output = draw.choice((BLOCK, 2 * BLOCK, draw.randint(2, 30))), draw.randint(2, 32)
+        engine.ask(name, prompt, output)
+        wanted[name] = [FIRST, *[LATER] * (output - 1)]
+    preempted = 0
+    for _ in range(1000):
+        preempted += len(engine.step().preempted_req_ids or ())
+        if draw.random() < 0.5:
+            engine.land()
+        if not engine.scheduler.requests:
+            break
+    assert engine.said == wanted
+    assert preempted and not engine.scheduler._untold
