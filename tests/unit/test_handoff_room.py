@@ -134,7 +134,7 @@ def ahead(request: pytest.FixtureRequest) -> bool:
 
 
 def test_prompts_that_fill_their_blocks_and_the_cache_go_on(ahead: bool) -> None:
-    """Behind each is the block of its first token: who has none, and no one runs, waits for ever."""
+    """Behind each is its first token's block: who gets none where no one runs waits for ever."""
     engine = Engine(blocks=6, ahead=ahead)
     engine.ask("a", 3 * BLOCK)
     engine.ask("b", 3 * BLOCK)
