@@ -47,14 +47,16 @@ def state(computed: int, *outputs: int, generator: torch.Generator | None = None
     )
 
 
-def add(request: CachedRequestState, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def add(
+    request: CachedRequestState, monkeypatch: pytest.MonkeyPatch, fp64: bool = False
+) -> list[int]:
     """Its outputs as the model runner gets to know them."""
     seen: list[list[int]] = []
     monkeypatch.setattr(
         going_on, "_add_request", lambda batch, told: seen.append(list(told.output_token_ids)) or 0
     )
     monkeypatch.setattr(InputBatch, "add_request", InputBatch.add_request)  # is put back
-    going_on.install()
+    going_on.install(fp64)
     batch: Any = SimpleNamespace(vocab_size=VOCABULARY, device=torch.device("cpu"))
     assert InputBatch.add_request(batch, request) == 0
     return seen[0]
@@ -83,15 +85,16 @@ def test_nothing_goes_on_that_has_not_landed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("landed")
-def test_a_seeded_generator_has_drawn_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fp64", [False, True])
+def test_a_seeded_generator_has_drawn_for_it(fp64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def sampled(generator: torch.Generator) -> list[int]:
         logits = torch.linspace(0, 1, VOCABULARY)[None]
-        sampler = TopKTopPSampler()
+        sampler = TopKTopPSampler(use_fp64_gumbel=fp64)
         return [int(sampler(logits.clone(), {0: generator}, None, None)[0]) for _ in range(20)]
 
     current_platform.import_kernels()
     here = torch.Generator().manual_seed(7)
-    add(state(4, generator=here), monkeypatch)
+    add(state(4, generator=here), monkeypatch, fp64)
     assert sampled(here)[:19] == sampled(torch.Generator().manual_seed(7))[1:]
 
 

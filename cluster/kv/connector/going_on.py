@@ -8,7 +8,6 @@ words, the seeded generator's draws – finds the state it would have had in one
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,18 +20,23 @@ from cluster.kv.handoff import HandoffParams
 _add_request = InputBatch.add_request
 
 
-def install() -> None:
-    """From now on, in this process: vLLM has no place of its own for it."""
-    InputBatch.add_request = _add_request_that_goes_on
+def install(use_fp64_gumbel: bool) -> None:
+    """From now on, in this process: vLLM has no place of its own for it.
 
+    Args:
+        use_fp64_gumbel: the model's, of vLLM's configuration: its sampler draws more then.
+    """
+    sampler = TopKTopPSampler(use_fp64_gumbel=use_fp64_gumbel)
 
-def _add_request_that_goes_on(batch: InputBatch, request: CachedRequestState) -> int:
-    if goes_on(request):
-        request.output_token_ids.append(FIRST_TOKENS.get(_handoff(request).handoff_id))
-        if request.generator is not None:
-            draw(batch, request.generator)
-    index: int = _add_request(batch, request)
-    return index
+    def add_request_that_goes_on(batch: InputBatch, request: CachedRequestState) -> int:
+        if goes_on(request):
+            request.output_token_ids.append(FIRST_TOKENS.get(_handoff(request).handoff_id))
+            if request.generator is not None:
+                draw(sampler, batch, request.generator)
+        index: int = _add_request(batch, request)
+        return index
+
+    InputBatch.add_request = add_request_that_goes_on
 
 
 def goes_on(request: CachedRequestState) -> bool:
@@ -49,12 +53,7 @@ def _handoff(request: CachedRequestState) -> HandoffParams:
     return handoff
 
 
-def draw(batch: InputBatch, generator: torch.Generator) -> None:
+def draw(sampler: TopKTopPSampler, batch: InputBatch, generator: torch.Generator) -> None:
     """What the first token took of a seeded generator, by vLLM's own sampler: how much that is
     differs by device."""
-    _sampler()(torch.zeros(1, batch.vocab_size, device=batch.device), {0: generator}, None, None)
-
-
-@cache
-def _sampler() -> TopKTopPSampler:
-    return TopKTopPSampler()
+    sampler(torch.zeros(1, batch.vocab_size, device=batch.device), {0: generator}, None, None)

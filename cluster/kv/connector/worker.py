@@ -112,7 +112,7 @@ class WorkerSide:
             TransportOptions(**config.transport),
         )
         self.agent.start()
-        going_on.install()
+        going_on.install(self._vllm_config.model_config.use_fp64_gumbel)
         if geometry.ranks == 1:
             near.announce(self.agent)
 
