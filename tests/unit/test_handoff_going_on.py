@@ -116,13 +116,16 @@ def scheduler(accepts: bool = True) -> Any:
     made.structured_output_manager = _Manager(accepts)
     made.connector = SimpleNamespace(first_token=lambda name: 5)
     made.requests = {}
+    made.max_model_len = 100
     return made
 
 
 def land(made: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Its outputs by the time vLLM decides where it goes on."""
     outputs: list[int] = []
-    request = SimpleNamespace(request_id=name, append_output_token_ids=outputs.append)
+    request = SimpleNamespace(
+        request_id=name, append_output_token_ids=outputs.append, max_tokens=9, num_tokens=5
+    )
     seen: list[list[int]] = []
     monkeypatch.setattr(
         Scheduler, "_update_waiting_for_remote_kv", lambda self, told: seen.append(list(outputs))

@@ -21,6 +21,7 @@ from vllm.config import (
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -83,6 +84,7 @@ class Engine:
         self._hasher = get_request_block_hasher(BLOCK, partial(sha256))
         self._planned: list[SchedulerOutput] = []
         self.said: dict[str, list[int]] = {}
+        self.failed: set[str] = set()
 
     def ask(self, name: str, prompt: int, max_tokens: int = 4) -> None:
         """A request that is handed off, with a prompt of its own of so many tokens."""
@@ -126,6 +128,8 @@ class Engine:
         )
         for output in (each for some in came.values() for each in some.outputs):
             self.said.setdefault(output.request_id, []).extend(output.new_token_ids)
+            if output.finish_reason == FinishReason.ERROR:
+                self.failed.add(output.request_id)
 
 
 @pytest.fixture(params=[False, True], ids=["in turn", "one ahead"])
@@ -164,3 +168,19 @@ def test_whatever_comes_ends(ahead: bool, seed: int) -> None:
             break
     assert engine.said == wanted
     assert preempted and not engine.scheduler._untold
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [(20, 1), (4 * BLOCK - 1, 2)])
+def test_nothing_is_computed_behind_a_first_token_that_is_the_last(
+    ahead: bool, prompt: int, max_tokens: int
+) -> None:
+    """The router sends no such request; the model runner would die of one."""
+    engine = Engine(blocks=8, ahead=ahead)
+    engine.ask("a", prompt, max_tokens)
+    engine.ask("b", 4 * BLOCK - 2, 2)
+    for _ in range(10):
+        assert "a" not in engine.step().num_scheduled_tokens
+        engine.land()
+    assert engine.failed == {"a"} and engine.said == {"a": [], "b": [FIRST, LATER]}
+    assert not engine.scheduler.requests and not engine.scheduler._untold
+    assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 8

@@ -71,9 +71,14 @@ class _GoesOn(_TakesLandings):
             token: int = self.connector.first_token(name)
             request.append_output_token_ids(token)
             self._untold[name] = token
-            if not self.structured_output_manager.accept_tokens(request, [token]):
+            full = request.max_tokens < 2 or request.num_tokens >= self.max_model_len
+            if full or not self.structured_output_manager.accept_tokens(request, [token]):
                 self.grammar_compile_error_reqs.add(name)  # ends it with an error
         super()._update_waiting_for_remote_kv(request)
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        ready: bool = super()._handle_blocked_waiting_request(request)
+        return ready and request.request_id not in self.grammar_compile_error_reqs
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
