@@ -61,7 +61,7 @@ class _GoesOn(_TakesLandings):
         waits = RequestStatus.WAITING_FOR_REMOTE_KVS
         coming = [each for each in self._inflight_prefills if each.status == waits]
         coming.append((self.kv_holding_waiting or self.waiting).peek_request())
-        behind = sum(each.num_prompt_tokens % self.block_size == 0 for each in coming)
+        behind = sum(1 for each in coming if each.num_prompt_tokens % self.block_size == 0)
         reserved: int = super()._inflight_prefill_reserved_blocks()
         return reserved + behind
 
