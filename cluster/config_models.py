@@ -77,6 +77,13 @@ class WorkerPoolConfig(PoolConfig):
     ] = None
 
 
+_REFUSED = {
+    "speculative_config": "what a drafter knows of a prompt is not handed off",
+    "logits_processors": "what one knows of the first token is not handed off",
+}
+"""Engine arguments, and why not."""
+
+
 class ModelConfig(Section):
     """One model and its two pools."""
 
@@ -134,7 +141,7 @@ class ModelConfig(Section):
             "model",
             "kv_transfer_config",
             "kv_events_config",
-            "logits_processors",
+            "scheduler_cls",
             "dtype",
             "max_model_len",
             "block_size",
@@ -148,9 +155,7 @@ class ModelConfig(Section):
         }
         if taken := sorted(own & self.engine_args.keys()):
             raise ValueError(f"engine_args must not set {', '.join(taken)}: pdserve sets them")
-        if "speculative_config" in self.engine_args:
-            raise ValueError(
-                "engine_args.speculative_config: speculative decoding is refused: what a drafter "
-                "knows of a prompt is not handed off"
-            )
+        for name, why in _REFUSED.items():
+            if name in self.engine_args:
+                raise ValueError(f"engine_args.{name} is refused: {why}")
         return self

@@ -45,7 +45,12 @@ def load(folder: Path, text: str) -> Config:
         (GOOD + "router: {http_port: 1, http_port: 2}", ["http_port is there twice"]),
         (GOOD + "store: x", ["store: must be a section with fields of url, "]),
         ("models:\n- {name: m, path: p, engine_args: {block_size: 1}}", ["block_size"]),
-        ("models:\n- {name: m, path: p, engine_args: {speculative_config: {}}}", ["speculative"]),
+        (
+            "models:\n- {name: m, path: p, engine_args: {scheduler_cls: x}}",
+            ["scheduler_cls", "sets"],
+        ),
+        ("models:\n- {name: m, path: p, engine_args: {speculative_config: {}}}", ["a drafter"]),
+        ("models:\n- {name: m, path: p, engine_args: {logits_processors: []}}", ["first token"]),
         ("models:\n- {name: m, path: p, engine: simulated}", ["models.0", "max_model_len"]),
         ("models:\n- {name: m, path: p, decode: {replicas: -1}}", ["models.0.decode.replicas"]),
     ],

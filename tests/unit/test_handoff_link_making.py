@@ -50,7 +50,7 @@ class Grpc:
 
     async def open(self, peer: Peer, handoff_id: str) -> SimpleNamespace:
         self.opened += 1
-        return SimpleNamespace(transport="grpc", cancel=lambda: None)
+        return SimpleNamespace(transport="grpc", cancel=self.cancel)
 
     async def send(self, wire: bytes) -> None:
         self.said.append(wire)
@@ -105,6 +105,22 @@ async def test_as_many_links_as_there_may_be_stay_in_use() -> None:
         push.cancel()
         push.cancel()
     assert not any(link.closed or link.pushes for link in links)
+
+
+async def test_a_push_for_which_the_device_has_no_memory_leaves_no_stream_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = transport()
+    links = await fill(pool)
+
+    def no_memory(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(nccl, "NcclOutbound", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        await pool.open(peer(0), "a" * 32)
+    grpc: Any = pool._grpc
+    assert (grpc.opened, grpc.cancelled) == (1, 1) and not links[0].pushes
 
 
 @pytest.mark.parametrize("required", [False, True])

@@ -122,7 +122,11 @@ class NcclTransport:
         inner = await self._grpc.open(peer, handoff_id)
         if link is None:
             return inner
-        return NcclOutbound(inner, link, handoff_id, self._checksums)
+        try:
+            return NcclOutbound(inner, link, handoff_id, self._checksums)
+        except BaseException:  # its device had no memory
+            inner.cancel()
+            raise
 
     async def _link_to(self, peer: Peer) -> OutboundLink | None:
         """The link; None while there is none and gRPC will do. Raises HandoffRefused if not."""
