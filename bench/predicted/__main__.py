@@ -15,6 +15,9 @@ processes started without Ray; eight minutes, half of which the engines take to 
 bench.gpu_handoff needs, and the packages of the router, the store and their clients. --device cpu
 runs the same with a tiny model: that shows that the bench works, and measures nothing.
 
+The machine's own pace is measured at rest before the profile, after it and before each load, because
+a profile says nothing of an hour in which others take a part of the cores.
+
 What was measured is written after every load. --replay predicts a former run's loads anew, with the
 code that is here, and sends nothing.
 """
@@ -34,6 +37,7 @@ from pathlib import Path
 from bench.gpu.machine import cards, packages
 from bench.predicted.clients import Clients, Seen
 from bench.predicted.clusters import START_SECONDS, Cluster, demo, on_cards
+from bench.predicted.pace import Pace
 from bench.predicted.record import Load, Ran, Record, order
 from bench.predicted.rows import table
 from bench.predicted.setting import DEMO, GPUS, Setting
@@ -103,12 +107,14 @@ def measure(
     """All of it, or what there is time for."""
     say("starting the cluster")
     cluster.start(START_SECONDS)
+    pace = Pace()
     say("measuring the profile")
     wanted = profile.Wanted(
         config.models[0].path, record.ran.gpu, 1, "", setting.max_prompt, setting.max_batch,
         record.profile_path, shared=True,
     )  # fmt: skip
     profile.run(Terminal(), cluster.grpc_address, "", wanted, as_json=False)
+    pace.measure()
     worker = record.split().worker
     clients = Clients(
         setting.clients, cluster.grpc_address, config.models[0].name, record.ran.shape.vocab
@@ -119,6 +125,8 @@ def measure(
                 say(f"no time is left for {workload} at {share:.0%}")
                 continue
             rate = share * setting.bearable(worker, workload)
+            now = pace.measure()
+            record.about["pace at rest, after the profile and before each load"] = str(pace)
             seen = tuple(clients.measure(setting.arrivals(workload, rate)))
             if run == 0:
                 record.loads.append(Load(workload, rate, seen))
@@ -127,7 +135,7 @@ def measure(
                           if (load.workload, load.rate) == (workload, rate))  # fmt: skip
                 record.loads[at] = replace(record.loads[at], again=seen)
             record.save()
-            say(f"{workload} at {rate:.1f}/s: {told(seen)}")
+            say(f"{workload} at {rate:.1f}/s: {told(seen)}; the machine's pace was {now:.2f}")
     finally:
         clients.close()
 

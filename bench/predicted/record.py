@@ -61,7 +61,7 @@ class Record:
 
     def __init__(self, folder: Path, about: dict[str, str], ran: Ran) -> None:
         self._folder = folder
-        self._about = about
+        self.about = about
         self.ran = ran
         self.loads: list[Load] = []
 
@@ -84,10 +84,10 @@ class Record:
 
     def save(self) -> None:
         rows = self.rows()
-        facts = {"about": self._about, "ran": asdict(self.ran)}
+        facts = {"about": self.about, "ran": asdict(self.ran)}
         whole = {**facts, "rows": [asdict(row) for row in rows]}
         (self._folder / "results.json").write_text(json.dumps(whole, indent=1))
-        about = "".join(f"- {key}: {value}\n" for key, value in self._about.items())
+        about = "".join(f"- {key}: {value}\n" for key, value in self.about.items())
         (self._folder / "table.md").write_text(f"{about}\n{table(rows)}\n")
         with (self._folder / "requests.jsonl").open("w") as lines:
             for load in self.loads:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import models
+from bench.predicted import pace
 from bench.predicted.clients import Seen
 from bench.predicted.record import Load, Ran, Record, order
 from bench.predicted.rows import Row, Times, row_of, table
@@ -156,3 +157,15 @@ def test_a_made_up_tokenizer_has_the_whole_vocabulary(tmp_path: Path) -> None:
         tokenizer._pretrained.convert_tokens_to_ids(c) for c in ("G", "r", "Ã", "¼", "Ã", "Ł", "e")
     ]
     assert len(tokenizer._pretrained.decode(list(range(1024)), skip_special_tokens=True)) > 1024
+
+
+def test_the_pace_is_the_first_one_s_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.010, 0.0125, 0.008])
+    monkeypatch.setattr(pace, "_seconds", lambda: next(seconds))
+    found = pace.Pace()
+    assert [found.measure(), found.measure()] == pytest.approx([0.8, 1.25])
+    assert str(found) == "0.80 1.25"
+
+
+def test_a_machine_has_a_pace() -> None:
+    assert 0 < pace._seconds() < float("inf")
