@@ -15,8 +15,8 @@ processes started without Ray; eight minutes, half of which the engines take to 
 bench.gpu_handoff needs, and the packages of the router, the store and their clients. --device cpu
 runs the same with a tiny model: that shows that the bench works, and measures nothing.
 
-The machine's own pace is measured at rest before the profile, after it and before each load, because
-a profile says nothing of an hour in which others take a part of the cores.
+The machine's own pace is measured at rest before the profile, after it and before each load: a
+profile says nothing of an hour in which others take a part of the cores.
 
 What was measured is written after every load. --replay predicts a former run's loads anew, with the
 code that is here, and sends nothing.
