@@ -107,8 +107,9 @@ def _rate(results: Results) -> Bar:
     for raw in results.raw:
         found = next((row for row in results.agents if row.prompt == raw.prompt), None)
         if round(raw.mib) == RATE_MIB and found is not None:
-            share = found.gib_per_s / raw.gib_per_s
-            said = f"{share:.0%} ({found.gib_per_s:.1f} of {raw.gib_per_s:.1f} GiB/s)"
+            rate = found.took.gib_per_s
+            share = rate / raw.gib_per_s
+            said = f"{share:.0%} ({rate:.1f} of {raw.gib_per_s:.1f} GiB/s)"
             return Bar(name, limit, said, share >= RATE_SHARE)
     return Bar(name, limit, "not measured", None)
 

@@ -40,12 +40,11 @@ def _bars(results: Results) -> str:
 def _agents(results: Results) -> str:
     rows = []
     for row in results.agents:
-        raw = results.find_raw(row.prompt)
-        share = f"{row.gib_per_s / raw.gib_per_s:.0%}" if raw else ""
-        times = [f"{row.ms:.2f}", f"{row.gib_per_s:.1f}", share]
-        rows.append(
-            [str(row.prompt), f"{row.mib:.0f}", *times, f"{row.whole_ms:.2f}", f"{row.cpu_ms:.1f}"]
-        )
+        took, raw = row.took, results.find_raw(row.prompt)
+        share = f"{took.gib_per_s / raw.gib_per_s:.0%}" if raw else ""
+        moving = [f"{took.moving_ms:.2f}", f"{took.gib_per_s:.1f}", share]
+        whole = [f"{took.whole_ms:.2f}", f"{took.cpu_ms:.1f}"]
+        rows.append([str(row.prompt), str(took.mib), *moving, *whole])
     head = ["prompt", "MiB", "grant to landed ms", "GiB/s", "of raw"]
     return table([*head, "arrival to verdict ms", "CPU ms of both"], rows) if rows else ""
 

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from bench.gpu.timing import Request
+from bench.handoff.link_rate import LinkRate
 
 MIB = 1 << 20
 NEAR_TIE_NATS = 0.05
@@ -189,22 +190,10 @@ class Missing:
 class AgentSend:
     """The KV of a prompt from one agent to another, all of it there from the beginning and no
     engine beside: gather, checksums, transfer, scatter.
-
-    Attributes:
-        ms: from the grant to the last byte landed.
-        whole_ms: from the prompt's arrival at prefill to decode's verdict.
-        cpu_ms: of both agents.
     """
 
     prompt: int
-    mib: float
-    ms: float
-    whole_ms: float
-    cpu_ms: float
-
-    @property
-    def gib_per_s(self) -> float:
-        return self.mib / 1024 / self.ms * 1000
+    took: LinkRate
 
 
 @dataclass

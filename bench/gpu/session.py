@@ -170,10 +170,8 @@ class Session:
 
     async def _agents(self) -> None:
         sizes = [n * self._load.kv_bytes_per_token for n in self._load.prompts]
-        for prompt, row in zip(self._load.prompts, await agent_sends(sizes), strict=True):
-            self._results.agents.append(
-                AgentSend(prompt, row.mib, row.moving_ms, row.whole_ms, row.cpu_ms)
-            )
+        for prompt, took in zip(self._load.prompts, await agent_sends(sizes), strict=True):
+            self._results.agents.append(AgentSend(prompt, took))
 
     async def _latency(
         self, compared: Sequence[tuple[System, int]], reshaped: Sequence[System]

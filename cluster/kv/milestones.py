@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -68,16 +69,7 @@ class Milestones:
         if fence is None or _passed(fence):
             return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def settle(error: Exception | None) -> None:
-            if done.done():
-                return
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
-
-        self.then(fence, settle)
+        self.then(fence, partial(settle, done))
         await done
 
     def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -105,6 +97,16 @@ class Milestones:
         with self._lock:
             self._waiting = not self._told.empty()
             return self._told.get() if self._waiting else None
+
+
+def settle(done: asyncio.Future[None], error: Exception | None) -> None:
+    """It is done, or has failed; unless nobody waits for it any more."""
+    if done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
 
 
 def _passed(fence: Fence) -> bool:

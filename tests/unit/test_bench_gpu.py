@@ -30,6 +30,7 @@ from bench.gpu.results import (
 )
 from bench.gpu.steps import Round, summary
 from bench.gpu.timing import Crossing, Request
+from bench.handoff.link_rate import LinkRate
 from cluster.kv.handoff import HandoffResult
 
 GIB = 1 << 30
@@ -210,7 +211,7 @@ def good() -> Results:
     return Results(
         about={"date": "today"},
         raw=[RawSend(4096, 512, 1.5, 340)],
-        agents=[AgentSend(4096, 512, 1.8, 2.9, 6.0)],
+        agents=[AgentSend(4096, LinkRate("nccl", 512, 2.9, 1.8, 6.0))],
         latency=[
             latency(PREFILL, 100),
             latency(ONE, 101),
@@ -243,7 +244,7 @@ def test_nothing_measured_is_no_pass() -> None:
     [
         (0, {"latency": [latency(PREFILL, 100), latency(NCCL, 105.1)]}),
         (1, {"latency": [latency(NCCL, 100, Handoff(512, 9, 60, 5.1, 0))]}),
-        (2, {"agents": [AgentSend(4096, 512, 1.85, 2.9, 6.0)]}),
+        (2, {"agents": [AgentSend(4096, LinkRate("nccl", 512, 2.9, 1.85, 6.0))]}),
         (3, {"steps": [replace(good().steps[0], slowdown=0.031)]}),
         (4, {"latency": [latency(ONE, 1), replace(latency(NCCL, 1), second_ms=15.1)]}),
         (5, {"latency": [latency(GRPC, 1, Handoff(512, 250, 2, 88, 0.6))]}),

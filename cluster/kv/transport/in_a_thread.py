@@ -7,20 +7,14 @@ import contextlib
 import threading
 from collections.abc import Callable
 
+from cluster.kv.milestones import settle
+
 
 def in_a_thread(call: Callable[[], None]) -> asyncio.Future[None]:
     """In one of its own: what waits for a peer must not keep a thread from what ends that wait."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
     done.add_done_callback(lambda _: done.cancelled() or done.exception())  # may go unheard
-
-    def settle(error: Exception | None) -> None:
-        if done.done():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
 
     def run() -> None:
         error: Exception | None = None
@@ -29,7 +23,7 @@ def in_a_thread(call: Callable[[], None]) -> asyncio.Future[None]:
         except Exception as raised:
             error = raised
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(settle, error)
+            loop.call_soon_threadsafe(settle, done, error)
 
     threading.Thread(target=run, name="link", daemon=True).start()
     return done
