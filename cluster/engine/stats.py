@@ -1,11 +1,12 @@
-"""What vLLM's scheduler says of itself after each step, as far as a worker wants to know."""
+"""What vLLM says of itself: its scheduler after each step, and its metrics."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 
 from cluster.engine.results import HandoffResults
 from cluster.kv.handoff import HandoffResult
@@ -61,3 +62,17 @@ class _Tap(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""
+
+
+class EngineMetrics(PrometheusStatLogger):
+    """vLLM's own metrics, registered by one engine of a process at a time.
+
+    vLLM takes out of the process's registry what is there and registers its own, name by name: of
+    two engines that start at the same time one would find the other's names taken, and fail.
+    """
+
+    _registering = threading.Lock()
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
+        with self._registering:
+            super().__init__(vllm_config, engine_indexes)

@@ -34,7 +34,7 @@ from cluster.engine.protocol import (
 )
 from cluster.engine.results import HandoffResults
 from cluster.engine.sampling import to_vllm
-from cluster.engine.stats import FrontEndStats
+from cluster.engine.stats import EngineMetrics, FrontEndStats
 from cluster.errors import EngineFailed, InvalidRequest, PdserveError
 from cluster.kv.connector.worker import SECRET_ENV
 from cluster.kv.handoff import HandoffResult
@@ -119,7 +119,9 @@ class VllmEngine:
 
     def _open(self) -> AsyncLLM:
         return AsyncLLM.from_engine_args(
-            self._engine_args(), stat_loggers=[self._stats.logger], start_engine_loop=False
+            self._engine_args(),
+            stat_loggers=[self._stats.logger, EngineMetrics],
+            start_engine_loop=False,
         )
 
     def _engine_args(self) -> AsyncEngineArgs:
