@@ -55,7 +55,7 @@ def test_a_device_checksum_is_the_sum_of_weighted_words() -> None:
     assert summed(few, seed=seed, first=sequence) == (total + seed + 2**63) % 2**64
 
 
-@pytest.mark.parametrize("bit", range(64))
+@pytest.mark.parametrize("bit", [0, 31, 32, 50, 62, 63])
 @pytest.mark.parametrize("held", ["zeros", "anything"])
 def test_a_device_checksum_sees_the_same_bit_of_two_words(bit: int, held: str) -> None:
     """Changed in both, or moved from one to the other."""
