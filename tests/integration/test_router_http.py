@@ -326,9 +326,20 @@ async def test_the_timeout_header(cluster: Cluster, http: aiohttp.ClientSession)
     async with http.post("/v1/completions", json=body, headers=headers) as reply:
         assert reply.status == 504
         assert (await reply.json())["error"]["type"] == "timeout_error"
-    headers = {"X-Request-Timeout-Seconds": "soon"}
-    async with http.post("/v1/completions", json=body, headers=headers) as reply:
-        assert reply.status == 400
+    for no_time in ("soon", "nan", "0", "1e307"):
+        headers = {"X-Request-Timeout-Seconds": no_time}
+        async with http.post("/v1/completions", json=body, headers=headers) as reply:
+            assert reply.status == 400
+
+
+async def test_a_body_has_to_come_before_the_deadline(cluster: Cluster) -> None:
+    host, _, port = cluster.router.http_address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+    writer.write(head + b"X-Request-Timeout-Seconds: 0.2\r\n\r\n{")
+    said = await asyncio.wait_for(reader.readline(), TIMEOUT)
+    writer.close()
+    assert said.startswith(b"HTTP/1.1 504 ")
 
 
 async def test_a_slow_reader_is_cut_off(cluster: Cluster) -> None:
