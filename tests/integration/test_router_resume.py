@@ -428,6 +428,18 @@ async def test_a_stream_that_the_store_has_lost_goes_on(pair: Pair) -> None:
     assert not await pair.client.exists(*keys)
 
 
+@pytest.mark.parametrize("lose", ["delete", "rpop"])
+async def test_what_the_store_has_lost_of_a_stream_is_not_passed_over(
+    pair: Pair, lose: str
+) -> None:
+    await collect(pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT))
+    log = f"pdserve:{{{pair.config.name}}}:stream-log:default/r"
+    assert await getattr(pair.client, lose)(log)
+    code, message, _ = await refusal(pair.stub(1).Resume(resume("r"), timeout=TIMEOUT))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "expired" in message
+
+
 async def test_without_the_store(pair: Pair) -> None:
     pair.fakes.decode.script = slowly
     call = pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT)
