@@ -129,7 +129,12 @@ async def test_an_answer_goes_back_as_it_is_for_the_next_turn(client: openai.Asy
 
 
 async def test_openais_other_fields_may_be_left_out_by_name(http: aiohttp.ClientSession) -> None:
-    body = {"model": MODEL, "messages": HELLO, "max_tokens": 1, "tools": None, "tool_choice": None}
+    others = (
+        "tools tool_choice parallel_tool_calls functions function_call metadata store service_tier "
+        "reasoning_effort audio modalities moderation prediction prompt_cache_key "
+        "prompt_cache_options prompt_cache_retention safety_identifier verbosity web_search_options"
+    )
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 1, **dict.fromkeys(others.split())}
     async with http.post("/v1/chat/completions", json=body) as reply:
         assert reply.status == 200
     async with http.post("/v1/chat/completions", json={**body, "tools": []}) as reply:
@@ -185,6 +190,13 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "surprise": None}, "surprise", "not a field"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
     ({"prompt": "x", "stream_options": {}}, "stream_options", "needs stream"),
+    ({"prompt": "x", "stream": "yes"}, "stream", "boolean"),
+    (
+        {"prompt": "x", "stream": True, "stream_options": {"a": 1}},
+        "stream_options.a",
+        "not a field",
+    ),
+    ({"prompt": "x", "structured_outputs": {"regex": 1}}, "structured_outputs.regex", "string"),
     ({"prompt": "x", "request_id": "a b"}, "request_id", "128 characters"),
 ]
 
