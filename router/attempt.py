@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.errors import PdserveError
+from router.events import Output
 from router.output import Stage
 from router.placement import Plan, Target
 from router.tokens import Source
@@ -27,6 +28,7 @@ class Attempt:
         base: tokens of the completion that were part of the prompt; workers count after them.
         sent_before: tokens that the client had when it began.
         decode_error: decode's failure while prefill has yet to answer.
+        held: what decode has sent meanwhile, if that needs prefill's answer before it.
     """
 
     sequence_id: str = ""
@@ -34,6 +36,7 @@ class Attempt:
     base: int = 0
     sent_before: int = 0
     decode_error: PdserveError | None = None
+    held: list[Output] = field(default_factory=list)
 
     def leg(self, sequence_id: str, stage: Stage) -> Leg | None:
         """The part that is still going on; None if it is of another attempt or has ended."""

@@ -6,7 +6,8 @@
     gives way to RECEIVED.
 
 Prefill and decode work on it at once under one sequence id. Prefill answers once, with the first
-token; decode's stream begins with the same token. Whichever comes first is sent.
+token; decode's stream begins with the same token. Whichever comes first is sent – but the first
+token's logprobs are known to prefill alone: where they are asked for, decode's output waits for it.
 
 A worker may be lost after tokens were sent: the next attempt goes on at the next offset, in one of
 the ways of `router.replay`, or the completion fails where none is exact.
@@ -153,11 +154,32 @@ class Completion:
         ]
 
     def _output(self, now: float, event: Output) -> list[Effect]:
-        leg = self._attempt.leg(event.sequence_id, event.stage)
+        attempt = self._attempt
+        leg = attempt.leg(event.sequence_id, event.stage)
         if leg is None:
             return []
-        if self._attempt.base:
-            event = event._replace(offset=event.offset + self._attempt.base)
+        if attempt.base:
+            event = event._replace(offset=event.offset + attempt.base)
+        if self._needs_prefill(event):
+            attempt.held.append(event)
+            return []
+        effects = self._take(now, event, leg)
+        if event.stage is Stage.PREFILL:
+            for each in attempt.held:
+                if decode := self._attempt.leg(each.sequence_id, each.stage):
+                    effects += self._take(now, each, decode)
+        return effects
+
+    def _needs_prefill(self, event: Output) -> bool:
+        """It is decode's, and the client cannot have it before what prefill has yet to answer."""
+        attempt = self._attempt
+        prefill = attempt.legs.get(Stage.PREFILL)
+        if event.stage is not Stage.DECODE or prefill is None or prefill.ended:
+            return False
+        unknown = bool(event.logprobs) and not event.logprobs[0].known
+        return bool(attempt.held) or (unknown and self._sent.count <= event.offset)
+
+    def _take(self, now: float, event: Output, leg: Leg) -> list[Effect]:
         finish = self._finish_reason(event)
         try:
             if event.stage is Stage.PREFILL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,6 +40,11 @@ class TokenLogprobs:
 
     sampled: Logprob
     top: tuple[Logprob, ...] = ()
+
+    @property
+    def known(self) -> bool:
+        """Not so for the first token as decode repeats it: prefill sampled it, and tells them."""
+        return not math.isnan(self.sampled.logprob)
 
 
 class Delta(NamedTuple):

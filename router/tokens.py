@@ -68,6 +68,9 @@ class SentTokens:
         known = self._tokens[output.offset : output.offset + repeated]
         if repeated and known != array("I", output.token_ids[:repeated]):
             raise Contradiction(f"other tokens than were sent from offset {output.offset}")
+        logprobs = output.logprobs[repeated:]
+        if logprobs and not logprobs[0].known:
+            raise Contradiction("a token without its logprobs, which another worker was to tell")
         text = self._new_text(output.text, source.chars)
         source.tokens += len(output.token_ids)
         source.chars += len(output.text)
@@ -79,7 +82,7 @@ class SentTokens:
             self.count,
             token_ids,
             text,
-            output.logprobs[repeated:],
+            logprobs,
             finish,
             output.stop if finish else None,
             self.chars,

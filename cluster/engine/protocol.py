@@ -66,7 +66,10 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's log-probability; rank 1 is the most likely of the vocabulary."""
+    """A token's log-probability; rank 1 is the most likely of the vocabulary.
+
+    NaN and rank 0: not known here, of the first token behind which decode goes on.
+    """
 
     token_id: int
     logprob: float

@@ -198,4 +198,16 @@ def test_there_is_a_row_of_logprobs_for_each_token(monkeypatch: pytest.MonkeyPat
     assert output.new_logprobs is not None
     assert output.new_logprobs.logprob_token_ids.tolist() == [[5, 8], [6, 8]]
     assert output.new_logprobs.logprobs[1].tolist() == [-1.0, -2.0]
-    assert output.new_logprobs.sampled_token_ranks.tolist() == [1, 1]
+    assert output.new_logprobs.sampled_token_ranks.tolist() == [0, 1]
+
+
+def test_decode_does_not_make_up_the_first_tokens_logprobs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = scheduler()
+    land(made, "a", monkeypatch)
+    rows = LogprobsLists(np.array([[6, 8]]), np.array([[-1.0, -2.0]]), np.array([1]))
+    output = EngineCoreOutput(request_id="a", new_token_ids=[6], new_logprobs=rows)
+    after_step(made, monkeypatch, output)
+    assert output.new_logprobs is not None
+    assert np.isnan(output.new_logprobs.logprobs[0]).all()

@@ -94,8 +94,7 @@ class _GoesOn(_TakesLandings):
 
 
 def _put_first(output: EngineCoreOutput, token: int) -> None:
-    """Its own logprobs went to the client with the first token, from prefill: what stands here for
-    them is dropped with the repeated token."""
+    """Its logprobs are prefill's to tell: what stands here for them is no number."""
     output.new_token_ids = [token, *output.new_token_ids]
     if output.new_logprobs is not None:
         ids, logprobs, ranks, _ = output.new_logprobs
@@ -103,8 +102,8 @@ def _put_first(output: EngineCoreOutput, token: int) -> None:
         first[0, 0] = token
         output.new_logprobs = LogprobsLists(
             np.concatenate([first, ids]),
-            np.concatenate([logprobs[:1], logprobs]),
-            np.concatenate([ranks[:1], ranks]),
+            np.concatenate([np.full_like(logprobs[:1], np.nan), logprobs]),
+            np.concatenate([np.zeros_like(ranks[:1]), ranks]),
         )
 
 
