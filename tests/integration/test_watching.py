@@ -106,12 +106,13 @@ async def test_credentials_tls_and_refusals(tmp_path: Path) -> None:
     settings = config(router={"tls": tls}, tenants=[tenant])
     ca = str(tmp_path / "ca.crt")
     async with simulated_cluster(tmp_path / "store", ROLES, settings) as cluster:
-        bench = await started(
-            "bench", "--address", f"127.0.0.1:1,{cluster.router.grpc_address}",  # the first is dead
-            "--concurrency=1", "--warm-up=0",
-            "--requests=4", "--prompt-tokens=16-32", "--output-tokens=2", "--json",
-            PDSERVE_CA_FILE=ca, PDSERVE_TOKEN=TOKEN,
+        at = f"127.0.0.1:1,{cluster.router.grpc_address}"  # the first is dead
+        small = (
+            "bench", "--address", at, "--concurrency=1", "--warm-up=0", "--prompt-tokens=16-32",
+            "--output-tokens=2", "--json",
         )  # fmt: skip
+        shown = {"PDSERVE_CA_FILE": ca, "PDSERVE_TOKEN": TOKEN}
+        bench = await started(*small, "--requests=4", "--may-fail=0.25", **shown)
         wrong = await started(
             "bench", "--address", cluster.router.grpc_address,
             PDSERVE_CA_FILE=ca, PDSERVE_TOKEN="another",
@@ -124,6 +125,10 @@ async def test_credentials_tls_and_refusals(tmp_path: Path) -> None:
         (reason,) = run["reasons"]
         assert reason["end"] == "refused" and "requests per second" in reason["reason"]
         assert run["targets_seconds"] is None  # they are the operator's to tell
+        none_left = await started(*small, "--requests=1", **shown)
+        out, err = await ended(none_left)
+        assert (none_left.returncode, "no request was served" in err) == (1, True)
+        assert json.loads(out)["runs"][0]["requests"]["refused"] == 1
         _, err = await ended(wrong)
         assert (wrong.returncode, "PDSERVE_TOKEN" in err) == (1, True)
 
