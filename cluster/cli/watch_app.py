@@ -98,7 +98,9 @@ def add_watching(
         may_fail: Annotated[
             float,
             typer.Option(
-                min=0, max=1, help="Share of a load's requests; if more are refused or fail: exit 1."
+                min=0,
+                max=1,
+                help="Share of a load's requests; if more are refused or fail: exit 1.",
             ),
         ] = 0.0,
         name: Name = None,
