@@ -9,8 +9,8 @@ from router.placement import Candidate, Target
 from router.placer import Explained
 
 
-def explain_response(explained: Iterable[Explained]) -> operator_pb2.ExplainResponse:
-    return operator_pb2.ExplainResponse(decisions=map(_decision, explained))
+def explain_response(tenant: str, explained: Iterable[Explained]) -> operator_pb2.ExplainResponse:
+    return operator_pb2.ExplainResponse(tenant=tenant, decisions=map(_decision, explained))
 
 
 def _decision(explained: Explained) -> operator_pb2.PlacementDecision:

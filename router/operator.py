@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from cluster.errors import NotFound, PdserveError
+from cluster.errors import InvalidRequest, NotFound, PdserveError
 from cluster.rpc.call import Call
 from cluster.store.plans import Plans
 from cluster.store.records import RouterRecord, WorkerRecord
@@ -87,10 +87,15 @@ class OperatorServicer(SteeringServicer):
     ) -> operator_pb2.ExplainResponse:
         self._tenants.check_operator(shown_by(call))
         refuse_unknown_fields(request)
-        explained = self._placer.explain(check_request_id(request.request_id))
-        if not explained:
-            raise NotFound(f"this router does not remember a request {request.request_id}")
-        return explain_response(explained)
+        by_tenant = self._placer.explain(check_request_id(request.request_id), request.tenant)
+        if not by_tenant:
+            of = f" of {request.tenant}" if request.tenant else ""
+            raise NotFound(f"this router does not remember a request {request.request_id}{of}")
+        if len(by_tenant) > 1:
+            tenants = ", ".join(sorted(by_tenant))
+            raise InvalidRequest("tenant", f"{tenants} each have a request of that id: name one")
+        ((tenant, explained),) = by_tenant.items()
+        return explain_response(tenant, explained)
 
     async def _waiting(self, registered: set[str]) -> list[operator_pb2.WorkerStatus]:
         """Those that are wanted and have not registered; none while the store is out."""

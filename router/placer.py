@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from cluster.clock import Clock
 from cluster.config import TargetsConfig
@@ -45,6 +46,7 @@ class Explained:
 class _Placed:
     """A request's decisions; the last of an index is the one that counts."""
 
+    tenant: str
     request_id: str
     explained: list[Explained] = field(default_factory=list)
     shares: dict[int, dict[Stage, Share]] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Placer:
         self._metrics = metrics
         self._clock = clock
         self._requests: dict[str, _Placed] = {}
-        self._ended: OrderedDict[str, tuple[Explained, ...]] = OrderedDict()
+        self._ended: OrderedDict[str, _Placed] = OrderedDict()
 
     def set_targets(self, targets: TargetsConfig) -> None:
         """Other ones, for what is placed from now on."""
@@ -101,7 +103,8 @@ class Placer:
         self._fleet.tick(now)
         decision = self._placement.place(now, demand)
         if isinstance(decision, Decision):
-            placed = self._requests.setdefault(key, _Placed(generation.request_id))
+            new = _Placed(generation.tenant, generation.request_id)
+            placed = self._requests.setdefault(key, new)
             output = self._fleet.expected_output(generation.model, generation.max_tokens)
             placed.shares[place.index] = shares_of(
                 decision.chosen, prompt, output, demand.tpot_seconds
@@ -143,16 +146,23 @@ class Placer:
                     shares = placed.shares[report.index]
                     after = self._learn(generation, decided, shares, report)
                     explained[explained.index(decided)] = after
-        self._ended[generation.request_id] = tuple(explained)
+        placed.shares.clear()
+        self._ended[key] = placed
+        self._ended.move_to_end(key)
         if len(self._ended) > EXPLAINED_REQUESTS:
             self._ended.popitem(last=False)
 
-    def explain(self, request_id: str) -> tuple[Explained, ...]:
-        """Why a request that runs or ended of late was placed so; empty if it is not known."""
-        if (ended := self._ended.get(request_id)) is not None:
-            return ended
-        running = (p for p in self._requests.values() if p.request_id == request_id)
-        return tuple(next(running, _Placed("")).explained)
+    def explain(self, request_id: str, tenant: str = "") -> dict[str, tuple[Explained, ...]]:
+        """Why requests of that id that run or ended of late were placed so, by tenant.
+
+        Args:
+            tenant: whose is asked for; empty: everyone's.
+        """
+        return {
+            placed.tenant: tuple(placed.explained)
+            for placed in chain(self._ended.values(), self._requests.values())  # The latest counts.
+            if placed.request_id == request_id and tenant in ("", placed.tenant)
+        }
 
     def _learn(
         self,

@@ -7,7 +7,7 @@ import gc
 import math
 import secrets
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -60,6 +60,7 @@ class Wanted:
     own_targets: bool = False
     seed: int = 1
     timeout: float = 60.0
+    may_fail: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest where options contradict each other."""
@@ -74,7 +75,7 @@ class Wanted:
             raise InvalidRequest("trace", "it has the lengths and the prefixes of its requests")
         if self.own_targets and not self.slo:
             raise InvalidRequest("own-targets", "give them: --slo ttft=…,tpot=…")
-        for name in ("burstiness", "timeout", "speed", "seconds", "warm_up"):
+        for name in ("burstiness", "timeout", "speed", "seconds", "warm_up", "may_fail"):
             value, most = getattr(self, name), MOST.get(name, math.inf)
             if value is not None and not (math.isfinite(value) and value <= most):
                 told = f"at most {most:g}" if name in MOST else "a number"
@@ -89,7 +90,7 @@ def run(
     wanted: Wanted,
     as_json: bool,
 ) -> int:
-    """Exits 1 if nothing was served.
+    """Exits 1 if nothing was served, or if more than `may_fail` of a load was refused or failed.
 
     Args:
         addresses: of routers; empty: of all that the cluster has.
@@ -109,7 +110,29 @@ def run(
         show(terminal.for_tables, bench.addresses, bench.model, runs)
     if any(each.interrupted for each in runs):
         return EXIT_INTERRUPTED
-    return EXIT_OK if any(each.count("ok") for each in runs) else EXIT_FAILED
+    if wrong := shortfall(runs, wanted.may_fail):
+        terminal.err.print(wrong, markup=False)
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+def shortfall(runs: Sequence[Run], may_fail: float) -> str:
+    """What is wrong with the runs as a whole, in words; empty: nothing is.
+
+    Args:
+        may_fail: the share of each run's requests that may be refused or fail.
+    """
+    if not any(run.count("ok") for run in runs):
+        return "no request was served"
+    over = [run for run in runs if run.unserved_share > may_fail]
+    if not over:
+        return ""
+    worst = max(over, key=lambda run: run.unserved_share)
+    where = f" in {len(over)} of {len(runs)} loads" if len(runs) > 1 else ""
+    return (
+        f"more was refused or failed{where} than --may-fail lets pass, {may_fail:.2%}: "
+        f"{worst.unserved_share:.2%} of {len(worst.seen)} requests"
+    )
 
 
 class Bench:

@@ -161,6 +161,12 @@ class Run:
     def count(self, end: str) -> int:
         return sum(each.end == end for each in self.seen)
 
+    @property
+    def unserved_share(self) -> float:
+        """Of the requests that came, those that were refused or failed; 0 of none."""
+        unserved = len(self.seen) - self.count("ok")
+        return unserved / len(self.seen) if self.seen else 0.0
+
     def per_second(self, count: float) -> float:
         return count / self.seconds if self.seconds > 0 else 0.0
 

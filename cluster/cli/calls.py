@@ -101,14 +101,15 @@ class RouterView:
     """A router. Names as in operator.proto.
 
     Attributes:
-        queued_requests, lately: of the router that answered; of others empty and None.
+        running_requests, queued_requests, lately: of a router that answered for itself; of others
+            None and empty.
     """
 
     router_id: str
     grpc_address: str
     http_address: str
     operator_address: str
-    running_requests: int
+    running_requests: int | None
     queued_requests: dict[str, int] = field(default_factory=dict)
     lately: ServedLately | None = None
 
@@ -192,7 +193,7 @@ async def cluster_view(
             r.grpc_address,
             r.http_address,
             r.operator_address,
-            r.running_requests,
+            r.running_requests if r.HasField("running_requests") else None,
             dict(r.queued_requests),
             _lately(r.lately) if r.HasField("lately") else None,
         )

@@ -47,9 +47,9 @@ async def decisions(to: grpc.aio.Channel, model: str, limit: int) -> list[Values
     return list(_values(reply)["decisions"])
 
 
-async def placements(to: grpc.aio.Channel, request_id: str) -> list[Values]:
+async def placements(to: grpc.aio.Channel, request_id: str, tenant: str) -> list[Values]:
     """Explain: why a request was placed so. Raises PdserveError."""
-    request = operator_pb2.ExplainRequest(request_id=request_id)
+    request = operator_pb2.ExplainRequest(request_id=request_id, tenant=tenant)
     with grpc_errors():
         reply = await _stub(to).Explain(request, timeout=STATUS_SECONDS)
     return list(_values(reply)["decisions"])

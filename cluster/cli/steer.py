@@ -64,9 +64,9 @@ class Steering:
             self._terminal.out.print("nothing has been decided yet", markup=False)
         return EXIT_OK
 
-    def explain_request(self, request_id: str) -> int:
+    def explain_request(self, request_id: str, tenant: str = "") -> int:
         """Where each completion of a request was placed, against what else."""
-        found = self._ask(lambda to: calls.placements(to, request_id))
+        found = self._ask(lambda to: calls.placements(to, request_id, tenant))
         if self._as_json:
             self._terminal.json(found)
             return EXIT_OK

@@ -53,6 +53,9 @@ def add_steering(app: typer.Typer, terminal: Terminal, where: Where, token: Wher
             str, typer.Argument(help="A request's id: why it was placed so. Unset: the planner.")
         ] = "",
         model: Model = "",
+        tenant: Annotated[
+            str, typer.Option(help="Whose request, where several have one of that id.")
+        ] = "",
         limit: Annotated[int, typer.Option(min=1, max=500, help="Decisions.")] = 10,
         name: Name = None,
         address: Address = None,
@@ -60,7 +63,9 @@ def add_steering(app: typer.Typer, terminal: Terminal, where: Where, token: Wher
     ) -> None:
         """Why the pools are as they are: the latest decisions, with their reasons."""
         steering = to(address, name, as_json)
-        _exit(steering.explain_request(request) if request else steering.explain_plan(model, limit))
+        if request:
+            _exit(steering.explain_request(request, tenant))
+        _exit(steering.explain_plan(model, limit))
 
     @app.command()
     def scale(

@@ -1,4 +1,4 @@
-"""What `pdserve top` sees: one look after another at the cluster and at each of its routers."""
+"""What `pdserve top` and `pdserve status` see: looks at the cluster and at each of its routers."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ class Watcher:
     Args:
         address: of a router's Operator API; when it goes away, others that it named are asked.
         token: of the operator, where PDSERVE_TOKEN is not set.
+        seconds: within which a router answers about the cluster; None: LOOK_SECONDS.
     """
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, token: str, seconds: float | None = None) -> None:
         self._token = token
+        self._seconds = seconds
         self._known = [address]
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -78,7 +80,7 @@ class Watcher:
         failure: PdserveError = Unavailable("no router answers")
         for address in list(self._known):
             try:
-                view = await cluster_view(self._channel(address), LOOK_SECONDS)
+                view = await cluster_view(self._channel(address), self._seconds or LOOK_SECONDS)
             except (Unavailable, DeadlineExceeded) as error:
                 failure = error
                 await self._give_up(address)

@@ -129,7 +129,8 @@ def _routers(routers: tuple[Router, ...], wide: bool) -> Table:
         view, lately = router.view, router.view.lately
         cells: tuple[str, ...] = (_NONE,) * len(columns)
         if not router.silent:
-            cells = (str(view.running_requests), str(router.queued))
+            running = view.running_requests
+            cells = (_NONE if running is None else str(running), str(router.queued))
             if lately is None or not lately.requests:
                 cells += (_NONE,) * 4
             else:

@@ -87,7 +87,8 @@ class Frame:
 
     @property
     def running_requests(self) -> int:
-        return sum(router.view.running_requests for router in self.routers)
+        """Of the routers that answered."""
+        return sum(router.view.running_requests or 0 for router in self.routers)
 
     @property
     def queued_requests(self) -> int:

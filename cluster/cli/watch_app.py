@@ -95,11 +95,23 @@ def add_watching(
         model: Annotated[str, typer.Option(help="Unset: the first.")] = "",
         timeout: Annotated[float, typer.Option(min=0.1, help="A request's deadline.")] = 60.0,
         seed: Annotated[int, typer.Option(min=0, help="Of arrivals, lengths and prompts.")] = 1,
+        may_fail: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                max=1,
+                help="Share of a load's requests; if more are refused or fail: exit 1.",
+            ),
+        ] = 0.0,
         name: Name = None,
         address: Router = None,
         as_json: Json = False,
     ) -> None:
-        """Load a cluster that runs, and say what it served. The tenant is that of PDSERVE_TOKEN."""
+        """Load a cluster that runs, and say what it served. The tenant is that of PDSERVE_TOKEN.
+
+        Exits 0 if every request was served, 1 if one was refused or failed (see --may-fail) or none
+        came, 130 after Ctrl-C.
+        """
         from cluster.cli import bench as command
         from cluster.cli.bench_load import parse_lengths, parse_rates
 
@@ -121,6 +133,7 @@ def add_watching(
             own_targets=own_targets,
             seed=seed,
             timeout=timeout,
+            may_fail=may_fail,
         )
         given = tuple(filter(None, (address or "").split(",")))
         routers = tuple(where(each, name) for each in given)

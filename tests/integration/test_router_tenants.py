@@ -131,6 +131,41 @@ async def test_a_request_id_belongs_to_its_tenant(cluster: Cluster, stub: Any) -
     assert (await collect(calls[1]))[-1].HasField("completed")
 
 
+async def test_the_operator_is_told_whose_request_it_is_and_tenants_nothing(
+    stub: Any, channel: grpc.aio.Channel
+) -> None:
+    used = {}
+    for tenant, text in (("first", "hi"), ("second", "hi, again")):
+        request = ask(text)
+        request.request_id = "mine"
+        done = await collect(stub.Generate(request, timeout=TIMEOUT, metadata=metadata(tenant)))
+        used[tenant] = [done[-1].completed.usage.prompt_tokens]
+    assert used["first"] < used["second"]
+    explain = operator_pb2_grpc.OperatorStub(channel).Explain
+    own = (("authorization", f"Bearer {SIGNER.call_token()}"),)
+
+    async def refused(about: operator_pb2.ExplainRequest, shown: Any) -> tuple[Any, str]:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await explain(about, timeout=TIMEOUT, metadata=shown)
+        return error.value.code(), error.value.details() or ""
+
+    of = {
+        tenant: operator_pb2.ExplainRequest(request_id="mine", tenant=tenant)
+        for tenant in ("first", "second", "third", "")
+    }
+    for about in of.values():
+        assert (await refused(about, metadata("first")))[0] is grpc.StatusCode.UNAUTHENTICATED
+    code, said = await refused(of[""], own)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and "first, second each have" in said
+    assert (await refused(of["third"], own))[0] is grpc.StatusCode.NOT_FOUND
+    prompts = {}
+    for tenant in TOKENS:
+        why = await explain(of[tenant], timeout=TIMEOUT, metadata=own)
+        assert why.tenant == tenant
+        prompts[tenant] = [decision.prompt_tokens for decision in why.decisions]
+    assert prompts == used
+
+
 async def test_over_the_limit(stub: Any) -> None:
     for _ in range(2):
         await collect(stub.Generate(ask(), timeout=TIMEOUT, metadata=metadata("second")))

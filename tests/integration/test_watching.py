@@ -11,14 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import top_looks
+from cluster.cli import status, top_looks
 from cluster.cli.access import channel
 from cluster.cli.calls import cluster_view
+from cluster.cli.terminal import Terminal
 from cluster.cli.timeline import PHASES
 from cluster.cli.top_looks import Watcher
 from cluster.errors import Unavailable
+from cluster.store.records import RouterRecord
+from cluster.store.registry import Registry
 from tests.integration.certificates import make_certificates
 from tests.integration.simulated import MODEL, SimulatedCluster, config, simulated_cluster
+from tests.integration.test_router_grpc import TIMEOUT, ask
+from tests.integration.test_router_resume import Pair, pair, store  # noqa: F401
 
 ROLES = {"p-0": "prefill", "d-0": "decode"}
 TOKEN = "token-of-the-only-tenant"
@@ -106,12 +111,13 @@ async def test_credentials_tls_and_refusals(tmp_path: Path) -> None:
     settings = config(router={"tls": tls}, tenants=[tenant])
     ca = str(tmp_path / "ca.crt")
     async with simulated_cluster(tmp_path / "store", ROLES, settings) as cluster:
-        bench = await started(
-            "bench", "--address", f"127.0.0.1:1,{cluster.router.grpc_address}",  # the first is dead
-            "--concurrency=1", "--warm-up=0",
-            "--requests=4", "--prompt-tokens=16-32", "--output-tokens=2", "--json",
-            PDSERVE_CA_FILE=ca, PDSERVE_TOKEN=TOKEN,
+        at = f"127.0.0.1:1,{cluster.router.grpc_address}"  # the first is dead
+        small = (
+            "bench", "--address", at, "--concurrency=1", "--warm-up=0", "--prompt-tokens=16-32",
+            "--output-tokens=2", "--json",
         )  # fmt: skip
+        shown = {"PDSERVE_CA_FILE": ca, "PDSERVE_TOKEN": TOKEN}
+        bench = await started(*small, "--requests=4", "--may-fail=0.25", **shown)
         wrong = await started(
             "bench", "--address", cluster.router.grpc_address,
             PDSERVE_CA_FILE=ca, PDSERVE_TOKEN="another",
@@ -124,8 +130,40 @@ async def test_credentials_tls_and_refusals(tmp_path: Path) -> None:
         (reason,) = run["reasons"]
         assert reason["end"] == "refused" and "requests per second" in reason["reason"]
         assert run["targets_seconds"] is None  # they are the operator's to tell
+        none_left = await started(*small, "--requests=1", **shown)
+        out, err = await ended(none_left)
+        assert (none_left.returncode, "no request was served" in err) == (1, True)
+        assert json.loads(out)["runs"][0]["requests"]["refused"] == 1
         _, err = await ended(wrong)
         assert (wrong.returncode, "PDSERVE_TOKEN" in err) == (1, True)
+
+
+async def test_status_asks_each_router_what_it_runs(
+    pair: Pair,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of one that cannot be asked nobody knows what it runs, which is not 0."""
+    gone = RouterRecord("r-gone", "life", "127.0.0.1:1", "127.0.0.1:1")
+    await Registry(pair.client, pair.config.name).put_router(gone, lease_seconds=600)
+    pair.fakes.decode.gate.clear()
+    calls = [pair.stub(1).Generate(ask(), timeout=TIMEOUT) for _ in range(3)]
+    for call in calls:
+        await call.read()
+    address = pair.routers[0].grpc_address
+    assert await asyncio.to_thread(status.run, Terminal(), address, as_json=True) == 0
+    shown = json.loads(capsys.readouterr().out)["routers"]
+    routers = {router["router_id"]: router for router in shown}
+    running = {router_id: router["running_requests"] for router_id, router in routers.items()}
+    assert running == {"r-0": 0, "r-1": 3, "r-gone": None}
+    assert [bool(routers[r]["silent"]) for r in running] == [r == "r-gone" for r in running]
+    assert await asyncio.to_thread(status.run, Terminal(), address, as_json=False) == 0
+    said = capsys.readouterr().out
+    cells = [line.split() for line in said.splitlines()]
+    assert {row[0]: row[-1] for row in cells if len(row) == 4 and row[0] in running} == {
+        "r-0": "0", "r-1": "3", "r-gone": "–",
+    }  # fmt: skip
+    assert "r-gone does not answer: no router" in said
+    pair.fakes.decode.gate.set()
 
 
 async def test_top_goes_on_with_another_router(

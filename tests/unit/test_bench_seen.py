@@ -14,7 +14,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from rich.console import Console
 
-from cluster.cli import bench_client
+from cluster.cli import bench, bench_client
 from cluster.cli.bench_report import show, values
 from cluster.cli.bench_request import Meter, Watch, request_of
 from cluster.cli.bench_seen import Answered, ClientTimes, Run, Seen, goodput
@@ -60,6 +60,21 @@ def test_figures_are_of_those_that_succeeded() -> None:
     assert seen.cached_share == pytest.approx(0.2)
     assert seen.per_second(seen.output_tokens) == 20.0
     assert sum(seen.phases().values()) == pytest.approx(0.4)
+
+
+def test_what_was_refused_or_failed_is_the_commands_own_failure() -> None:
+    refused, failed = Seen(1, 1, "refused", reason="full"), Seen(1, 1, "failed", reason="gone")
+    good = run(*[ok()] * 99)
+    assert bench.shortfall([good], 0.0) == ""
+    for end in (refused, failed):
+        one = run(*[ok()] * 99, end)
+        assert "1.00% of 100 requests" in bench.shortfall([one], 0.0)
+        assert bench.shortfall([one], 0.01) == ""
+    half = run(ok(), failed)
+    assert "in 1 of 2 loads" in bench.shortfall([good, half], 0.4)
+    assert bench.shortfall([good, run(failed)], 1.0) == ""
+    for runs in ([], [run()], [run(refused), run(failed)]):
+        assert bench.shortfall(runs, 1.0) == "no request was served"
 
 
 def test_reasons_are_told_without_their_numbers() -> None:

@@ -40,6 +40,7 @@ def loads(model: Served = MODEL, **options: Any) -> list[Load]:
         ({"timeout": math.inf}, "timeout: must be at most 86400"),
         ({"timeout": math.nan}, "timeout: must be at most 86400"),
         ({"warm_up": math.nan}, "warm-up: must be a number"),
+        ({"may_fail": math.nan}, "may-fail: must be a number"),
     ],
 )
 def test_what_contradicts_itself_is_refused(options: dict[str, Any], said: str) -> None:

@@ -160,7 +160,7 @@ def test_status_says_what_a_worker_waits_for_however_narrow_the_terminal(
     waits = WorkerView(
         "m-decode-0", "m", "decode", "waiting", False, 0, 0, 0, 0, 0, 0, "", "", "", why
     )
-    _print(Terminal(), ClusterView("c", True, (waits,)))
+    _print(Terminal(), ClusterView("c", True, (waits,)), {})
     assert f"m-decode-0 waiting: {why}" in " ".join(capsys.readouterr().out.split())
 
 

@@ -102,7 +102,7 @@ def test_pools_are_sums_in_the_order_of_work() -> None:
 
 
 def test_routers_are_told_apart_from_those_that_are_silent() -> None:
-    other = RouterView("router-1", "h:4", "h:5", "h:4", 0)
+    other = RouterView("router-1", "h:4", "h:5", "h:4", None)
     now = look(1.0, worker("d-0"), routers=(ROUTER, other), silent={"router-1": "gone"})
     shown = frame(look(0.0), now)
     assert (shown.running_requests, shown.queued_requests) == (7, 3)
