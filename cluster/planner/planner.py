@@ -155,6 +155,8 @@ class Planner:
         if last is not None and not 0 <= now - last <= JUMP_INTERVALS * self.policy.interval:
             self._steady.forget()
             return f"the clock jumped by {now - last:+.1f} s"
+        if not self.policy.max_workers:
+            return "the budget has no room for one worker"
         age = now - observed.measured_at
         if not 0 <= age <= self.policy.stale_after:
             return f"the metrics are {age:.0f} s old"
@@ -189,7 +191,8 @@ class Planner:
 
     def _stuck(self, now: float, workers: tuple[WorkerSeen, ...]) -> list[WorkerSeen]:
         patience = 2 * self.policy.cold_start
-        return [w for w in workers if w.phase == "starting" and now - w.since > patience]
+        waiting = (w for w in workers if w.phase == "starting" and not w.loads)
+        return [w for w in waiting if now - w.since > patience]
 
     # --- sizing ---------------------------------------------------------------------------------
 
@@ -238,7 +241,7 @@ class Planner:
             if not have.total:
                 self._whole = _better(whole, split, 0.0)
         if self._manual:
-            self._whole = "both" in self._manual
+            self._whole = self._held_whole(have)
         if self.policy.disaggregate == "always":
             self._whole = False
         now, other = (whole, split) if self._whole else (split, whole)
@@ -262,6 +265,13 @@ class Planner:
             f"targets; {name} it would be {other.counts}, with {other.worst:.1%}"
         )
         return now
+
+    def _held_whole(self, have: Counts) -> bool:
+        """The mode of what people have set; of a mixture, that of most workers."""
+        held = {role for role, workers in self._manual.items() if workers}
+        if "both" in held and len(held) > 1:
+            return have.both > have.prefill + have.decode
+        return "both" in self._manual
 
     def _steadied(self, load: Load, best: Sizing, have: Counts, reasons: list[str]) -> Sizing:
         """Where nothing is enough, the split that is there, unless another is better by far or the
