@@ -147,8 +147,8 @@ class PlanDesk:
             workers = seen[model.name]
             if actions := settling(self._given, self.state, model, workers):
                 have = counts_of(self.state, model.name)
-                state, records = carried_out(self.state, model.name, actions)
-                self._state = state
+                self._state, records = carried_out(self.state, model.name, actions)
+                after = numbers(counts_of(self.state, model.name))
                 record = DecisionRecord(
                     self._next_number(),
                     time.time(),
@@ -156,10 +156,10 @@ class PlanDesk:
                     "operator",
                     True,
                     numbers(have),
-                    numbers(counts_of(state, model.name)),
-                    numbers(counts_of(state, model.name)),
+                    after,
+                    after,
                     records,
-                    reasons=(f"set by hand or by the configuration: {_spoken(state, model.name)}",),
+                    reasons=(f"set by hand or by the configuration: {self._spoken(model.name)}",),
                 )
                 print(f"{model.name}: {', '.join(map(str, records))}", flush=True)
                 await plans.log(record)
@@ -230,8 +230,7 @@ class PlanDesk:
         actions: tuple[ActionRecord, ...],
         acted: bool,
     ) -> None:
-        """Keeps what a decision has done or would do; logs it where it says more than the one
-        before it."""
+        """Keeps a decision; logs it where it says more than the one before it."""
         record = DecisionRecord(
             self._next_number(),
             time.time(),
@@ -294,10 +293,8 @@ class PlanDesk:
         self._number += 1
         return self._number
 
-
-def _spoken(state: PlanState, model: str) -> str:
-    held = state.manual.get(model, {})
-    base = state.base.get(model, {})
-    parts = [f"{n} {role} by hand" for role, n in held.items()]
-    parts += [f"{n} {role} configured" for role, n in base.items() if role not in held]
-    return ", ".join(parts)
+    def _spoken(self, model: str) -> str:
+        held, base = self.state.manual.get(model, {}), self.state.base.get(model, {})
+        parts = [f"{n} {role} by hand" for role, n in held.items()]
+        parts += [f"{n} {role} configured" for role, n in base.items() if role not in held]
+        return ", ".join(parts)

@@ -81,7 +81,9 @@ def slots_of(config: Config, state: PlanState) -> tuple[Slot, ...]:
             pool = pool.model_copy(update={"labels": {**pool.labels, **extra}})
         gpus = model.tensor_parallel_size
         slots.append(
-            Slot("worker", worker.worker_id, worker.model, worker.role, pool, gpus, worker.node_type)
+            Slot(
+                "worker", worker.worker_id, worker.model, worker.role, pool, gpus, worker.node_type
+            )
         )
     routers = (slot for slot in desired_slots(config) if slot.kind == "router")
     return (*slots, *routers)

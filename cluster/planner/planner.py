@@ -116,8 +116,7 @@ class Planner:
         if stuck:
             self._no_new_until = now + 5 * self.policy.cold_start
         if now < self._no_new_until:
-            # Nodes do not come: what is there is all there is.
-            most = min(most, max(1, len(serving(observed.workers)) - len(stuck)))
+            most = min(most, max(1, len(serving(observed.workers)) - len(stuck)))  # no nodes come
             reasons.append(
                 f"{len(stuck)} workers have been starting for over "
                 f"{2 * self.policy.cold_start:g} s: planning with the {most} that are there"
@@ -162,9 +161,7 @@ class Planner:
             return f"the metrics are {age:.0f} s old"
         if not observed.traffic:
             return "there are no metrics"
-        bad = [
-            k for k, t in observed.traffic.items() if not (math.isfinite(t.rate) and t.rate >= 0)
-        ]
+        bad = [k for k, t in observed.traffic.items() if not 0 <= t.rate < math.inf]
         if bad:
             return f"the arrival rate of {', '.join(repr(k) for k in sorted(bad))} is not a number"
         if not math.isfinite(observed.queued_prompt_tokens):
@@ -191,8 +188,7 @@ class Planner:
 
     def _stuck(self, now: float, workers: tuple[WorkerSeen, ...]) -> list[WorkerSeen]:
         patience = 2 * self.policy.cold_start
-        waiting = (w for w in workers if w.phase == "starting" and not w.loads)
-        return [w for w in waiting if now - w.since > patience]
+        return [w for w in workers if w.waits and now - w.since > patience]
 
     # --- sizing ---------------------------------------------------------------------------------
 
@@ -268,8 +264,7 @@ class Planner:
 
     def _held_whole(self, have: Counts) -> bool:
         """The mode of what people have set; of a mixture, that of most workers."""
-        held = {role for role, workers in self._manual.items() if workers}
-        if "both" in held and len(held) > 1:
+        if self._manual.get("both") and sum(n > 0 for n in self._manual.values()) > 1:
             return have.both > have.prefill + have.decode
         return "both" in self._manual
 

@@ -60,6 +60,11 @@ class WorkerSeen:
     node_type: str = "default"
     loads: bool = False
 
+    @property
+    def waits(self) -> bool:
+        """It starts, and has no host yet or failed."""
+        return self.phase == "starting" and not self.loads
+
 
 @dataclass(frozen=True)
 class Traffic:
