@@ -264,9 +264,7 @@ class Planner:
 
     def _held_whole(self, have: Counts) -> bool:
         """The mode of what people have set; of a mixture, that of most workers."""
-        if self._manual.get("both") and sum(n > 0 for n in self._manual.values()) > 1:
-            return have.both > have.prefill + have.decode
-        return "both" in self._manual
+        return bool(self._manual.get("both")) and have.both > have.prefill + have.decode
 
     def _steadied(self, load: Load, best: Sizing, have: Counts, reasons: list[str]) -> Sizing:
         """Where nothing is enough, the split that is there, unless another is better by far or the

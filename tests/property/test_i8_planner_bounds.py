@@ -25,6 +25,7 @@ from cluster.planner.state import (
     Observed,
     Policy,
     Remove,
+    Role,
     Traffic,
     WorkerSeen,
 )
@@ -256,14 +257,23 @@ def test_a_worker_that_loads_is_not_given_up() -> None:
     assert Remove("d", "stuck while starting") in planner.step(140.0, waits).actions
 
 
-def test_a_worker_that_a_person_turned_to_both_leaves_the_pools_beside_it() -> None:
-    seen = tuple(
-        WorkerSeen(f"w{i}", role, "ready")  # type: ignore[arg-type]
-        for i, role in enumerate(("prefill", "decode", "decode", "both"))
-    )
+@pytest.mark.parametrize(
+    ("roles", "held"),
+    [
+        ("pddb", {"prefill": 1, "both": 1}),  # one was turned to both
+        ("ppddb", {"both": 1}),
+        ("ppdd", {"decode": 2, "both": 0}),  # and back
+        ("ppdd", {"both": 0}),
+    ],
+)
+def test_what_a_person_holds_in_both_leaves_the_pools_beside_it(
+    roles: str, held: dict[Role, int]
+) -> None:
+    names: dict[str, Role] = {"p": "prefill", "d": "decode", "b": "both"}
+    seen = tuple(WorkerSeen(f"w{i}", names[r], "ready") for i, r in enumerate(roles))
     planner = Planner(Policy({"default": 6}), WORKER, TARGETS)
-    planner.hold("prefill", 1)
-    planner.hold("both", 1)
+    for role, workers in held.items():
+        planner.hold(role, workers)
     for i in range(20):
         decision = planner.step(5.0 * i, Observed(seen, {"": Traffic(6.0, LENGTHS)}, 5.0 * i))
         assert decision.actions == ()
