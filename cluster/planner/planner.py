@@ -263,8 +263,11 @@ class Planner:
         return now
 
     def _held_whole(self, have: Counts) -> bool:
-        """The mode of what people have set; of a mixture, that of most workers."""
-        return bool(self._manual.get("both")) and have.both > have.prefill + have.decode
+        """The mode of what people have set; of a mixture, that of most workers. That there are no
+        workers of one role is no mode."""
+        if "both" in self._manual:
+            return self._manual["both"] > 0 and have.both > have.prefill + have.decode
+        return bool(self._whole) and not any(self._manual.values())
 
     def _steadied(self, load: Load, best: Sizing, have: Counts, reasons: list[str]) -> Sizing:
         """Where nothing is enough, the split that is there, unless another is better by far or the

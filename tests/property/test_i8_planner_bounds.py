@@ -264,9 +264,10 @@ def test_a_worker_that_loads_is_not_given_up() -> None:
         ("ppddb", {"both": 1}),
         ("ppdd", {"decode": 2, "both": 0}),  # and back
         ("ppdd", {"both": 0}),
+        ("bbbb", {"prefill": 0}),  # there is none anyway
     ],
 )
-def test_what_a_person_holds_in_both_leaves_the_pools_beside_it(
+def test_what_a_person_holds_leaves_the_pools_beside_it(
     roles: str, held: dict[Role, int]
 ) -> None:
     names: dict[str, Role] = {"p": "prefill", "d": "decode", "b": "both"}
