@@ -26,6 +26,7 @@ from cluster.errors import PdserveError, Unavailable, status_of
 from cluster.planner.actions import counted, serving
 from cluster.planner.state import Counts, Decision, WorkerSeen
 from cluster.store.plan_records import (
+    ActionRecord,
     DecisionRecord,
     ModelPlan,
     Order,
@@ -146,8 +147,8 @@ class PlanDesk:
             workers = seen[model.name]
             if actions := settling(self._given, self.state, model, workers):
                 have = counts_of(self.state, model.name)
-                state, records = carried_out(self.state, model.name, actions)
-                self._state = state
+                self._state, records = carried_out(self.state, model.name, actions)
+                after = numbers(counts_of(self.state, model.name))
                 record = DecisionRecord(
                     self._next_number(),
                     time.time(),
@@ -155,10 +156,10 @@ class PlanDesk:
                     "operator",
                     True,
                     numbers(have),
-                    numbers(counts_of(state, model.name)),
-                    numbers(counts_of(state, model.name)),
+                    after,
+                    after,
                     records,
-                    reasons=(f"set by hand or by the configuration: {_spoken(state, model.name)}",),
+                    reasons=(f"set by hand or by the configuration: {self._spoken(model.name)}",),
                 )
                 print(f"{model.name}: {', '.join(map(str, records))}", flush=True)
                 await plans.log(record)
@@ -176,6 +177,7 @@ class PlanDesk:
     ) -> None:
         """One decision for each model, carried out if the planner is to act. Raises Unavailable."""
         mode = self._given.planner.mode
+        expected = self.state  # what `seen` is of: what a person has set since comes first
         for model in self._given.models:
             name = model.name
             if mode == "off":
@@ -185,18 +187,19 @@ class PlanDesk:
             if planner is None:
                 have = counted(serving(seen[name]))
                 held = Decision(now, have, have, held=self._unplanned[name])
-                await self._note(plans, name, have, held, acted=False)
+                await self._note(plans, name, have, held, (), acted=False)
                 continue
             if look is not None:
                 planner.learn(look.steps)
             # Numbers take a while at a thousand workers; the loop goes on meanwhile.
-            before = self.state
             decision = await asyncio.to_thread(
-                planner.decide, now, self.config, before, seen[name], look
+                planner.decide, now, self.config, expected, seen[name], look
             )
-            # What a person has set meanwhile comes first: the next decision knows of it.
-            acts = mode == "act" and self.state is before
-            await self._note(plans, name, counted(serving(seen[name])), decision, acts)
+            acts = mode == "act" and self.state is expected
+            state, actions = carried_out(self.state, name, decision.actions)
+            if acts and actions:
+                self._state = expected = state
+            await self._note(plans, name, counted(serving(seen[name])), decision, actions, acts)
         await plans.publish(self._view(records))
 
     def _planner(
@@ -219,13 +222,15 @@ class PlanDesk:
         return self._planners[name]
 
     async def _note(
-        self, plans: Plans, name: str, have: Counts, decision: Decision, acted: bool
+        self,
+        plans: Plans,
+        name: str,
+        have: Counts,
+        decision: Decision,
+        actions: tuple[ActionRecord, ...],
+        acted: bool,
     ) -> None:
-        """Carries a decision out, or only keeps what it would do; logs it where it says more than
-        the one before it."""
-        state, actions = carried_out(self.state, name, decision.actions)
-        if acted and actions:
-            self._state = state
+        """Keeps a decision; logs it where it says more than the one before it."""
         record = DecisionRecord(
             self._next_number(),
             time.time(),
@@ -288,10 +293,8 @@ class PlanDesk:
         self._number += 1
         return self._number
 
-
-def _spoken(state: PlanState, model: str) -> str:
-    held = state.manual.get(model, {})
-    base = state.base.get(model, {})
-    parts = [f"{n} {role} by hand" for role, n in held.items()]
-    parts += [f"{n} {role} configured" for role, n in base.items() if role not in held]
-    return ", ".join(parts)
+    def _spoken(self, model: str) -> str:
+        held, base = self.state.manual.get(model, {}), self.state.base.get(model, {})
+        parts = [f"{n} {role} by hand" for role, n in held.items()]
+        parts += [f"{n} {role} configured" for role, n in base.items() if role not in held]
+        return ", ".join(parts)

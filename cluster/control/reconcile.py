@@ -34,6 +34,7 @@ class Slot:
         model, role: of a worker; empty for a router.
         pool: what it reserves, and where it may run.
         gpus: of a worker whose pool does not say, in a cluster that has some.
+        node_type: of a worker: the part of the budget that it was started from, if it was.
     """
 
     kind: Kind
@@ -42,6 +43,7 @@ class Slot:
     role: str = ""
     pool: PoolConfig = field(default_factory=PoolConfig)
     gpus: int = 1
+    node_type: str = ""
 
     @property
     def num_gpus(self) -> int | None:

@@ -15,7 +15,16 @@ from itertools import count
 from cluster.config import Config, ModelConfig
 from cluster.control.reconcile import Slot, desired_slots, worker_id
 from cluster.planner.actions import Wish, counted, plan_actions, serving
-from cluster.planner.state import Action, Add, Counts, Flip, Policy, Remove, WorkerSeen
+from cluster.planner.state import (
+    OVER_BUDGET,
+    Action,
+    Add,
+    Counts,
+    Flip,
+    Policy,
+    Remove,
+    WorkerSeen,
+)
 from cluster.store.plan_records import ActionRecord, PlanState, WantedWorker
 
 UNLIMITED = 1 << 20
@@ -71,7 +80,11 @@ def slots_of(config: Config, state: PlanState) -> tuple[Slot, ...]:
         if extra := labels.get(worker.node_type):
             pool = pool.model_copy(update={"labels": {**pool.labels, **extra}})
         gpus = model.tensor_parallel_size
-        slots.append(Slot("worker", worker.worker_id, worker.model, worker.role, pool, gpus))
+        slots.append(
+            Slot(
+                "worker", worker.worker_id, worker.model, worker.role, pool, gpus, worker.node_type
+            )
+        )
     routers = (slot for slot in desired_slots(config) if slot.kind == "router")
     return (*slots, *routers)
 
@@ -93,7 +106,10 @@ def settling(
         want = replace(want, both=0)
     if want == have:
         return []
-    return plan_actions(policy_of(config, state, model), workers, Wish(want, want, want))
+    actions = plan_actions(policy_of(config, state, model), workers, Wish(want, want, want))
+    if owned:  # the budget is the planner's: it ends nothing where the planner does not act
+        return [a for a in actions if not (isinstance(a, Remove) and a.reason == OVER_BUDGET)]
+    return actions
 
 
 def policy_of(
@@ -109,11 +125,9 @@ def policy_of(
     each = gpus_of(model)
     if settings.budget:
         budget = {kind.name: kind.gpus for kind in settings.budget}
-        first = settings.budget[0].name
         for worker in state.workers:
-            kind = worker.node_type or first
-            if worker.model != model.name and kind in budget and not worker.drained:
-                budget[kind] -= gpus_of(config.model(worker.model))
+            if worker.model != model.name and not worker.drained:
+                budget[charged(config, worker.node_type)] -= gpus_of(config.model(worker.model))
         budget = {name: max(0, gpus) for name, gpus in budget.items()}
     elif planning:
         there = sum(not w.drained for w in _of(state, model.name))
@@ -131,6 +145,13 @@ def policy_of(
         stale_after=max(30.0, 3 * settings.interval_seconds),
         disaggregate=config.placement.disaggregate,
     )
+
+
+def charged(config: Config, node_type: str) -> str:
+    """The part of the budget that a worker of this type takes: where it has no such part – the
+    configuration's own workers name none, and a budget may be renamed – the first."""
+    names = [kind.name for kind in config.planner.budget]
+    return node_type if node_type in names else names[0] if names else "default"
 
 
 def gpus_of(model: ModelConfig) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from cluster.planner.state import (
     NOT_NEEDED,
+    OVER_BUDGET,
     ROLES,
     Action,
     Add,
@@ -55,17 +56,28 @@ class _Ledger:
         """Workers of the pool once this decision is carried out."""
         return sum(w.worker_id not in self.promised for w in self.pools[role])
 
-    def end(self, role: Role, reason: str, least: int) -> bool:
-        """Removes a worker of the pool that does not just change its role; False if none is, or if
-        fewer than `least` would serve."""
+    def over(self, policy: Policy) -> set[str]:
+        """Node types that would hold more than their budget once those that leave are gone."""
+        return {
+            node_type
+            for node_type, gpus in policy.budget.items()
+            if self.used[node_type] - self.leaving[node_type] > gpus // policy.worker_gpus
+        }
+
+    def end(self, role: Role, reason: str, least: int, over: set[str], must: bool) -> bool:
+        """Removes a worker of the pool that does not just change its role, best – or, if it `must`
+        be, only – one of the node types `over`; False if none is, or if fewer than `least` would
+        serve."""
         if self.serving(role) <= least:
             return False
-        for worker in self.pools[role]:
-            if worker.worker_id not in self.moved:
-                self.pools[role].remove(worker)
-                self.actions.append(Remove(worker.worker_id, reason))
-                return True
-        return False
+        staying = [w for w in self.pools[role] if w.worker_id not in self.moved]
+        ones = [w for w in staying if w.node_type in over] or ([] if must else staying)
+        if not ones:
+            return False
+        self.pools[role].remove(ones[0])
+        self.leaving[ones[0].node_type] += 1
+        self.actions.append(Remove(ones[0].worker_id, reason))
+        return True
 
 
 def serving(workers: Iterable[WorkerSeen]) -> list[WorkerSeen]:
@@ -175,17 +187,12 @@ def _remove(policy: Policy, wish: Wish, ledger: _Ledger) -> None:
         reasons += [(role, NOT_NEEDED)] * surplus
     removed = 0
     for role, reason in reasons[: policy.max_step]:
-        removed += ledger.end(role, reason, min(policy.minimum, wish.want.of(role)))
-    over = sum(
-        max(0, ledger.used[node_type] - ledger.leaving[node_type] - gpus // policy.worker_gpus)
-        for node_type, gpus in policy.budget.items()
-    )
-    while removed < min(over, policy.max_step):
+        least = min(policy.minimum, wish.want.of(role))
+        removed += ledger.end(role, reason, least, ledger.over(policy), must=False)
+    while removed < policy.max_step and (over := ledger.over(policy)):
         # The pool that exceeds its want most gives way, but each keeps its minimum.
-        roles = [r for r in ROLES if ledger.serving(r) > policy.minimum]
-        if not roles:
-            return
-        role = max(roles, key=lambda r: len(ledger.pools[r]) - wish.want.of(r))
-        if not ledger.end(role, "over the budget", policy.minimum):
+        excess = {role: len(ledger.pools[role]) - wish.want.of(role) for role in ROLES}
+        roles = sorted(ROLES, key=excess.__getitem__, reverse=True)
+        if not any(ledger.end(r, OVER_BUDGET, policy.minimum, over, must=True) for r in roles):
             return
         removed += 1

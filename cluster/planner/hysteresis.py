@@ -113,7 +113,11 @@ class Hysteresis:
         if keep.total > limit:
             keep = lend if lend.total <= limit else needed
             keep = _filled(keep, have, limit)
-        # Until every worker has a role of this mode, all of them are wanted in it.
+        # Until every worker has a role of this mode, all of them are wanted in it; but for those
+        # that a person wants in another one.
+        for role, workers in manual.items():
+            if (role == "both") != _mode(needed):
+                have = replace(have, **{role: max(0, have.of(role) - workers)})
         other = have.prefill or have.decode if _mode(needed) else have.both
         # The roles that they get are settled once: needs that waver meanwhile would have one turned
         # to a pool that has no use for it when it arrives.

@@ -116,8 +116,7 @@ class Planner:
         if stuck:
             self._no_new_until = now + 5 * self.policy.cold_start
         if now < self._no_new_until:
-            # Nodes do not come: what is there is all there is.
-            most = min(most, max(1, len(serving(observed.workers)) - len(stuck)))
+            most = min(most, max(1, len(serving(observed.workers)) - len(stuck)))  # no nodes come
             reasons.append(
                 f"{len(stuck)} workers have been starting for over "
                 f"{2 * self.policy.cold_start:g} s: planning with the {most} that are there"
@@ -155,14 +154,14 @@ class Planner:
         if last is not None and not 0 <= now - last <= JUMP_INTERVALS * self.policy.interval:
             self._steady.forget()
             return f"the clock jumped by {now - last:+.1f} s"
+        if not self.policy.max_workers:
+            return "the budget has no room for one worker"
         age = now - observed.measured_at
         if not 0 <= age <= self.policy.stale_after:
             return f"the metrics are {age:.0f} s old"
         if not observed.traffic:
             return "there are no metrics"
-        bad = [
-            k for k, t in observed.traffic.items() if not (math.isfinite(t.rate) and t.rate >= 0)
-        ]
+        bad = [k for k, t in observed.traffic.items() if not 0 <= t.rate < math.inf]
         if bad:
             return f"the arrival rate of {', '.join(repr(k) for k in sorted(bad))} is not a number"
         if not math.isfinite(observed.queued_prompt_tokens):
@@ -189,7 +188,7 @@ class Planner:
 
     def _stuck(self, now: float, workers: tuple[WorkerSeen, ...]) -> list[WorkerSeen]:
         patience = 2 * self.policy.cold_start
-        return [w for w in workers if w.phase == "starting" and now - w.since > patience]
+        return [w for w in workers if w.waits and now - w.since > patience]
 
     # --- sizing ---------------------------------------------------------------------------------
 
@@ -238,7 +237,7 @@ class Planner:
             if not have.total:
                 self._whole = _better(whole, split, 0.0)
         if self._manual:
-            self._whole = "both" in self._manual
+            self._whole = self._held_whole(have)
         if self.policy.disaggregate == "always":
             self._whole = False
         now, other = (whole, split) if self._whole else (split, whole)
@@ -262,6 +261,13 @@ class Planner:
             f"targets; {name} it would be {other.counts}, with {other.worst:.1%}"
         )
         return now
+
+    def _held_whole(self, have: Counts) -> bool:
+        """The mode of what people have set; of a mixture, that of most workers. That there are no
+        workers of one role is no mode."""
+        if "both" in self._manual:
+            return self._manual["both"] > 0 and have.both > have.prefill + have.decode
+        return bool(self._whole) and not any(self._manual.values())
 
     def _steadied(self, load: Load, best: Sizing, have: Counts, reasons: list[str]) -> Sizing:
         """Where nothing is enough, the split that is there, unless another is better by far or the

@@ -10,6 +10,7 @@ from cluster.planner.demand import Lengths
 
 Role = Literal["prefill", "decode", "both"]
 NOT_NEEDED = "not needed"
+OVER_BUDGET = "over the budget"
 ROLES: tuple[Role, ...] = ("prefill", "decode", "both")
 
 
@@ -49,6 +50,7 @@ class WorkerSeen:
     Attributes:
         since: when this phase began, on the planner's clock.
         node_type: which part of the budget it takes.
+        loads: it starts, and has its host: it waits for no node.
     """
 
     worker_id: str
@@ -56,6 +58,12 @@ class WorkerSeen:
     phase: Literal["starting", "ready", "draining"]
     since: float = 0.0
     node_type: str = "default"
+    loads: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """It starts, and has no host yet or failed."""
+        return self.phase == "starting" and not self.loads
 
 
 @dataclass(frozen=True)

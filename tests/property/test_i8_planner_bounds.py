@@ -25,6 +25,7 @@ from cluster.planner.state import (
     Observed,
     Policy,
     Remove,
+    Role,
     Traffic,
     WorkerSeen,
 )
@@ -214,3 +215,66 @@ def test_a_burstiness_that_is_none_is_taken_for_none(burstiness: float) -> None:
         odd = Observed(seen, {"": Traffic(4.0, LENGTHS, burstiness)}, at)
         even = Observed(seen, {"": Traffic(4.0, LENGTHS)}, at)
         assert wrong.step(at, odd) == plain.step(at, even)
+
+
+def test_a_smaller_budget_ends_workers_where_it_is_smaller() -> None:
+    """Not those of another node type, whose room is then given to new ones."""
+    from cluster.planner.actions import Wish
+    from cluster.planner.state import Counts
+
+    seen = [
+        WorkerSeen(f"{kind}{i}", "decode" if i % 2 else "prefill", "ready", i, kind)
+        for i, kind in enumerate("aaaabb")
+    ]
+    want = Counts(prefill=3, decode=3)
+    ends = plan_actions(Policy({"a": 2, "b": 4}), seen, Wish(want, want, want))
+    assert [(a.worker_id[0], a.reason) for a in ends if isinstance(a, Remove)] == [
+        ("a", "over the budget")
+    ] * 2
+    fewer = Counts(prefill=2, decode=2)  # what is not needed goes from there, too, and no more
+    ends = plan_actions(Policy({"a": 2, "b": 4}), seen, Wish(fewer, fewer, fewer))
+    assert [a.worker_id[0] for a in ends if isinstance(a, Remove)] == ["a", "a"]
+
+
+def test_a_budget_without_room_for_one_worker_is_held_and_leaves_the_minimum() -> None:
+    planner = Planner(Policy({"default": 1}, worker_gpus=2), WORKER, TARGETS)
+    seen = tuple(WorkerSeen(f"{r}{i}", r, "ready") for r in ("prefill", "decode") for i in range(2))
+    for i in range(3):
+        decision = planner.step(5.0 * i, Observed(seen, {"": Traffic(3.0, LENGTHS)}, 5.0 * i))
+        assert decision.held == "the budget has no room for one worker"
+        seen = _obeyed(seen, decision.actions, 5.0 * i)
+    assert {w.role for w in seen} == {"prefill", "decode"} and len(seen) == 2
+
+
+def test_a_worker_that_loads_is_not_given_up() -> None:
+    """A cold start that takes longer than configured: lifecycle.start_timeout_seconds is for it."""
+    planner = Planner(Policy({"default": 2}, cold_start=60.0), WORKER, TARGETS)
+    ready = WorkerSeen("p", "prefill", "ready", 130.0)
+    loads = WorkerSeen("d", "decode", "starting", 0.0, loads=True)
+    observed = Observed((ready, loads), {"": Traffic(3.0, LENGTHS)}, 135.0)
+    assert planner.step(135.0, observed).actions == ()
+    waits = replace(observed, workers=(ready, replace(loads, loads=False)), measured_at=140.0)
+    assert Remove("d", "stuck while starting") in planner.step(140.0, waits).actions
+
+
+@pytest.mark.parametrize(
+    ("roles", "held"),
+    [
+        ("pddb", {"prefill": 1, "both": 1}),  # one was turned to both
+        ("ppddb", {"both": 1}),
+        ("ppdd", {"decode": 2, "both": 0}),  # and back
+        ("ppdd", {"both": 0}),
+        ("bbbb", {"prefill": 0}),  # there is none anyway
+    ],
+)
+def test_what_a_person_holds_leaves_the_pools_beside_it(
+    roles: str, held: dict[Role, int]
+) -> None:
+    names: dict[str, Role] = {"p": "prefill", "d": "decode", "b": "both"}
+    seen = tuple(WorkerSeen(f"w{i}", names[r], "ready") for i, r in enumerate(roles))
+    planner = Planner(Policy({"default": 6}), WORKER, TARGETS)
+    for role, workers in held.items():
+        planner.hold(role, workers)
+    for i in range(20):
+        decision = planner.step(5.0 * i, Observed(seen, {"": Traffic(6.0, LENGTHS)}, 5.0 * i))
+        assert decision.actions == ()

@@ -143,3 +143,37 @@ async def test_a_budget_that_is_reloaded_counts_from_the_next_decision() -> None
     await planned(desk, kept, 5, busy)
     added = [w for w in desk.state.workers if w.node_type == "here"]
     assert added and 4 < counts_of(desk.state, "m").total <= 8
+
+
+async def test_a_decision_gives_way_to_an_order_that_came_before_it_and_after_the_look() -> None:
+    """Models decide one after another, on one look: an order about the second comes while the
+    first one's decision is written down."""
+    desk, kept = await ready(two_models())
+    first = kept.log
+
+    async def log(decision: DecisionRecord) -> None:
+        await first(decision)
+        if not kept.replies:
+            kept.orders.append(Order("flip", worker_id="n-prefill-0", role="decode"))
+            await desk.take_orders(kept)  # type: ignore[arg-type]
+
+    kept.log = log  # type: ignore[method-assign]
+    before = counts_of(desk.state, "n")
+    both = {name: {"interactive": PROMPT_HEAVY} for name in ("m", "n")}
+    seen = seen_workers(100.0, desk.config, desk.state, lived(desk.state))
+    records = [
+        WorkerRecord(w.worker_id, "i", w.model, w.role, "ready", block_size=32, num_blocks=4000)
+        for w in desk.state.workers
+    ]
+    await desk.plan(100.0, kept, seen, Look(100.0, both, {}, ()), [], records)  # type: ignore[arg-type]
+    assert [reply.code for reply in kept.replies] == [0]
+    (decided,) = [d for d in kept.logged if d.model == "n"]
+    assert not decided.acted
+    assert counts_of(desk.state, "n") == Counts(before.prefill - 1, before.decode + 1)
+
+
+def two_models() -> Config:
+    """The same twice, within a budget of what runs."""
+    one = config("act").models[0]
+    models = [one, one.model_copy(update={"name": "n"})]
+    return config("act", budget=[{"name": "h", "gpus": 8}]).model_copy(update={"models": models})

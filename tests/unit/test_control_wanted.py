@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,13 @@ from cluster.control.wanted import (
     slots_of,
 )
 from cluster.errors import InvalidRequest
-from cluster.planner.state import Add, Counts, Flip, Remove
+from cluster.planner.demand import Lengths
+from cluster.planner.hardware import hardware
+from cluster.planner.planner import Planner
+from cluster.planner.roofline import roofline
+from cluster.planner.shape import load_shape
+from cluster.planner.state import Add, ClassTargets, Counts, Flip, Remove, Traffic
+from cluster.planner.state import Observed as Metrics
 from cluster.store.plan_records import Order, PlanState
 
 
@@ -35,6 +42,7 @@ def config(prefill: int = 2, decode: int = 2, **sections: Any) -> Config:
     return Config.model_validate({"models": [model], **sections})
 
 
+WORKER = roofline(load_shape("llama-3.1-8b"), hardware("L40S"))
 ACT = {"planner": {"mode": "act"}}
 
 
@@ -171,8 +179,6 @@ def test_reconcile_turns_a_life_once_and_again_when_that_is_due() -> None:
     life = Life("i", "ready", 0.0, 0.0, 0.0, role="prefill")
 
     def acts(now: float, **changes: Any) -> list[Any]:
-        from dataclasses import replace
-
         return reconcile(now, [slot], Observed((SlotState(slot, replace(life, **changes)),)))
 
     assert acts(1.0) == [Turn("w", "i", "decode")]
@@ -180,3 +186,77 @@ def test_reconcile_turns_a_life_once_and_again_when_that_is_due() -> None:
     assert acts(1.0, turns_at=6.0) == [] and acts(6.0, turns_at=6.0) != []
     assert acts(1.0, role="decode") == [] and acts(1.0, role="") == []
     assert acts(1.0, phase="stopping") == []
+
+
+def stopping(states: list[SlotState], worker_id: str) -> list[SlotState]:
+    """The same, with this one's life on its way out."""
+    life = Life("i", "stopping", 0.0, 0.0, 0.0)
+    return [replace(s, life=life) if s.slot.slot_id == worker_id else s for s in states]
+
+
+def test_a_worker_released_while_it_still_drains_gets_no_second_in_its_place() -> None:
+    settings = config()
+    slots = stopping(lived(begun(settings)), "m-decode-0")
+    state, _ = obeyed(settings, begun(settings), Order("drain", worker_id="m-decode-0"))
+    (gone,) = (w for w in seen_workers(9.0, settings, state, slots)["m"] if w.phase == "draining")
+    assert gone.worker_id == "m-decode-0"
+    state, _ = obeyed(settings, state, Order("release", worker_id="m-decode-0"))
+    seen = seen_workers(9.0, settings, state, slots)["m"]
+    assert settling(settings, state, settings.models[0], seen) == []
+
+
+def test_only_a_worker_without_a_host_waits() -> None:
+    settings = config(1, 1)
+    slots = [
+        replace(slot, life=Life("i", "starting", 0.0, placed_at=host))
+        for slot, host in zip(lived(begun(settings)), (None, 1.0), strict=True)
+    ]
+    assert [w.waits for w in seen_workers(9.0, settings, begun(settings), slots)["m"]] == [
+        True,
+        False,
+    ]
+
+
+def test_a_scale_ends_no_more_than_was_asked_for_where_the_planner_does_not_act() -> None:
+    """Even if more runs than the budget would give the planner."""
+    settings = config(4, 4, planner={"budget": [{"name": "h100", "gpus": 4}]})
+    state, _ = obeyed(
+        settings, begun(settings), Order("scale", model="m", role="decode", workers=3)
+    )
+    assert counts_of(settled(settings, state), "m") == Counts(4, 3)
+
+
+def test_every_worker_is_charged_to_a_part_of_the_budget() -> None:
+    """One that drains to its own; those of a part that was renamed to the first."""
+    parts = [{"name": name, "gpus": 4} for name in ("a", "b")]
+    settings = config(planner={"mode": "act", "budget": parts})
+    state, _ = carried_out(begun(settings), "m", [Add("decode", "b")])
+    assert [s.node_type for s in slots_of(settings, state)][:5] == ["", "", "", "", "b"]
+    slots = [
+        SlotState(slot, Life("i", "ready", 0.0, 0.0, 0.0))
+        for slot in slots_of(settings, state)
+        if slot.kind == "worker"
+    ]
+    left, _ = carried_out(state, "m", [Remove("m-decode-2")])
+    last = seen_workers(0.0, settings, left, slots)["m"][-1]
+    assert (last.worker_id, last.phase, last.node_type) == ("m-decode-2", "draining", "b")
+    renamed = config(planner={"mode": "act", "budget": [{"name": "c", "gpus": 8}]})
+    assert {w.node_type for w in seen_workers(0.0, renamed, state, slots)["m"]} == {"c"}
+
+
+def test_models_that_share_a_halved_budget_both_keep_a_worker_of_each_role() -> None:
+    two = [{"name": n, "path": "/x"} for n in ("a", "b")]
+    pools = {"prefill": {"replicas": 2}, "decode": {"replicas": 2}}
+    settings = Config.model_validate(
+        {"models": [m | pools for m in two],
+         "planner": {"mode": "act", "budget": [{"name": "h", "gpus": 4}]}}
+    )  # fmt: skip
+    state = begun(settings)
+    for now in range(4):
+        for model in settings.models:
+            policy = policy_of(settings, state, model, planning=True)
+            planner = Planner(policy, WORKER, {"": ClassTargets(1.0, 0.05)})
+            seen = tuple(seen_workers(now, settings, state, lived(state))[model.name])
+            observed = Metrics(seen, {"": Traffic(1.0, (Lengths(500, 50),))}, now)
+            state, _ = carried_out(state, model.name, planner.step(now, observed).actions)
+    assert [counts_of(state, name) for name in ("a", "b")] == [Counts(1, 1)] * 2
