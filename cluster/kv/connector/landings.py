@@ -65,9 +65,9 @@ class _GoesOn(_TakesLandings):
         return reserved + self._behind(coming)
 
     def _may_run_ahead(self, blocks: int) -> bool:
-        """Whether a prompt of so many may be computed before decode has room for it: not if it takes
-        what first tokens need behind what is landing. It keeps its blocks until another engine
-        has room, where all may wait in the same way for what this one is to take."""
+        """Whether a prompt of so many may be computed before decode has room for it: not at the
+        cost of the blocks that first tokens need behind what is landing. It keeps its own until
+        another engine has room, where all may wait in the same way for this one."""
         landing = self._landing()
         if not landing:
             return True
