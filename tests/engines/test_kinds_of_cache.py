@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 from cluster.engine.protocol import Sampling
 from cluster.errors import EngineFailed
-from tests.engines.pairs import RECALL, VOCABULARY, Side, model_folder, split, started
+from tests.engines.pairs import RECALL, VOCABULARY, model_folder, split, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -65,17 +64,8 @@ async def says_what_one_engine_says(path: Path, **settings: Any) -> None:
             tokens, result = await split(prefill, decode, f"{count}", prompt, sampling)
             assert tokens == one, f"{count} tokens"
             assert result.bytes > 0
-        await at_once(prefill, decode, rng, sampling)
         await prefill.assert_nothing_held()
         await decode.assert_nothing_held()
-
-
-async def at_once(prefill: Side, decode: Side, rng: random.Random, sampling: Sampling) -> None:
-    """Handoffs beside each other."""
-    prompts = {f"at once {i}": [rng.randrange(6, VOCABULARY) for _ in range(500)] for i in range(3)}
-    pairs = [split(prefill, decode, name, prompts[name], sampling) for name in prompts]
-    for (tokens, _), name in zip(await asyncio.gather(*pairs), prompts, strict=True):
-        assert tokens == await prefill.whole(f"{name} whole", prompts[name], sampling), name
 
 
 async def test_sliding_windows(tmp_path: Path) -> None:
