@@ -71,7 +71,7 @@ class _GoesOn(_TakesLandings):
         landing = self._landing()
         if not landing:
             return True
-        kept = super()._inflight_prefill_reserved_blocks() + self._behind(landing)
+        kept: int = super()._inflight_prefill_reserved_blocks() + self._behind(landing)
         free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
         return blocks + kept <= free
 
