@@ -10,9 +10,11 @@ Why this cannot deadlock. Wait edges: an unadmitted prompt waits for its own gra
 or end of a prompt admitted ahead of its grant. A grant waits for free blocks on decode. Decode's
 blocks are held by (a) decodes that run – they end by themselves, (b) reservations whose prompt is
 granted: granted prompts are admitted whatever the limit says, so prefill computes them, they land,
-and become (a). Nothing in (a) or (b) waits for a prompt that is not granted, so there is no cycle.
-And every wait ends with its ticket's lease in any case. `tests/property/test_credit.py` walks the
-model of both sides through random interleavings, cancellations and losses.
+and become (a); where an engine is both sides, prompts ahead of their grants leave them the blocks
+that this takes (`landings.py`). Nothing in (a) or (b) waits for a prompt that is not granted, so
+there is no cycle. And every wait ends with its ticket's lease in any case.
+`tests/property/test_credit.py` walks the model of both sides through random interleavings,
+cancellations and losses.
 """
 
 from __future__ import annotations
@@ -51,6 +53,10 @@ class CreditBook:
         if handoff_id in self._waiting or handoff_id in self._ahead:
             self._ahead.pop(handoff_id, None)
             self._granted.add(handoff_id)
+
+    def granted(self, handoff_id: str) -> bool:
+        """Decode has room for it."""
+        return handoff_id in self._granted
 
     def end(self, handoff_id: str) -> None:
         """The handoff pins nothing any more, in whatever way it ended."""

@@ -152,7 +152,10 @@ def test_a_wait_ends_with_what_comes_and_with_what_had_come() -> None:
 def test_the_scheduler_is_of_the_kind_that_vllm_would_take(
     ahead: bool, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Scheduler, "__init__", lambda self, config, **rest: None)
-    monkeypatch.setattr(landings.AsyncScheduler, "__init__", lambda self, config, **rest: None)
+    def init(scheduler: Any, config: object, **rest: object) -> None:
+        scheduler.connector = SimpleNamespace()
+
+    monkeypatch.setattr(Scheduler, "__init__", init)
+    monkeypatch.setattr(landings.AsyncScheduler, "__init__", init)
     config = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=ahead))
     assert type(landings.make_scheduler(config, log_stats=False)) is kind  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from cluster.kv.connector.landings import make_scheduler
 from cluster.kv.connector.step import StepReport
-from cluster.kv.handoff import HandoffParams
+from cluster.kv.handoff import HandoffParams, Side
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "recall-tiny"
 BLOCK = 16
@@ -42,9 +42,10 @@ class Engine:
     Args:
         blocks: that requests can have.
         ahead: it plans a step before it has seen the last one's outcome.
+        ahead_bytes: it may pin ahead of grants.
     """
 
-    def __init__(self, blocks: int, ahead: bool = False) -> None:
+    def __init__(self, blocks: int, ahead: bool = False, ahead_bytes: int = 0) -> None:
         self._ahead = ahead
         config = VllmConfig(
             model_config=ModelConfig(model=str(MODEL), dtype="float32", max_model_len=4 * BLOCK),
@@ -65,7 +66,7 @@ class Engine:
                     "worker_id": "decode",
                     "incarnation": "decode-1",
                     "model_digest": "",
-                    "max_ahead_bytes": 0,
+                    "max_ahead_bytes": ahead_bytes,
                     "transport": {},
                 },
             ),
@@ -86,9 +87,9 @@ class Engine:
         self.said: dict[str, list[int]] = {}
         self.failed: set[str] = set()
 
-    def ask(self, name: str, prompt: int, max_tokens: int = 4) -> None:
+    def ask(self, name: str, prompt: int, max_tokens: int = 4, side: Side = "decode") -> None:
         """A request that is handed off, with a prompt of its own of so many tokens."""
-        handoff = HandoffParams("decode", f"h-{name}", "ticket", prompt, 30.0)
+        handoff = HandoffParams(side, f"h-{name}", "ticket", prompt, 30.0)
         params = SamplingParams(
             max_tokens=max_tokens,
             ignore_eos=True,
@@ -147,6 +148,21 @@ def test_prompts_that_fill_their_blocks_and_the_cache_go_on(ahead: bool) -> None
         engine.land()
     assert engine.said == {name: [FIRST, LATER, LATER, LATER] for name in "ab"}
     assert not engine.scheduler.requests and not engine.scheduler._untold
+
+
+def test_prompts_ahead_of_their_grants_leave_first_tokens_their_blocks(ahead: bool) -> None:
+    """They keep theirs until another engine has room, which may wait for the like of it here."""
+    engine = Engine(blocks=12, ahead=ahead, ahead_bytes=1 << 30)
+    for name in "abcd":
+        engine.ask(name, BLOCK)
+    engine.step()
+    for name in "pqrs":  # with the other four they fill the cache
+        engine.ask(name, 2 * BLOCK, max_tokens=1, side="prefill")
+    for _ in range(30):
+        engine.step()
+        engine.land()
+    decoded = {name: [FIRST, LATER, LATER, LATER] for name in "abcd"}
+    assert engine.said == decoded | {name: [LATER] for name in "pqrs"}
 
 
 @pytest.mark.parametrize("seed", range(3))

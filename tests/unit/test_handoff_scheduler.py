@@ -276,6 +276,22 @@ def test_a_grant_of_its_own_lets_a_prompt_pass_whatever_the_limit() -> None:
     assert engine.matched(prompt) == (0, False)
 
 
+def test_without_room_behind_what_lands_only_a_granted_prompt_runs() -> None:
+    engine = Engine()
+    asked: list[int] = []
+
+    def full(blocks: int) -> bool:
+        asked.append(blocks)
+        return False
+
+    engine.side.may_run_ahead = full
+    prompt = engine.add(request("prefill", "a", 2 * BLOCK + 1))
+    assert engine.matched(prompt) == (None, False)
+    assert (asked, engine.side.credit.ahead_bytes) == ([3], 0)
+    engine.side.after_step(StepReport({"h-a"}), sent_requests=[])
+    assert engine.matched(prompt) == (0, False)
+
+
 def test_credit_comes_back_when_blocks_are_no_longer_pinned_and_not_before() -> None:
     engine = Engine(limit=2 * BLOCK_BYTES)
     first, second = (engine.add(request("prefill", name, 8)) for name in "ab")

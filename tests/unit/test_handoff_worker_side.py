@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.kv.connector.step import StepMetadata
@@ -91,6 +92,17 @@ def test_blocks_are_of_a_new_generation_before_anything_refers_to_them(side: Wor
         0, 1, 1, 0, 1, 1, *[0] * 10,
     ]  # fmt: skip
     assert heard(side) == [("reserve", [0, 1, 1])]
+
+
+def test_what_no_window_reaches_is_nobodys_own(side: WorkerSide) -> None:
+    """vLLM's null block stands there in every prompt at once: one reservation ends no other's."""
+    assert side.agent is not None
+    one = Reserve("d", "h", "ticket", 16, (0, 0, 3, 4), 0, 10.0)
+    other = Reserve("e", "i", "ticket", 16, (0, 0, 5, 6), 0, 10.0)
+    side.begin_step(StepMetadata(reserves=(one,)))
+    side.begin_step(StepMetadata(reserves=(other,)))
+    assert heard(side) == [("reserve", [0, 0, 1, 1])] * 2
+    assert side.agent.generations.still(one.block_ids, np.array([0, 0, 1, 1]))
 
 
 def test_each_layer_is_announced_once_and_the_silent_ones_at_the_end(side: WorkerSide) -> None:

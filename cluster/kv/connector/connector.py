@@ -20,6 +20,8 @@ from cluster.kv.connector.worker import ConnectorConfig, WorkerSide
 from cluster.kv.credit import CreditBook
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.forward_context import ForwardContext
@@ -153,6 +155,15 @@ class PdserveConnector(KVConnectorBase_V1):
         if not isinstance(report, StepReport):
             report = StepReport()
         self._sched.after_step(report, connector_output.finished_sending or ())
+
+    @property
+    def may_run_ahead(self) -> Callable[[int], bool]:
+        """Of so many blocks: whether the engine has room for a prompt that is not granted."""
+        return self._sched.may_run_ahead
+
+    @may_run_ahead.setter
+    def may_run_ahead(self, judge: Callable[[int], bool]) -> None:
+        self._sched.may_run_ahead = judge
 
     def first_token(self, request_id: str) -> int:
         """Of a decode request that has landed."""

@@ -53,17 +53,38 @@ class _GoesOn(_TakesLandings):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._untold: dict[str, int] = {}
+        self.connector.may_run_ahead = self._may_run_ahead
 
     def _inflight_prefill_reserved_blocks(self) -> int:
         """Blocks that a handoff leaves alone as it takes its own: also those that first tokens
         will need behind prompts that fill their blocks, its own among them. Were they taken by what
         is to land, and nothing ran that gives any back, all of it would wait for ever."""
-        waits = RequestStatus.WAITING_FOR_REMOTE_KVS
-        coming = [each for each in self._inflight_prefills if each.status == waits]
+        coming = self._landing()
         coming.append((self.kv_holding_waiting or self.waiting).peek_request())
-        behind = sum(1 for each in coming if each.num_prompt_tokens % self.block_size == 0)
         reserved: int = super()._inflight_prefill_reserved_blocks()
-        return reserved + behind
+        return reserved + self._behind(coming)
+
+    def _may_run_ahead(self, blocks: int) -> bool:
+        """Whether a prompt of so many may be computed before decode has room for it: not at the
+        cost of the blocks that first tokens need behind what is landing. It keeps its own until
+        another engine has room, where all may wait in the same way for this one."""
+        landing = self._landing()
+        if not landing:
+            return True
+        kept: int = super()._inflight_prefill_reserved_blocks() + self._behind(landing)
+        free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return blocks + kept <= free
+
+    def _landing(self) -> list[Request]:
+        """What has taken its blocks and has not run yet; vLLM counts it among the prompts that are
+        being computed."""
+        waits = (RequestStatus.WAITING_FOR_REMOTE_KVS, RequestStatus.WAITING)
+        return [each for each in self._inflight_prefills if each.status in waits]
+
+    def _behind(self, requests: list[Request]) -> int:
+        """Blocks for first tokens that have not come; vLLM counts those of the others itself."""
+        coming = (each for each in requests if not each.num_output_tokens)
+        return sum(1 for each in coming if each.num_prompt_tokens % self.block_size == 0)
 
     def _update_waiting_for_remote_kv(self, request: Request) -> None:
         name = request.request_id

@@ -17,7 +17,7 @@ from cluster.kv.reservation import Reserve
 from cluster.kv.sender import Arrival, Offer, Release
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -48,6 +48,10 @@ class SchedulerSide:
         block_size: tokens per KV block.
         block_bytes: of one block, all layers and heads of a rank.
         credit: of this engine as a prefill engine.
+
+    Attributes:
+        may_run_ahead: whether the engine has room for a prompt of so many blocks that is not
+            granted; the scheduler says.
     """
 
     def __init__(self, block_size: int, block_bytes: int, credit: CreditBook) -> None:
@@ -63,6 +67,7 @@ class SchedulerSide:
         self._sent: list[Release] = []
         self._received: list[str] = []
         self._said = {"ahead_bytes": 0, "waiting": 0}
+        self.may_run_ahead: Callable[[int], bool] = lambda blocks: True
 
     def bind(self, cache_manager: KVCacheManager) -> None:
         self._cache_manager = cache_manager
@@ -104,8 +109,9 @@ class SchedulerSide:
         prompt waits until it has credit.
         """
         if prefill := self._prefills.get(request.request_id):
-            size = self._blocks(prefill.params.num_tokens) * self._block_bytes
-            admitted = self.credit.admit(prefill.params.handoff_id, size)
+            handoff_id, blocks = prefill.params.handoff_id, self._blocks(prefill.params.num_tokens)
+            room = self.credit.granted(handoff_id) or self.may_run_ahead(blocks)
+            admitted = room and self.credit.admit(handoff_id, blocks * self._block_bytes)
             return (0 if admitted else None), False
         decode = self._decodes.get(request.request_id)
         if decode is None or decode.reserved:

@@ -36,6 +36,11 @@ READ_SECONDS = 1.0
 """A step waits no longer for its blocks to be read: handoffs that take longer are called off."""
 
 
+OUT_OF_WINDOW = 0
+"""vLLM's null block, which stands for every block that no window reaches any more, in all requests
+at once: it is never handed out, and what is written to it is never read."""
+
+
 @dataclass(frozen=True)
 class ConnectorConfig:
     """The connector's part of vLLM's `kv_connector_extra_config`.
@@ -127,7 +132,8 @@ class WorkerSide:
         generations.renew(step.allocated)
         reserves = []
         for reserve in step.reserves:
-            generations.renew(reserve.block_ids[reserve.held_tokens // self.cache.tokens :])
+            owed = reserve.block_ids[reserve.held_tokens // self.cache.tokens :]
+            generations.renew([block for block in owed if block != OUT_OF_WINDOW])
             reserves.append((reserve, generations.stamp(reserve.block_ids)))
         blocks = sum(len(offer.block_ids) for offer in step.offers)
         self._step = _Step(
