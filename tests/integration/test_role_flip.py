@@ -42,7 +42,7 @@ async def test_roles_change_under_load(tmp_path: Path) -> None:
             for _ in range(WAVE // 2):
                 await next(ended)
 
-        async def flip(worker_id: str, role: str, drain_seconds: float = 5.0) -> None:
+        async def flip(worker_id: str, role: str, drain_seconds: float = 60.0) -> None:
             await cluster.hosts[worker_id].set_role(role, drain_seconds)
 
         await wave()

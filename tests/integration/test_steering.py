@@ -12,6 +12,7 @@ import pytest
 
 from cluster.cli import plan_calls, profile, profile_requests, record
 from cluster.cli.access import channel
+from cluster.cli.calls import cluster_view
 from cluster.cli.steer import Steering
 from cluster.cli.terminal import Terminal
 from cluster.config import Config
@@ -135,9 +136,11 @@ async def test_requests_are_recorded_without_their_text(tmp_path: Path) -> None:
         out = tmp_path / "log.jsonl"
         address = cluster.router.grpc_address
         recording = asyncio.create_task(
-            asyncio.to_thread(record.run, Terminal(), address, TOKEN, out, 2.0, "")
+            asyncio.to_thread(record.run, Terminal(), address, TOKEN, out, 5.0, "")
         )
-        await asyncio.sleep(0.6)
+        async with asyncio.timeout(30):
+            while not cluster.router._observer.readers:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         for i, prompt in enumerate(prompts):
             tokens, _ = await cluster.generate(prompt, max_tokens=3 + i)
             assert tokens == answer(prompt, 3 + i)
@@ -190,8 +193,10 @@ async def test_a_profile_finds_the_engines_own_times(
         assert all(sample.beside > 0 for sample in beside)
         assert any(sample.handoffs for sample in beside)
 
-        busy = asyncio.create_task(cluster.generate([1, 2, 3], max_tokens=300))
-        await asyncio.sleep(0.3)
+        busy = asyncio.create_task(cluster.generate([1, 2, 3], max_tokens=15_000))
+        async with channel(address, TOKEN) as to, asyncio.timeout(30):
+            while not any(w.running_sequences for w in (await cluster_view(to)).workers):
+                await asyncio.sleep(0.05)
         with pytest.raises(Unavailable, match="measures it alone"):
             await asyncio.to_thread(profile.run, Terminal(), address, TOKEN, wanted, True)
         busy.cancel()
