@@ -195,7 +195,9 @@ async def test_a_profile_finds_the_engines_own_times(
 
         busy = asyncio.create_task(cluster.generate([1, 2, 3], max_tokens=15_000))
         async with channel(address, TOKEN) as to, asyncio.timeout(30):
-            while not any(w.running_sequences for w in (await cluster_view(to)).workers):
+            while not any(  # noqa: ASYNC110 - the router's view
+                w.running_sequences for w in (await cluster_view(to)).workers
+            ):
                 await asyncio.sleep(0.05)
         with pytest.raises(Unavailable, match="measures it alone"):
             await asyncio.to_thread(profile.run, Terminal(), address, TOKEN, wanted, True)
