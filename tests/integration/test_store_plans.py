@@ -75,10 +75,10 @@ async def test_an_order_is_answered(plans: Plans) -> None:
         return order
 
     order = Order("scale", "m", "decode", 3)
-    said, taken = await asyncio.gather(plans.order(order, 5.0), controller(Reply("done")))
+    said, taken = await asyncio.gather(plans.order(order, 30.0), controller(Reply("done")))
     assert (said, taken) == ("done", order)
     with pytest.raises(NotFound, match="no such"):
-        await asyncio.gather(plans.order(order, 5.0), controller(Reply("no such", 5)))
+        await asyncio.gather(plans.order(order, 30.0), controller(Reply("no such", 5)))
 
 
 async def test_an_order_that_nobody_waits_for_is_not_carried_out(

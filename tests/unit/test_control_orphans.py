@@ -82,7 +82,7 @@ except ChildProcessError:
     sys.exit(7)
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=60).returncode == 7
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=180).returncode == 7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
