@@ -72,7 +72,7 @@ async def test_roles_change_under_load(tmp_path: Path) -> None:
             held = await host._engine.holdings()  # type: ignore[union-attr]
             assert (held.ledger, held.blocks_used) == ((), 0)
 
-        client = await connect(cluster.store.url, 2.0)
+        client = await connect(cluster.store.url, 30.0)
         registry = Registry(client, split.name)
         late = replace(record, role="decode", epoch=1)
         assert await registry.put_worker(late, 10.0)  # no newer life: nobody has to end

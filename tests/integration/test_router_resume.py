@@ -61,7 +61,7 @@ class Pair:
         )  # fmt: skip
 
     async def start(self) -> None:
-        self.client = await connect(self.store.url, 5.0)
+        self.client = await connect(self.store.url, 30.0)
         registry = Registry(self.client, self.config.name)
         for worker in self.fakes.workers:
             await worker.serve()

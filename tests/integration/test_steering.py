@@ -36,7 +36,7 @@ ROLES = {"p-0": "prefill", "d-0": "decode"}
 
 
 async def plans_of(cluster: SimulatedCluster) -> Plans:
-    return Plans(await connect(cluster.store.url, 2.0), cluster.config.name)
+    return Plans(await connect(cluster.store.url, 30.0), cluster.config.name)
 
 
 async def test_steering_needs_the_operators_credentials_and_reaches_the_controller(
@@ -161,6 +161,7 @@ async def test_requests_are_recorded_without_their_text(tmp_path: Path) -> None:
         assert await asyncio.to_thread(record.past, address, TOKEN, 60.0, "another") == ()
 
 
+@pytest.mark.paced
 async def test_a_profile_finds_the_engines_own_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ STATE = PlanState(
 @pytest.fixture
 async def plans(tmp_path: Path) -> AsyncIterator[Plans]:
     store = EmbeddedStore.start(tmp_path)
-    client = await connect(store.url, 1.0)
+    client = await connect(store.url, 30.0)
     yield Plans(client, "c")
     await client.aclose()
     store.stop()
