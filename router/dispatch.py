@@ -10,7 +10,7 @@ from functools import partial
 from typing import Protocol
 
 from cluster.clock import Clock
-from cluster.errors import InvalidRequest, Overloaded, PdserveError, Unavailable
+from cluster.errors import Overloaded, PdserveError, Unavailable
 from cluster.ids import sequence_id
 from cluster.pace import Pace
 from cluster.ticket import prompt_digest
@@ -40,6 +40,7 @@ from router.placer import Placer
 from router.running import Running, request_key
 from router.tickets import Cuts, TicketMint
 from router.tokens import SentTokens
+from router.validate import RequestIdTaken
 from router.worker_wire import SequenceStart
 
 PLACEMENT_WAIT_SECONDS = 10.0
@@ -125,7 +126,7 @@ class Dispatch:
 
         Raises:
             NotResumable: it could not go on exactly.
-            InvalidRequest: its request_id is running already.
+            RequestIdTaken: it is running already.
             Overloaded: there is no room.
             Unavailable: the router is stopping.
         """
@@ -133,9 +134,7 @@ class Dispatch:
             raise self._refusal
         key = request_key(generation.tenant, generation.request_id)
         if key in self._requests:
-            raise InvalidRequest(
-                "request_id", f"{generation.request_id} is the id of a request that is running"
-            )
+            raise RequestIdTaken(generation.request_id, "running")
         settled = partial(self._settled, generation.model)
         running = Running(
             generation, self._clock, self._act, self._ended, self._pace, settled, sent

@@ -117,6 +117,7 @@ class Ask:
         timeout_seconds: what is left of the caller's deadline; None: it set none.
         default_max_tokens: taken, as far as the context allows, when max_tokens is unset.
         received_at: seconds of the router's clock.
+        suggested_id: a fit id to go by where `request_id` is empty and no other request has it.
         idempotency_key: a repetition under it joins or replays the first request.
         resumable: it can be resumed; implied by a key.
         publish_after: text or token id behind which the answer begins that a user sees.
@@ -128,6 +129,7 @@ class Ask:
     received_at: float
     timeout_seconds: float | None
     request_id: str = ""
+    suggested_id: str = ""
     cache_salt: str = ""
     default_max_tokens: int | None = None
     urgency: Urgency = Urgency()

@@ -27,9 +27,8 @@ class Intake:
         """
         timeout = validate.check_timeout(ask.timeout_seconds)
         deadline = ask.received_at + timeout
-        request_id = (
-            validate.check_request_id(ask.request_id) if ask.request_id else new_request_id()
-        )
+        given = ask.request_id or ask.suggested_id
+        request_id = validate.check_request_id(given) if given else new_request_id()
         validate.check_cache_salt(ask.cache_salt)
         validate.check_publish_after(ask.publish_after)
         model = validate.check_model(ask.model, self._catalog.names)

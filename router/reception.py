@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cluster.config_clients import ClassesConfig
+from cluster.ids import new_request_id
 from router import validate
 from router.answer import Answer
 from router.catalog import Catalog
 from router.dispatch import Dispatch
-from router.generation import Ask, Slo
+from router.generation import Ask, Generation, Slo
 from router.intake import Intake
 from router.observe import Observer
 from router.resume.service import Resumption
@@ -56,12 +58,20 @@ class Reception:
             self._dispatch.check_room(tenant.name, slo.slo_class)
             validate.check_idempotency_key(ask.idempotency_key)
             generation = await self._intake.prepare(ask, tenant, slo)
-            if ask.resumable or ask.idempotency_key:
-                return await self._resumption.begin(generation, ask.idempotency_key)
-            return self._dispatch.submit(generation)
+            try:
+                return await self._begin(ask, generation)
+            except validate.RequestIdTaken:
+                if ask.request_id:
+                    raise
+                return await self._begin(ask, replace(generation, request_id=new_request_id()))
         except Exception as error:
             self.refused(tenant.name, ask.model, error, slo)
             raise
+
+    async def _begin(self, ask: Ask, generation: Generation) -> Answer:
+        if ask.resumable or ask.idempotency_key:
+            return await self._resumption.begin(generation, ask.idempotency_key)
+        return self._dispatch.submit(generation)
 
     async def resume(self, tenant: Tenant, request_id: str, next_offsets: Sequence[int]) -> Answer:
         """As `Resumption.resume`."""

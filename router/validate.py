@@ -29,6 +29,13 @@ MAX_ROLE_CHARS = 64
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
+class RequestIdTaken(InvalidRequest):
+    """Another request of the caller's that runs, or is kept, has the id."""
+
+    def __init__(self, request_id: str, which: str) -> None:
+        super().__init__("request_id", f"{request_id} is the id of a request that is {which}")
+
+
 @dataclass(frozen=True)
 class ModelLimits:
     """What a model can take.

@@ -68,7 +68,8 @@ def _copy(  # type: ignore[no-untyped-def]
         tl.store(cached, words, mask=held)
     if COUNT:
         mixed = ((sequence.to(tl.int64) << PLACES) + first + word) * FACTOR
-        tl.atomic_add(total, tl.sum(words * (mixed ^ (mixed >> 32) | 1), 0), sem="relaxed")
+        folded = words ^ (words >> 32) ^ (words >> 63)
+        tl.atomic_add(total, tl.sum(folded * (mixed ^ (mixed >> 32) | 1), 0), sem="relaxed")
 
 
 class BlockCopies:

@@ -16,6 +16,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from cluster.errors import NotFound
 from cluster.store.client import store_errors
 from cluster.store.records import known_fields
 
@@ -56,10 +57,12 @@ end
 return {ARGV[1], 1}
 """
 
-# KEYS: head, log. ARGV: owner, entries before these, entries. -1: another owner, or it is gone.
+# KEYS: head, log. ARGV: owner, entries before these, entries. -1: another owner, -2: it is gone.
 # Entries that are there already came with a call whose answer was lost.
 _APPEND = """
-if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return -1 end
+local owner = redis.call('HGET', KEYS[1], 'owner')
+if not owner then return -2 end
+if owner ~= ARGV[1] then return -1 end
 local known = redis.call('LLEN', KEYS[2])
 if known < tonumber(ARGV[2]) then return -1 end
 for i = 3 + known - tonumber(ARGV[2]), #ARGV do redis.call('RPUSH', KEYS[2], ARGV[i]) end
@@ -194,11 +197,17 @@ class Streams:
     async def append(
         self, name: StreamName, owner: str, before: int, entries: Sequence[str]
     ) -> bool:
-        """Adds entries behind the first `before`; False if it is another router's now."""
+        """Adds entries behind the first `before`; False if it is another router's now.
+
+        Raises:
+            NotFound: the store has no such stream any more: it came back empty, or had too many.
+        """
         keys = [self._head(name), self._log(name)]
         with store_errors():
-            done = await self._append(keys=keys, args=[owner, before, *entries])
-        return int(done) >= 0
+            done = int(await self._append(keys=keys, args=[owner, before, *entries]))
+        if done == -2:
+            raise NotFound(f"the store has lost the stream of request {name.request_id}")
+        return done >= 0
 
     async def finish(self, name: StreamName, owner: str, end: str, ttl_seconds: float) -> bool:
         """Writes its end and keeps it for so long; False if it is another router's now."""

@@ -229,6 +229,16 @@ class ChatBody(_Generate):
     store: None = None
     service_tier: None = None
     reasoning_effort: None = None
+    audio: None = None
+    modalities: None = None
+    moderation: None = None
+    prediction: None = None
+    prompt_cache_key: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    safety_identifier: None = None
+    verbosity: None = None
+    web_search_options: None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

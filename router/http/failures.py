@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from aiohttp import web
@@ -39,7 +40,8 @@ _FIELDS = {
     "guide.grammar": "structured_outputs",
     "guide.choice": "structured_outputs",
 }
-_UNION_TAGS = ("str", "int", "float", "bool", "list[", "TextPart", "dict[")
+_UNION_TAGS = re.compile(r"str|int|float|bool|TextPart|(list|dict)\[.*")
+"""What stands in a path for the kind of a value, beside the names of fields."""
 
 
 def error_body(
@@ -89,7 +91,7 @@ def refuse_body(error: ValidationError) -> InvalidRequest:
     path = ".".join(
         str(part)
         for part in first["loc"]
-        if isinstance(part, int) or not str(part).startswith(_UNION_TAGS)
+        if isinstance(part, int) or not _UNION_TAGS.fullmatch(part)
     )
     if first["type"] == "extra_forbidden":
         return InvalidRequest(path[:100], "is not a field that this server takes")

@@ -12,7 +12,7 @@ from aiohttp import ClientConnectionResetError, HttpVersion11, web
 from pydantic import ValidationError
 
 from cluster.clock import Clock
-from cluster.errors import PdserveError
+from cluster.errors import DeadlineExceeded, PdserveError
 from cluster.ids import REQUEST_ID_PATTERN
 from cluster.obs.logs import REQUEST_ID
 from router.answer import Answer
@@ -66,10 +66,14 @@ class GenerateHandlers:
         received_at = self._clock.now()
         try:
             tenant = self._tenants.identify(shown_by(request))
-            body = _parse(kind, await request.read())
-            asked = body.asked(received_at, self._timeout(request), _header_id(request))
-            key = request.headers.get(IDEMPOTENCY_HEADER, "")
-            asked = replace(asked, urgency=urgency(request.headers), idempotency_key=key)
+            timeout = self._timeout(request)
+            body = _parse(kind, await _read(request, timeout))
+            asked = replace(
+                body.asked(received_at, timeout, ""),
+                suggested_id=_header_id(request),
+                urgency=urgency(request.headers),
+                idempotency_key=request.headers.get(IDEMPOTENCY_HEADER, ""),
+            )
         except PdserveError as error:
             self._reception.refused("", "", error)
             raise
@@ -87,6 +91,15 @@ class GenerateHandlers:
         return seconds(request.headers, TIMEOUT_HEADER) or self._default_timeout
 
 
+async def _read(request: web.Request, timeout: float) -> bytes:
+    """The body. Raises DeadlineExceeded if all of it has not come after `timeout` seconds."""
+    try:
+        async with asyncio.timeout(timeout):
+            return await request.read()
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before all of the body had come") from None
+
+
 def _parse(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> CompletionBody | ChatBody:
     try:
         return kind.model_validate_json(raw)
@@ -95,7 +108,8 @@ def _parse(kind: type[CompletionBody] | type[ChatBody], raw: bytes) -> Completio
 
 
 def _header_id(request: web.Request) -> str:
-    """The caller's id; proxies put ids of any shape there, so a strange one is only passed over."""
+    """The caller's id. Proxies put ids of any shape there, and the same for all that one request of
+    theirs leads to: a strange one, or another request's, is only passed over."""
     given = request.headers.get(REQUEST_ID_HEADER, "")
     return given if REQUEST_ID_PATTERN.fullmatch(given) else ""
 

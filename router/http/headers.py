@@ -18,6 +18,8 @@ PRIORITY_HEADER = "X-Priority"
 TTFT_HEADER = "X-Ttft-Target-Seconds"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 TPOT_HEADER = "X-Tpot-Target-Seconds"
+MAX_SECONDS = 1e9
+"""More than 30 years: what is far beyond it the store cannot keep a time for."""
 
 
 def shown_by(request: web.Request) -> Shown:
@@ -43,7 +45,11 @@ def urgency(headers: Mapping[str, str]) -> Urgency:
 
 
 def seconds(headers: Mapping[str, str], name: str) -> float | None:
-    """None if the header is missing. Raises InvalidRequest unless it is a time above 0."""
+    """None if the header is missing.
+
+    Raises:
+        InvalidRequest: it is no time above 0, or longer than MAX_SECONDS.
+    """
     raw = headers.get(name)
     if raw is None:
         return None
@@ -51,6 +57,6 @@ def seconds(headers: Mapping[str, str], name: str) -> float | None:
         value = float(raw)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise InvalidRequest(name, "must be a number of seconds above 0")
+    if not 0 < value <= MAX_SECONDS:
+        raise InvalidRequest(name, f"must be above 0 and at most {MAX_SECONDS:g} seconds")
     return value

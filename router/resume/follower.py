@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from cluster.errors import NotResumable, PdserveError, Unavailable
 from cluster.store.streams import StreamName, Streams
+from router.output import Completed
 from router.resume import codec
 from router.resume.transcript import Transcript
 
@@ -45,7 +46,7 @@ async def follow(
                 transcript.close(_gone(name, transcript))
                 return False
             if head.end:
-                transcript.close(codec.ended(head.end))
+                transcript.close(_end(name, transcript, head.end))
                 return False
             if polls % CHECK_OWNER_POLLS == 0:
                 hold()
@@ -74,6 +75,15 @@ async def _read_at_last(streams: Streams, name: StreamName, transcript: Transcri
         except Unavailable as error:
             log.info("stream %s cannot be gone on with yet: %s", name.id, error)
             await asyncio.sleep(POLL_SECONDS)
+
+
+def _end(name: StreamName, transcript: Transcript, raw: str) -> Completed | PdserveError:
+    """How it ended; an error where its tokens are not all there: a store that evicts, or expired
+    them between two readings."""
+    end = codec.ended(raw)
+    if isinstance(end, Completed) and end.completion_tokens != sum(transcript.counts):
+        return NotResumable(f"request {name.request_id} has expired, or the store has lost of it")
+    return end
 
 
 def _gone(name: StreamName, transcript: Transcript) -> PdserveError:

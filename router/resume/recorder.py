@@ -1,7 +1,8 @@
 """Records a running request: into the store first, then into the transcript that readers see.
 
 So a client never has a token that another router could not go on from. While the store is out
-tokens are not held back: they are kept here and written as soon as it answers again.
+tokens are not held back: they are kept here and written as soon as it answers again. A store that
+has lost the stream takes no more of it: its readers here go on, and no other router can.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import logging
 
 from cluster.clock import Clock
-from cluster.errors import Cancelled, PdserveError, Unavailable
+from cluster.errors import Cancelled, NotFound, PdserveError, Unavailable
 from cluster.store.streams import StreamName, Streams
 from router.events import Abort
 from router.output import Completed
@@ -54,6 +55,7 @@ class Recorder:
         self._saved = saved
         self._unsaved: list[str] = []
         self._retry_at = 0.0
+        self._lost = False
         self.abandoning = False
         """The router stops: another one is to go on with what does not end in time."""
 
@@ -107,7 +109,15 @@ class Recorder:
 
     async def _append(self) -> bool:
         """False if the stream is another router's."""
-        mine = await self._streams.append(self._name, self._owner, self._saved, self._unsaved)
+        mine = True
+        try:
+            if not self._lost:
+                mine = await self._streams.append(
+                    self._name, self._owner, self._saved, self._unsaved
+                )
+        except NotFound as error:
+            self._lost = True
+            log.warning("stream %s can be resumed on this router only: %s", self._name.id, error)
         if mine:
             self._saved += len(self._unsaved)
             self._unsaved.clear()

@@ -20,6 +20,7 @@ from router.resume.recorder import Recorder
 from router.resume.transcript import Reader, Transcript
 from router.running import Running
 from router.tokens import SentTokens
+from router.validate import RequestIdTaken
 
 CLAIM_TRIES = 5
 
@@ -81,7 +82,8 @@ class Resumption:
         """Runs a request that can be resumed; a repetition under its key joins the first one.
 
         Raises:
-            InvalidRequest: the key stands for another request, or the request id is taken.
+            InvalidRequest: the key stands for another request.
+            RequestIdTaken: another request that is kept has the id.
             Overloaded, Unavailable: there is no room, or no store to promise anything with.
         """
         name = StreamName(generation.tenant, generation.request_id, key)
@@ -90,16 +92,17 @@ class Resumption:
             if holder.mine:
                 return await self._start(claim, generation)
             if not holder.request_id:
-                raise InvalidRequest(
-                    "request_id", f"{generation.request_id} is the id of a request that is kept"
-                )
+                raise RequestIdTaken(generation.request_id, "kept")
             first = StreamName(generation.tenant, holder.request_id, key)
             head = await self._streams.head(first)
             if head is None:
                 continue  # It was refused meanwhile, and its key is free again.
             if head.fingerprint != codec.fingerprint(generation):
                 raise InvalidRequest("idempotency_key", "was used for another request")
-            return self._attach(first, head).reader()
+            # The first one's deadline is not this caller's.
+            left = generation.deadline - self._clock.now()
+            until = asyncio.get_running_loop().time() + left
+            return self._attach(first, head).reader(until=until)
         raise Unavailable("the idempotency key changes hands too quickly")
 
     async def resume(self, tenant: str, request_id: str, next_offsets: Sequence[int]) -> Reader:

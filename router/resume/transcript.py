@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from cluster.errors import InvalidRequest, Overloaded, PdserveError
+from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, PdserveError
 from cluster.ids import RequestId
 from router.generation import Generation
 from router.output import Completed, Delta
@@ -50,8 +51,11 @@ class Transcript:
         """Until there is more than there was."""
         await self._news.wait()
 
-    def reader(self, next_offsets: Sequence[int] = ()) -> Reader:
+    def reader(self, next_offsets: Sequence[int] = (), until: float = math.inf) -> Reader:
         """From these offsets on, one for each completion; 0 where there is none.
+
+        Args:
+            until: the reader's own deadline, on the event loop's clock.
 
         Raises:
             InvalidRequest: there are more than completions.
@@ -62,7 +66,7 @@ class Transcript:
             self.leave()  # whoever began to follow the stream for it need not go on
             raise InvalidRequest("next_offset", f"has {len(next_offsets)} entries, of {n} at most")
         padding = [0] * (n - len(next_offsets))
-        return Reader(self, [*next_offsets, *padding])
+        return Reader(self, [*next_offsets, *padding], until)
 
     def leave(self) -> None:
         self.readers -= 1
@@ -77,9 +81,12 @@ class Transcript:
 class Reader:
     """One consumer of a transcript; an `Answer`."""
 
-    def __init__(self, transcript: Transcript, next_offsets: list[int]) -> None:
+    def __init__(
+        self, transcript: Transcript, next_offsets: list[int], until: float = math.inf
+    ) -> None:
         self._transcript = transcript
         self._next = next_offsets
+        self._until = until
         self._error: PdserveError | None = None
         self._gone = False
         self.on_cut: Callable[[], None] | None = None
@@ -111,6 +118,7 @@ class Reader:
 
         Raises:
             InvalidRequest: an offset is behind the end.
+            DeadlineExceeded: nothing came until this reader's own deadline.
             PdserveError: the request failed, or this reader is too slow.
         """
         position = 0
@@ -120,7 +128,8 @@ class Reader:
             position += len(batch)
             rest = [rest for delta in batch if (rest := self._rest(delta)) is not None]
             if rest:
-                timer = loop.call_later(SLOW_READER_SECONDS, self._cut)
+                cut_at = min(self._until, loop.time() + SLOW_READER_SECONDS)
+                timer = loop.call_at(cut_at, self._cut)
                 try:
                     yield rest
                 finally:
@@ -129,7 +138,7 @@ class Reader:
                 self._check_end(self._transcript.end)
                 return
             elif not batch:
-                await self._transcript.news()
+                await self._news()
 
     def leave(self) -> None:
         """The consumer's call is over; the request goes on for a while."""
@@ -166,7 +175,20 @@ class Reader:
         if isinstance(end, PdserveError):
             raise end
 
+    async def _news(self) -> None:
+        try:
+            async with asyncio.timeout_at(self._until if math.isfinite(self._until) else None):
+                await self._transcript.news()
+        except TimeoutError:
+            raise _late() from None
+
     def _cut(self) -> None:
-        self._error = Overloaded("the client reads too slowly; resume where it stopped", 1.0)
+        late = asyncio.get_running_loop().time() >= self._until
+        slow = "the client reads too slowly; resume where it stopped"
+        self._error = _late() if late else Overloaded(slow, 1.0)
         if self.on_cut is not None:
             self.on_cut()
+
+
+def _late() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline passed; the request goes on: repeat or resume it")

@@ -129,7 +129,12 @@ async def test_an_answer_goes_back_as_it_is_for_the_next_turn(client: openai.Asy
 
 
 async def test_openais_other_fields_may_be_left_out_by_name(http: aiohttp.ClientSession) -> None:
-    body = {"model": MODEL, "messages": HELLO, "max_tokens": 1, "tools": None, "tool_choice": None}
+    others = (
+        "tools tool_choice parallel_tool_calls functions function_call metadata store service_tier "
+        "reasoning_effort audio modalities moderation prediction prompt_cache_key "
+        "prompt_cache_options prompt_cache_retention safety_identifier verbosity web_search_options"
+    )
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 1, **dict.fromkeys(others.split())}
     async with http.post("/v1/chat/completions", json=body) as reply:
         assert reply.status == 200
     async with http.post("/v1/chat/completions", json={**body, "tools": []}) as reply:
@@ -185,6 +190,13 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "surprise": None}, "surprise", "not a field"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
     ({"prompt": "x", "stream_options": {}}, "stream_options", "needs stream"),
+    ({"prompt": "x", "stream": "yes"}, "stream", "boolean"),
+    (
+        {"prompt": "x", "stream": True, "stream_options": {"a": 1}},
+        "stream_options.a",
+        "not a field",
+    ),
+    ({"prompt": "x", "structured_outputs": {"regex": 1}}, "structured_outputs.regex", "string"),
     ({"prompt": "x", "request_id": "a b"}, "request_id", "128 characters"),
 ]
 
@@ -326,9 +338,20 @@ async def test_the_timeout_header(cluster: Cluster, http: aiohttp.ClientSession)
     async with http.post("/v1/completions", json=body, headers=headers) as reply:
         assert reply.status == 504
         assert (await reply.json())["error"]["type"] == "timeout_error"
-    headers = {"X-Request-Timeout-Seconds": "soon"}
-    async with http.post("/v1/completions", json=body, headers=headers) as reply:
-        assert reply.status == 400
+    for no_time in ("soon", "nan", "0", "1e307"):
+        headers = {"X-Request-Timeout-Seconds": no_time}
+        async with http.post("/v1/completions", json=body, headers=headers) as reply:
+            assert reply.status == 400
+
+
+async def test_a_body_has_to_come_before_the_deadline(cluster: Cluster) -> None:
+    host, _, port = cluster.router.http_address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+    writer.write(head + b"X-Request-Timeout-Seconds: 0.2\r\n\r\n{")
+    said = await asyncio.wait_for(reader.readline(), TIMEOUT)
+    writer.close()
+    assert said.startswith(b"HTTP/1.1 504 ")
 
 
 async def test_a_slow_reader_is_cut_off(cluster: Cluster) -> None:

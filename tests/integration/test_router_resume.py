@@ -413,6 +413,33 @@ async def test_a_router_that_was_frozen_cannot_write_any_more(pair: Pair) -> Non
     assert len(tokens_of(got)) < COUNT
 
 
+async def test_a_stream_that_the_store_has_lost_goes_on(pair: Pair) -> None:
+    pair.fakes.decode.script = slowly
+    call = pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT)
+    got = await some(call, 2)
+    pair.fakes.decode.gate.clear()
+    keys = [f"pdserve:{{{pair.config.name}}}:{kind}:default/r" for kind in ("stream", "stream-log")]
+    assert await pair.client.delete(*keys) == 2  # as a store does that comes back empty
+    pair.fakes.decode.gate.set()
+    resumed = pair.stub(0).Resume(resume("r"), timeout=TIMEOUT)
+    got += await collect(call)
+    assert tokens_of(got) == ALL
+    assert tokens_of(await collect(resumed)) == ALL
+    assert not await pair.client.exists(*keys)
+
+
+@pytest.mark.parametrize("lose", ["delete", "rpop"])
+async def test_what_the_store_has_lost_of_a_stream_is_not_passed_over(
+    pair: Pair, lose: str
+) -> None:
+    await collect(pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT))
+    log = f"pdserve:{{{pair.config.name}}}:stream-log:default/r"
+    assert await getattr(pair.client, lose)(log)
+    code, message, _ = await refusal(pair.stub(1).Resume(resume("r"), timeout=TIMEOUT))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "expired" in message
+
+
 async def test_without_the_store(pair: Pair) -> None:
     pair.fakes.decode.script = slowly
     call = pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT)
@@ -503,6 +530,54 @@ async def test_http_repetitions(pair: Pair) -> None:
                 assert (await reply.json())["error"]["param"] == "Idempotency-Key"
     assert texts == [ALL_TEXT] * 4
     assert pair.executions == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_repetition_ends_by_its_own_deadline(pair: Pair, stream: bool) -> None:
+    pair.fakes.decode.gate.clear()
+    url = f"http://{pair.routers[0].http_address}/v1/completions"
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": COUNT, "stream": stream}
+    async with (
+        aiohttp.ClientSession(headers={"Idempotency-Key": "k"}) as http,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = tasks.create_task(text_of(http, url, body))
+        await pair.fakes.prefill.started.get()
+        late = {"X-Request-Timeout-Seconds": "0.3"}
+        repeated = await asyncio.wait_for(text_of(http, url, body, late), TIMEOUT)
+        assert "deadline_exceeded" in repeated
+        pair.fakes.decode.gate.set()
+        assert f"t{COUNT - 1} " in await first
+
+
+async def text_of(http: Any, url: str, body: Any, headers: Any = None) -> str:
+    async with http.post(url, json=body, headers=headers) as reply:
+        return str(await reply.text())
+
+
+@pytest.mark.parametrize("keys", [("", ""), ("a", "b")])
+async def test_two_requests_may_come_under_one_http_id(pair: Pair, keys: tuple[str, str]) -> None:
+    pair.fakes.decode.gate.clear()
+    url = f"http://{pair.routers[0].http_address}/v1/completions"
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": COUNT}
+
+    async def post(http: Any, key: str) -> tuple[int, str]:
+        headers = {"Idempotency-Key": key} if key else {}
+        async with http.post(url, json=body, headers=headers) as reply:
+            return reply.status, reply.headers["X-Request-Id"]
+
+    async with (
+        aiohttp.ClientSession(headers={"X-Request-Id": "trace"}) as http,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = tasks.create_task(post(http, keys[0]))
+        await pair.fakes.prefill.started.get()
+        second = tasks.create_task(post(http, keys[1]))
+        await asyncio.wait_for(pair.fakes.prefill.started.get(), TIMEOUT)
+        pair.fakes.decode.gate.set()
+    assert first.result() == (200, "trace")
+    assert second.result()[0] == 200
+    assert second.result()[1] != "trace"
 
 
 async def test_cancel_reaches_the_router_that_runs_it(store: EmbeddedStore, tmp_path: Path) -> None:

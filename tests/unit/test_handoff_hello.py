@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
@@ -22,7 +23,7 @@ from cluster.kv.transport.hello import (
 )
 from cluster.kv.transport.inbound_links import InboundLinks
 from cluster.kv.transport.link import MAX_LINKS
-from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES, NcclError
+from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES, LinkTooLarge, NcclError
 from cluster.kv.transport.streams.reading import Broken
 from cluster.ticket import CLOCK_TOLERANCE_SECONDS, TicketSigner
 from tests.handoff.fake_links import HANDOFF, LINK, SIGNER, SIZE, SLOTS, Bench, FakeLink
@@ -77,12 +78,18 @@ class Told:
     def __init__(self, *frames: bytes) -> None:
         self._frames = list(frames)
         self.replies: list[str] = []
+        self.too_large = False
 
     async def receive_whole(self) -> bytes | None:
         return self._frames.pop(0) if self._frames else None
 
     async def send(self, wire: bytes) -> None:
-        self.replies.append(decode_link_reply(wire)[0])
+        try:
+            decode_link_reply(wire)
+            self.replies.append("")
+        except HandoffRefused as refusal:
+            self.replies.append(str(refusal).removeprefix("the peer refused the link: "))
+            self.too_large = isinstance(refusal, LinkTooLarge)
 
     def cancel(self) -> None: ...
 
@@ -246,3 +253,30 @@ async def test_links_are_not_without_number() -> None:
     assert await serve(bench.links, encode_hello(hello(link=9), SIGNER)) == [
         f"there are {MAX_LINKS} links already"
     ]
+
+
+@pytest.mark.parametrize(
+    ("failure", "said", "too_large"),
+    [
+        (LinkTooLarge("a link needs 1024 MiB"), "a link needs 1024 MiB", True),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory", True),
+        (NcclError("NCCL: remote process exited"), "NCCL: remote process exited", False),
+    ],
+)
+async def test_the_peer_hears_whether_a_smaller_link_may_do(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, said: str, too_large: bool
+) -> None:
+    def fail(*args: object) -> FakeLink:
+        raise failure
+
+    monkeypatch.setattr("cluster.kv.transport.inbound_links.Link", fail)
+    stream = Told(encode_hello(hello(link=9), SIGNER))
+    await Bench().links.serve(stream)  # type: ignore[arg-type]
+    assert len(stream.replies) == 1 and stream.replies[0].endswith(said)
+    assert stream.too_large == too_large
+
+
+async def test_a_link_of_more_than_this_end_allows_may_be_smaller() -> None:
+    stream = Told(encode_hello(hello(link=9, slots=SLOTS + 1), SIGNER))
+    await Bench().links.serve(stream)  # type: ignore[arg-type]
+    assert stream.too_large

@@ -16,12 +16,13 @@ import torch
 
 from cluster.errors import HandoffRefused
 from cluster.kv.transport import nccl
-from cluster.kv.transport.hello import decode_hello
+from cluster.kv.transport.hello import decode_hello, encode_link_reply
 from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
 from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS
 from cluster.kv.transport.nccl import NcclTransport
 from cluster.kv.transport.nccl_library import (
     UNIQUE_ID_BYTES,
+    LinkTooLarge,
     NcclError,
 )
 from cluster.kv.transport.seam import Peer
@@ -197,27 +198,75 @@ async def test_a_peer_that_cannot_be_linked_is_tried_more_and_more_seldom(
     assert last.transport == "nccl" and not pool._failed
 
 
-async def test_every_try_in_vain_asks_for_half_as_much_memory(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("failure", "sizes"),
+    [
+        (LinkTooLarge("a link needs more GPU memory than is free"), [1024, 512, 256, 128, 128]),
+        (torch.OutOfMemoryError("CUDA out of memory"), [1024, 512, 256, 128, 128]),
+        (NcclError("NCCL: remote process exited or there was a network error"), [1024] * 5),
+        (HandoffRefused("there are 16 links already"), [1024] * 5),
+    ],
+)
+async def test_every_try_without_memory_asks_for_half_as_much(
+    failure: Exception, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Either end may have had no room for more."""
+    """Either end may have had no room for more; for another reason less is of no use."""
     pool: Any = transport(1 << 30)
     monkeypatch.setattr(nccl, "new_unique_id", lambda: b"u" * UNIQUE_ID_BYTES)
 
     def no_memory(*args: object) -> Link:
-        raise NcclError("a link needs more GPU memory than is free")
+        raise failure
 
     monkeypatch.setattr(nccl, "Link", no_memory)
     asked = []
     for _ in range(5):
         assert (await pool.open(peer(0), "a" * 32)).transport == "grpc"
-        with contextlib.suppress(NcclError):
+        with contextlib.suppress(type(failure)):
             await pool._links[peer(0)]
         assert (await pool.open(peer(0), "a" * 32)).transport == "grpc"  # hears of it
         hello = decode_hello(pool._grpc.said[-1], SIGNER)
         asked.append(hello.slots * hello.slot_bytes >> 20)
         pool._failed[peer(0)] = replace(pool._failed[peer(0)], until=0.0)
-    assert asked == [1024, 512, 256, 128, 128]
+    assert asked == sizes
+
+
+class Coming:
+    """A link that fails on its way up, when it is told to."""
+
+    def __init__(self, failure: Exception) -> None:
+        self._failure = failure
+        self.failing = asyncio.Event()
+        self.aborted = ""
+
+    async def up(self) -> None:
+        await self.failing.wait()
+        raise self._failure
+
+    def abort(self, reason: str) -> None:
+        self.aborted = reason
+
+
+@pytest.mark.parametrize("short", ["this end", "the peer"])
+async def test_the_end_that_has_no_memory_says_so_whatever_the_other_one_sees(
+    short: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the other one sees is a communicator that broke."""
+    pool: Any = transport(1 << 30)
+    too_large, broke = LinkTooLarge("no memory"), NcclError("NCCL: remote process exited")
+    link = Coming(too_large if short == "this end" else broke)
+    said: asyncio.Queue[bytes] = asyncio.Queue()
+    monkeypatch.setattr(nccl, "new_unique_id", lambda: b"u" * UNIQUE_ID_BYTES)
+    monkeypatch.setattr(nccl, "Link", lambda *args: link)
+    monkeypatch.setattr(pool._grpc, "receive_whole", said.get)
+    making = asyncio.create_task(pool._make(peer(0)))
+    link.failing.set()
+    await asyncio.sleep(0.01)
+    if short == "the peer":
+        said.put_nowait(encode_link_reply(too_large))
+    with pytest.raises(LinkTooLarge, match="no memory"):
+        async with asyncio.timeout(5):
+            await making
+    assert link.aborted and pool._grpc.cancelled == 1
 
 
 @pytest.mark.parametrize(

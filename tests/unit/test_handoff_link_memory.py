@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,13 @@ from cluster.kv.transport import link as link_module
 from cluster.kv.transport import nccl_library
 from cluster.kv.transport.link import Link
 from cluster.kv.transport.link_slots import largest_payload
-from cluster.kv.transport.nccl_library import SPARE_BYTES, Communicator, NcclError, PeerMemory
+from cluster.kv.transport.nccl_library import (
+    SPARE_BYTES,
+    Communicator,
+    LinkTooLarge,
+    NcclError,
+    PeerMemory,
+)
 
 CPU = torch.device("cpu")
 
@@ -29,10 +36,54 @@ def test_a_link_leaves_memory_to_the_engine(free: int, monkeypatch: pytest.Monke
     with (
         contextlib.nullcontext()
         if free == SPARE_BYTES + 64
-        else pytest.raises(NcclError, match="lower gpu_memory_utilization or handoff")
+        else pytest.raises(LinkTooLarge, match="lower gpu_memory_utilization or handoff")
     ):
         PeerMemory(64)
     assert taken == [64] * (free == SPARE_BYTES + 64)
+
+
+def test_two_links_made_at_once_do_not_take_the_same_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither is let past the other between its look at what is free and its taking it."""
+    taken: list[int] = []
+    both_looked = threading.Barrier(2)
+
+    def look() -> tuple[int, int]:
+        free = SPARE_BYTES + 127 - sum(taken)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_looked.wait(0.1)  # in vain, if they look by turns
+        return free, 1 << 40
+
+    fake = SimpleNamespace(ncclMemAlloc=lambda address, size: taken.append(size.value) or 0)
+    monkeypatch.setattr(nccl_library, "library", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", look)
+    monkeypatch.setattr(torch, "as_tensor", lambda data, device: torch.zeros(64))
+    refused: list[str] = []
+
+    def make() -> None:
+        try:
+            PeerMemory(64)
+        except LinkTooLarge as refusal:
+            refused.append(str(refusal))
+
+    makers = [threading.Thread(target=make) for _ in range(2)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert taken == [64] and len(refused) == 1
+
+
+def test_memory_that_is_not_given_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(
+        ncclMemAlloc=lambda address, size: 1,
+        ncclGetErrorString=lambda code: b"unhandled cuda error",
+    )
+    monkeypatch.setattr(nccl_library, "library", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    with pytest.raises(LinkTooLarge, match="NCCL: unhandled cuda error"):
+        PeerMemory(64)
 
 
 @pytest.mark.parametrize(

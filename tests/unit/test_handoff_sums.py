@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cluster.kv.transport.checksums import AT_ONCE_BYTES, DeviceSum, Tally, value
@@ -47,7 +48,25 @@ def test_a_device_checksum_is_the_sum_of_weighted_words() -> None:
         if word and (number < 4 or number > len(payload) // 8 - 12):
             mixed = ((sequence << 40) + number) * 0x1E3779B97F4A7C15 % 2**64
             signed = mixed - 2**64 if mixed >= 2**63 else mixed
-            total += word * ((signed ^ (signed >> 32)) | 1)
+            folded = word ^ word >> 32 ^ (0xFFFFFFFF if word >> 63 else 0)
+            total += folded * ((signed ^ (signed >> 32)) | 1)
     few = payload.clone()
     few[32 : -11 * 8] = 0
     assert summed(few, seed=seed, first=sequence) == (total + seed + 2**63) % 2**64
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 50, 62, 63])
+@pytest.mark.parametrize("held", ["zeros", "anything"])
+def test_a_device_checksum_sees_the_same_bit_of_two_words(bit: int, held: str) -> None:
+    """Changed in both, or moved from one to the other."""
+    drawn = torch.Generator().manual_seed(bit)
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (65,), generator=drawn)
+    words &= ~(1 << bit if bit < 63 else -(1 << 63)) if held == "anything" else 0
+    flip = torch.tensor(1 << bit if bit < 63 else -(1 << 63))
+    pairs = [(first, second) for first in range(0, 64, 9) for second in range(first + 1, 65)]
+    sums = set()
+    for changed in [(), *((place,) for place in range(65)), *pairs]:
+        damaged = words.clone()
+        damaged[list(changed)] ^= flip
+        sums.add(summed(damaged.view(torch.uint8)))
+    assert len(sums) == 1 + 65 + len(pairs), "each of them makes another sum"

@@ -73,9 +73,10 @@ class ChecksumSeal:
 
 class DeviceSum:
     """A running checksum of payloads, computed where they lie: the sum of their 64-bit words, each
-    times an odd number of its place (modulo 2^64). One changed word always changes it, and almost
-    any other damage or exchange of words does. They may be counted in any order, and nothing waits
-    for the device.
+    folded and then times an odd number of its place (modulo 2^64). One changed word always changes
+    it, and almost any other damage or exchange of words does: folding brings a word's high bits
+    down, for of those that a product has above them few depend on the place, of the top bit none.
+    They may be counted in any order, and nothing waits for the device.
 
     Args:
         stream: on which it is computed; None on the host.
@@ -123,7 +124,10 @@ class Tally:
             part = words[start : start + AT_ONCE_BYTES // 8]
             first = (self.sequence << PLACES) + start
             mixed = torch.arange(first, first + len(part), device=part.device) * FACTOR
-            self.sum.total += (part * (mixed ^ mixed >> 32 | 1)).sum()
+            weights = mixed ^ mixed >> 32 | 1
+            # The high half stays, the low one is crossed with it and its sign: this can be undone.
+            folded = part ^ part >> 32 ^ part >> 63
+            self.sum.total += (folded * weights).sum()
 
 
 def value(fetched: torch.Tensor) -> int:

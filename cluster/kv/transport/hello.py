@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from cluster.errors import HandoffRefused
 from cluster.kv.assembly import BlockRun
-from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES
+from cluster.kv.transport.nccl_library import UNIQUE_ID_BYTES, LinkTooLarge
 from cluster.ticket import CLOCK_TOLERANCE_SECONDS, TicketSigner
 from pdserve.v1 import kv_transfer_pb2 as pb
 
@@ -158,17 +158,22 @@ def _frame(wire: bytes) -> pb.LinkFrame:
         raise HandoffRefused("a message on a link is malformed") from error
 
 
-def encode_link_reply(refused: str = "", free: Sequence[int] = ()) -> bytes:
+def encode_link_reply(refusal: HandoffRefused | None = None, free: Sequence[int] = ()) -> bytes:
     """What the receiver says: why the link is refused, or that it is up; later, which slots'
     payloads have been read."""
-    return pb.LinkReply(refused=refused, free=free).SerializeToString()
+    refused = "" if refusal is None else str(refusal)
+    too_large = isinstance(refusal, LinkTooLarge)
+    return pb.LinkReply(refused=refused, free=free, too_large=too_large).SerializeToString()
 
 
-def decode_link_reply(wire: bytes) -> tuple[str, Sequence[int]]:
-    """Why the link is refused, empty if it is up; and slots that are free. Raises HandoffRefused
-    for anything else."""
+def decode_link_reply(wire: bytes) -> Sequence[int]:
+    """Slots that are free. Raises HandoffRefused if the link is refused – LinkTooLarge if a smaller
+    one may not be – and for anything else."""
     try:
         reply = pb.LinkReply.FromString(wire)
     except DecodeError as error:
         raise HandoffRefused("the peer's reply to a link is malformed") from error
-    return reply.refused, reply.free
+    if reply.refused:
+        refusal = LinkTooLarge if reply.too_large else HandoffRefused
+        raise refusal(f"the peer refused the link: {reply.refused}")
+    return reply.free

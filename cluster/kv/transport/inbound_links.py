@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from cluster.errors import HandoffRefused
 from cluster.kv.doorkeeper import Recent, Terms
 from cluster.kv.seldom import Seldom
@@ -22,6 +24,7 @@ from cluster.kv.transport.hello import (
 )
 from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
 from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS
+from cluster.kv.transport.nccl_library import LinkTooLarge
 from cluster.kv.transport.staging import Slot
 from cluster.kv.transport.streams.reading import Broken
 from cluster.kv.transport.streams.stream import Stream
@@ -114,10 +117,11 @@ class InboundLinks:
             link = await self._open(hello := decode_hello(wire, self._signer))
         except (Broken, TimeoutError):
             return
-        except HandoffRefused as refusal:
+        except (HandoffRefused, torch.OutOfMemoryError) as error:
+            refusal = error if isinstance(error, HandoffRefused) else LinkTooLarge(f"link: {error}")
             self._strangers.warning("link refused: %s", refusal)
             with contextlib.suppress(Broken):
-                await stream.send(encode_link_reply(str(refusal)))
+                await stream.send(encode_link_reply(refusal))
             return
         self._links[hello.link] = link
         link.when_down(stream.cancel)  # whatever took it down: the peer is to hear of it
@@ -150,7 +154,7 @@ class InboundLinks:
         now = time.monotonic()
         self._hellos.add(hello.link, now, now + HELLO_SECONDS + 2 * CLOCK_TOLERANCE_SECONDS)
         if not 0 < hello.slots * hello.slot_bytes <= self._link_terms.memory_bytes:
-            raise HandoffRefused("the link asks for more than handoff.link_bytes, or for nothing")
+            raise LinkTooLarge("the link asks for more than handoff.link_bytes, or for nothing")
         if hello.slots > MAX_SLOTS or hello.slot_bytes % ALIGNMENT:
             raise HandoffRefused("the link asks for slots that no payload fits in well")
         if len(self._links) + self._opening >= MAX_LINKS:

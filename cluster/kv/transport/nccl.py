@@ -13,6 +13,8 @@ import secrets
 import time
 from dataclasses import dataclass
 
+import torch
+
 from cluster.errors import HandoffRefused
 from cluster.kv.doorkeeper import Terms
 from cluster.kv.paged import PagedCache
@@ -22,7 +24,7 @@ from cluster.kv.transport.inbound_links import InboundLinks
 from cluster.kv.transport.link import MAX_LINKS, Link, LinkTerms
 from cluster.kv.transport.link_slots import ALIGNMENT, MAX_SLOTS, largest_payload
 from cluster.kv.transport.linked_inbound import LinkedInbound
-from cluster.kv.transport.nccl_library import library, new_unique_id
+from cluster.kv.transport.nccl_library import LinkTooLarge, library, new_unique_id
 from cluster.kv.transport.outbound_links import NcclOutbound, OutboundLink
 from cluster.kv.transport.seam import Outbound, Peer, Serve
 from cluster.kv.transport.streams.reading import Broken
@@ -40,6 +42,7 @@ RETRY_SECONDS = 5.0
 LONGEST_RETRY_SECONDS = 3600.0
 """… up to this: of each try in vain NCCL keeps a thread and a socket that await the peer."""
 IDLE_SECONDS = 600.0
+_NO_MEMORY = (LinkTooLarge, torch.OutOfMemoryError)
 
 
 def nccl_available(cache: PagedCache) -> str:
@@ -60,18 +63,19 @@ class _Failure:
     Attributes:
         until: no try before; CLOCK_MONOTONIC seconds.
         pause: seconds from the try to then.
-        tries: in vain so far.
+        too_large: how many tries an end had no memory for.
     """
 
     why: str
     until: float
     pause: float
-    tries: int
+    too_large: int
 
     @classmethod
-    def after(cls, last: _Failure | None, why: str) -> _Failure:
+    def after(cls, last: _Failure | None, error: Exception) -> _Failure:
         pause = RETRY_SECONDS if last is None else min(2 * last.pause, LONGEST_RETRY_SECONDS)
-        return cls(why, time.monotonic() + pause, pause, 1 if last is None else last.tries + 1)
+        too_large = isinstance(error, _NO_MEMORY) + (0 if last is None else last.too_large)
+        return cls(str(error), time.monotonic() + pause, pause, too_large)
 
 
 class NcclTransport:
@@ -152,7 +156,7 @@ class NcclTransport:
         except Exception as error:  # the device's, too: it may have had no memory just then
             if self._links.get(peer) is task:  # the first that hears of it
                 del self._links[peer]
-                self._failed[peer] = _Failure.after(self._failed.get(peer), str(error))
+                self._failed[peer] = _Failure.after(self._failed.get(peer), error)
             if self._required:
                 raise HandoffRefused(str(error)) from error
             log.warning("%s is reached over gRPC: %s", peer.worker_id, error)
@@ -183,14 +187,19 @@ class NcclTransport:
                     stream.cancel()
                     raise
                 up = asyncio.create_task(link.up())  # the peer answers once it is
+                answer = asyncio.create_task(stream.receive_whole())
                 try:
-                    wire = await stream.receive_whole()
-                    refused = "closed" if wire is None else decode_link_reply(wire)[0]
-                    if refused:
-                        raise HandoffRefused(f"the peer refused the link: {refused}")
+                    await asyncio.wait({up, answer}, return_when=asyncio.FIRST_COMPLETED)
+                    if up.done() and isinstance(up.exception(), _NO_MEMORY):
+                        await up  # all that the peer will see of it is a broken communicator
+                    wire = await answer
+                    if wire is None:
+                        raise HandoffRefused("the peer refused the link: closed")
+                    decode_link_reply(wire)
                     await up
                 except BaseException:
                     up.cancel()
+                    answer.cancel()
                     link.abort("the link did not come up")
                     stream.cancel()
                     raise
@@ -203,9 +212,10 @@ class NcclTransport:
         return OutboundLink(hello.link, stream, link)
 
     def _slots_for(self, peer: Peer) -> int:
-        """Half as many with every try in vain: either end may have had no memory for more."""
+        """Half as many with every try that either end had no memory for."""
         failed = self._failed.get(peer)
-        return max(min(self._slots, FEWEST_SLOTS), self._slots >> (failed.tries if failed else 0))
+        halved = self._slots >> (failed.too_large if failed else 0)
+        return max(min(self._slots, FEWEST_SLOTS), halved)
 
     def _up(self) -> dict[Peer, OutboundLink]:
         return {

@@ -15,6 +15,7 @@ for ever if it has gone: no abort ends that wait (`rma_proxy.cc`).
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from typing import Any
 
@@ -51,6 +52,10 @@ class _Config(ctypes.Structure):
 
 class NcclError(HandoffRefused):
     """NCCL refused a call, or its communicator broke."""
+
+
+class LinkTooLarge(HandoffRefused):
+    """An end has no memory for a link of this size; it may have for a smaller one."""
 
 
 @cache
@@ -91,6 +96,8 @@ class _Bytes:
 
 SPARE_BYTES = 512 << 20
 """Of a device's memory, that links leave to the engine."""
+_taking = threading.Lock()
+"""Links are made in threads of their own: what one is about to take is not free for another."""
 
 
 class PeerMemory:
@@ -98,7 +105,7 @@ class PeerMemory:
     keeps it: what it still writes after `free` ends in memory that is nobody else's.
 
     Raises:
-        NcclError: there is not so much left beside what the engine may still need.
+        LinkTooLarge: there is not so much left beside what the engine may still need.
 
     Attributes:
         bytes: uint8, flat; not to be used after `free`.
@@ -106,14 +113,20 @@ class PeerMemory:
 
     def __init__(self, size: int) -> None:
         self._address = ctypes.c_void_p()
-        free, _ = torch.cuda.mem_get_info()
-        if free < size + SPARE_BYTES:
-            raise NcclError(
-                f"a link needs {size >> 20} MiB of GPU memory and {SPARE_BYTES >> 20} MiB more left"
-                f" for the engine, {free >> 20} MiB are free: lower gpu_memory_utilization or"
-                " handoff.link_bytes"
-            )
-        _check(library().ncclMemAlloc(ctypes.byref(self._address), ctypes.c_size_t(size)))
+        with _taking:
+            free, _ = torch.cuda.mem_get_info()
+            if free < size + SPARE_BYTES:
+                raise LinkTooLarge(
+                    f"a link needs {size >> 20} MiB of GPU memory and {SPARE_BYTES >> 20} MiB more"
+                    f" left for the engine, {free >> 20} MiB are free: lower"
+                    " gpu_memory_utilization or handoff.link_bytes"
+                )
+            try:
+                _check(library().ncclMemAlloc(ctypes.byref(self._address), ctypes.c_size_t(size)))
+            except NcclError as error:
+                raise LinkTooLarge(
+                    f"a link gets no {size >> 20} MiB of GPU memory: {error}"
+                ) from error
         self.bytes = torch.as_tensor(_Bytes(self._address.value, size), device="cuda")
 
     def free(self) -> None:

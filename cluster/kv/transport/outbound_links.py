@@ -166,10 +166,7 @@ class OutboundLink:
         try:
             with contextlib.suppress(Broken):
                 while (wire := await self._stream.receive_whole()) is not None:
-                    refused, free = decode_link_reply(wire)
-                    if refused:
-                        raise HandoffRefused(f"the peer gave the link up: {refused}")
-                    for index in free:
+                    for index in decode_link_reply(wire):
                         self._read(index)
         except HandoffRefused as broken:
             reason = str(broken)
