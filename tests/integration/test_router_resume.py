@@ -415,9 +415,9 @@ async def test_a_router_that_was_frozen_cannot_write_any_more(pair: Pair) -> Non
 
 async def test_a_stream_that_the_store_has_lost_goes_on(pair: Pair) -> None:
     pair.fakes.decode.script = slowly
+    pair.fakes.decode.gate.clear()
     call = pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT)
     got = await some(call, 2)
-    pair.fakes.decode.gate.clear()
     keys = [f"pdserve:{{{pair.config.name}}}:{kind}:default/r" for kind in ("stream", "stream-log")]
     assert await pair.client.delete(*keys) == 2  # as a store does that comes back empty
     pair.fakes.decode.gate.set()
