@@ -34,9 +34,9 @@ from cluster.engine.protocol import (
 )
 from cluster.engine.results import HandoffResults
 from cluster.engine.sampling import to_vllm
+from cluster.engine.shown_secret import shown
 from cluster.engine.stats import EngineMetrics, FrontEndStats
 from cluster.errors import EngineFailed, InvalidRequest, PdserveError
-from cluster.kv.connector.worker import SECRET_ENV
 from cluster.kv.handoff import HandoffResult
 from cluster.kv.layout import model_digest
 
@@ -84,7 +84,6 @@ class VllmEngine:
         self._kv_events = KvEvents(self.held_blocks)
 
     async def start(self) -> EngineInfo:
-        os.environ[SECRET_ENV] = self._secret.hex()
         if current_platform.is_cpu():
             os.environ["OMP_NUM_THREADS"] = str(self._threads)
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -93,15 +92,14 @@ class VllmEngine:
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         try:
             self._kv_events.start()
-            self._llm = await asyncio.to_thread(self._open)
-            ranks = await self.ask_ranks("pdserve_endpoint")
+            with shown(self._secret):
+                self._llm = await asyncio.to_thread(self._open)
+                ranks = await self.ask_ranks("pdserve_endpoint")
         except Exception as error:
             self._kv_events.stop()  # one that failed is not stopped, and is tried again and again
             raise EngineFailed(
                 f"the engine of {self._model.name} did not start: {error}"
             ) from error
-        finally:
-            os.environ.pop(SECRET_ENV, None)
         config = self._running.vllm_config
         self._num_blocks = config.cache_config.num_gpu_blocks or 0
         return EngineInfo(

@@ -140,7 +140,7 @@ class RunningCluster:
             process.kill()
         return code, left
 
-    def pdserve(self, *args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def pdserve(self, *args: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
         """Runs a pdserve command against it."""
         return subprocess.run(
             [*self.within, PDSERVE, *args],

@@ -81,7 +81,7 @@ def test_a_dead_worker_is_replaced_and_its_streams_go_on(
     before = registered(cluster)[worker_id]
     call = start(channel, LONG)
     inexact = common_pb2.SamplingParams(
-        max_tokens=600, temperature=1, ignore_eos=True, presence_penalty=0.5
+        max_tokens=1900, temperature=1, ignore_eos=True, presence_penalty=0.5
     )
     other = start(channel, inexact)
     tokens, text = read(call, 20)

@@ -207,6 +207,17 @@ class Decode(Side):
         stamp = self.agent.generations.stamp(block_ids)
         self.agent.post(lambda: self.agent.receiver.reserve(reserve, stamp))
 
+    def run_out(self, ticket: Ticket) -> None:
+        """The lease of what was reserved ends now, if anything still watches over it."""
+
+        def end() -> None:
+            expiry = self.agent.receiver._reservations[ticket.handoff_id].expiry
+            if not expiry.cancelled():
+                expiry.cancel()
+                self.agent.receiver._expire(ticket.handoff_id)
+
+        self.agent.post(end)
+
     def frames(self, ticket: Ticket) -> int:
         """Frames landed of a handoff under way."""
         reservation = self.agent.receiver._reservations.get(ticket.handoff_id)

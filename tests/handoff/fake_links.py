@@ -108,7 +108,7 @@ class Bench:
         self.sender.give_back(index)
 
     async def next(self) -> Frame | None:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             return await self.inbound.receive()
 
     def all_slots_free(self) -> bool:

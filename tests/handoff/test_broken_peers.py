@@ -44,13 +44,15 @@ async def test_a_sender_that_stalls_half_way_costs_its_lease(
     prefill: Prefill, decode: Decode, peer: RawPeer, frames_before: int
 ) -> None:
     """Alive, connected, and silent: after any frame, also before the commit."""
-    ticket = make_ticket(2 * TOKENS, seconds=0.4)
+    ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
     decode.reserve(ticket, wire, (5, 6))
     push = peer.begin()
     await push.send(Open(wire, 0), *whole_prompt(prefill, ticket, (1, 2))[:frames_before])
     await push.granted()
-    async with asyncio.timeout(5):  # the port ends the stream, too
+    await decode.until(lambda: decode.frames(ticket) == frames_before)
+    decode.run_out(ticket)
+    async with asyncio.timeout(10):  # the port ends the stream, too
         assert await push.replies() == [Refused(LATE)]
     assert (await decode.result(ticket.handoff_id)).error == LATE
     assert decode.finished.failed == {f"d-{ticket.handoff_id}"}
@@ -114,10 +116,11 @@ async def test_the_late_writer_after_the_lease(
     """The blocks belong to another request by the time the first one's frames come."""
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
-    decode.reserve(ticket, wire, (5, 6), lease=0.1)
+    decode.reserve(ticket, wire, (5, 6))
     push = peer.begin()
     await push.send(Open(wire, 0))
     await push.granted()
+    decode.run_out(ticket)
     assert (await decode.result(ticket.handoff_id)).error == LATE
     heir = make_ticket(2 * TOKENS)
     decode.agent.generations.renew([5, 6])

@@ -392,7 +392,7 @@ async def test_blocks_are_not_given_back_while_the_device_still_writes(
     monkeypatch.setattr(decode.cache, "_places", None)  # as it is on a device
     ticket = make_ticket(2 * TOKENS)
     wire = sign(ticket)
-    decode.reserve(ticket, wire, (5, 6), lease=0.3 if end == "the lease ends" else 20)
+    decode.reserve(ticket, wire, (5, 6))
     push = peer.begin()
     await push.send(Open(wire, 0), *whole_prompt(prefill, ticket, (1, 2)))
     await push.granted()
@@ -402,6 +402,8 @@ async def test_blocks_are_not_given_back_while_the_device_still_writes(
         await peer.close()
     elif end == "the request is cancelled":
         decode.release(ticket)
+    else:
+        decode.run_out(ticket)
     await decode.until(lambda: bool(reservations[ticket.handoff_id].error))
     assert decode.pinned() > 0 and not decode.finished.recving
     device.done.set()

@@ -177,7 +177,7 @@ async def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.Monk
     agent = start_agent("decode", random_cache(2, worker="decode"))
     try:
         with dial(agent.address) as port:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await asyncio.to_thread(read_to_end, port)
     finally:
         agent.stop()

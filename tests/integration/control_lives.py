@@ -97,7 +97,7 @@ async def test_lives_end_and_begin_as_they_should(
         while second.slots[0].incarnation == first.slots[0].incarnation:
             second = await until_ready(actor)
     assert second.slots[1].incarnation == first.slots[1].incarnation  # the other lived on
-    client = await connect(store.url, 2.0)
+    client = await connect(store.url, 30.0)
     registry = Registry(client, "lives")
     assert {w.incarnation for w in await registry.workers()} == {
         slot.incarnation for slot in second.slots[:2]

@@ -21,13 +21,14 @@ from cluster.rpc.limits import Limits
 from cluster.rpc.server import RpcServer
 
 LIMITS = Limits(1 << 20, 100, keepalive_seconds=60)
-WAIT = 10.0
+WAIT = 60.0
 
 
 class Methods:
     """Of a service `t.T`, on bytes."""
 
     def __init__(self) -> None:
+        self.slow_ones = asyncio.Semaphore(0)  # calls of `slow` that have begun
         self.cancelled = asyncio.Event()
         self.sent = 0
 
@@ -35,8 +36,9 @@ class Methods:
         return request
 
     async def slow(self, request: bytes, call: Call) -> bytes:
+        self.slow_ones.release()
         try:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         finally:
             self.cancelled.set()
         return b""

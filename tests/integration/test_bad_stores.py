@@ -39,7 +39,7 @@ def pdserve(
     return subprocess.run(
         [PDSERVE, command, "-f", str(file), *options],
         env={**own, "PDSERVE_RUNTIME_DIR": str(folder / "run"), **(env or {})},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=180,
     )  # fmt: skip
 
 

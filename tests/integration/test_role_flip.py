@@ -42,7 +42,7 @@ async def test_roles_change_under_load(tmp_path: Path) -> None:
             for _ in range(WAVE // 2):
                 await next(ended)
 
-        async def flip(worker_id: str, role: str, drain_seconds: float = 5.0) -> None:
+        async def flip(worker_id: str, role: str, drain_seconds: float = 60.0) -> None:
             await cluster.hosts[worker_id].set_role(role, drain_seconds)
 
         await wave()
@@ -72,7 +72,7 @@ async def test_roles_change_under_load(tmp_path: Path) -> None:
             held = await host._engine.holdings()  # type: ignore[union-attr]
             assert (held.ledger, held.blocks_used) == ((), 0)
 
-        client = await connect(cluster.store.url, 2.0)
+        client = await connect(cluster.store.url, 30.0)
         registry = Registry(client, split.name)
         late = replace(record, role="decode", epoch=1)
         assert await registry.put_worker(late, 10.0)  # no newer life: nobody has to end

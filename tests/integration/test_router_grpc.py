@@ -264,8 +264,9 @@ async def test_a_client_that_leaves_cancels(cluster: Cluster, stub: Any) -> None
 
 
 async def test_the_deadline_cancels(cluster: Cluster, stub: Any) -> None:
+    await collect(stub.Generate(ask(), timeout=TIMEOUT))  # connected, before the time counts
     cluster.decode.gate.clear()
-    code, _, _ = await refusal(stub.Generate(ask(), timeout=0.5))
+    code, _, _ = await refusal(stub.Generate(ask(), timeout=1.0))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     await asyncio.wait_for(cluster.decode.cancelled.get(), TIMEOUT)
 

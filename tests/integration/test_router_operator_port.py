@@ -90,7 +90,7 @@ async def test_workers_without_a_process_are_told_with_what_they_wait_for(tmp_pa
     async with simulated_cluster(
         tmp_path, {"p-0": "prefill", "d-0": "decode"}, config()
     ) as running:
-        plans = Plans(await connect(running.store.url, 2.0), running.config.name)
+        plans = Plans(await connect(running.store.url, 30.0), running.config.name)
         missing = WaitingWorker("d-1", "m", "decode", "waiting", "for 1 GPU; no host has 1 GPU")
         there = WaitingWorker("d-0", "m", "decode", "starting", "")  # it has registered since
 

@@ -61,7 +61,7 @@ class Pair:
         )  # fmt: skip
 
     async def start(self) -> None:
-        self.client = await connect(self.store.url, 5.0)
+        self.client = await connect(self.store.url, 30.0)
         registry = Registry(self.client, self.config.name)
         for worker in self.fakes.workers:
             await worker.serve()
@@ -159,11 +159,12 @@ ALL_TEXT = "".join(f"t{i} " for i in range(COUNT))
 
 
 async def slowly(worker: FakeWorker, start: worker_pb2.StartSequence, send: Send) -> None:
-    """A token at a time, as long as the gate is open."""
+    """A token at a time, the second half of them as soon as the gate is open."""
     for i in range(start.sampling.max_tokens):
-        await worker.gate.wait()
+        if i >= start.sampling.max_tokens // 2:
+            await worker.gate.wait()
         send(token_output(start, i))
-        await asyncio.sleep(0.04)  # the test acts before the last one
+        await asyncio.sleep(0.04)
 
 
 async def some(call: Any, count: int) -> list[Any]:
@@ -313,11 +314,10 @@ async def test_resume_at_every_offset_on_both_routers(pair: Pair) -> None:
 async def test_a_broken_connection_is_resumed_while_the_request_runs(pair: Pair) -> None:
     pair.fakes.decode.script = slowly
     for router in range(2):
-        pair.fakes.decode.gate.set()
+        pair.fakes.decode.gate.clear()
         request_id = f"r{router}"
         call = pair.stub(0).Generate(resumable(request_id), timeout=TIMEOUT)
         got = merged(await some(call, 3))
-        pair.fakes.decode.gate.clear()
         call.cancel()
         again = pair.stub(router).Resume(resume(request_id, len(got[0])), timeout=TIMEOUT)
         reading = asyncio.create_task(collect(again))
@@ -342,9 +342,9 @@ async def test_nobody_comes_back(store: EmbeddedStore) -> None:
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0}, {"seed": 5, "stop": ["zz"]}])
 async def test_a_router_dies_and_another_goes_on(pair: Pair, sampling: dict[str, Any]) -> None:
     pair.fakes.decode.script = slowly
+    pair.fakes.decode.gate.clear()
     call = pair.stub(0).Generate(resumable("r", **sampling), timeout=TIMEOUT)
     got = merged(await some(call, 3))
-    pair.fakes.decode.gate.clear()
     await pair.kill(0)
     again = pair.stub(1).Resume(resume("r", len(got[0])), timeout=TIMEOUT)
     reading = asyncio.create_task(collect(again))
@@ -360,9 +360,9 @@ async def test_a_router_dies_and_another_goes_on(pair: Pair, sampling: dict[str,
 
 async def test_two_resume_a_dead_routers_request_and_it_runs_once(pair: Pair) -> None:
     pair.fakes.decode.script = slowly
+    pair.fakes.decode.gate.clear()
     call = pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT)
     await some(call, 2)
-    pair.fakes.decode.gate.clear()
     await pair.kill(0)
     third = pair.new_router("r-2")
     pair.routers.append(third)
@@ -379,9 +379,9 @@ async def test_two_resume_a_dead_routers_request_and_it_runs_once(pair: Pair) ->
 
 async def test_what_cannot_go_on_exactly_is_refused(pair: Pair) -> None:
     pair.fakes.decode.script = slowly
+    pair.fakes.decode.gate.clear()
     call = pair.stub(0).Generate(resumable("r", presence_penalty=1.0), timeout=TIMEOUT)
     await some(call, 3)
-    pair.fakes.decode.gate.clear()
     await pair.kill(0)
     code, message, _ = await refusal(pair.stub(1).Resume(resume("r", 3), timeout=TIMEOUT))
     assert code is grpc.StatusCode.FAILED_PRECONDITION
@@ -390,9 +390,9 @@ async def test_what_cannot_go_on_exactly_is_refused(pair: Pair) -> None:
 
 async def test_a_router_that_stops_leaves_its_requests_to_the_others(pair: Pair) -> None:
     pair.fakes.decode.script = slowly
+    pair.fakes.decode.gate.clear()
     call = pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT)
     got = merged(await some(call, 3))
-    pair.fakes.decode.gate.clear()
     await pair.routers[0].stop(0)
     pair.fakes.decode.gate.set()
     again = pair.stub(1).Resume(resume("r", len(got[0])), timeout=TIMEOUT)
@@ -401,9 +401,9 @@ async def test_a_router_that_stops_leaves_its_requests_to_the_others(pair: Pair)
 
 async def test_a_router_that_was_frozen_cannot_write_any_more(pair: Pair) -> None:
     pair.fakes.decode.script = slowly
+    pair.fakes.decode.gate.clear()
     call = pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT)
     got = await some(call, 2)
-    pair.fakes.decode.gate.clear()
     key = f"pdserve:{{{pair.config.name}}}:stream:default/r"
     await pair.client.hset(key, "owner", "r-1 r-1-life")
     pair.fakes.decode.gate.set()
@@ -415,9 +415,9 @@ async def test_a_router_that_was_frozen_cannot_write_any_more(pair: Pair) -> Non
 
 async def test_a_stream_that_the_store_has_lost_goes_on(pair: Pair) -> None:
     pair.fakes.decode.script = slowly
+    pair.fakes.decode.gate.clear()
     call = pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT)
     got = await some(call, 2)
-    pair.fakes.decode.gate.clear()
     keys = [f"pdserve:{{{pair.config.name}}}:{kind}:default/r" for kind in ("stream", "stream-log")]
     assert await pair.client.delete(*keys) == 2  # as a store does that comes back empty
     pair.fakes.decode.gate.set()
@@ -453,7 +453,7 @@ async def test_without_the_store(pair: Pair) -> None:
 
 
 async def test_bad_resumes(store: EmbeddedStore) -> None:
-    async with running(store, window_seconds=0.5) as pair:
+    async with running(store) as pair:
         stub = pair.stub(1)
         await collect(pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT))
         for offsets, words in (((COUNT + 1,), "past the end"), ((0, 0), "1 at most")):
@@ -471,11 +471,18 @@ async def test_bad_resumes(store: EmbeddedStore) -> None:
             assert (code, words in message) == (status, True)
         code, _, _ = await refusal(stub.Resume(resume("r")))
         assert code is grpc.StatusCode.INVALID_ARGUMENT  # no deadline
-        await asyncio.sleep(0.7)
-        code, message, _ = await refusal(stub.Resume(resume("r"), timeout=TIMEOUT))
+        await collect(stub.Generate(ask(), timeout=TIMEOUT))
+
+
+async def test_a_finished_request_expires(store: EmbeddedStore) -> None:
+    async with running(store, window_seconds=0.5) as pair:
+        await collect(pair.stub(0).Generate(resumable("r"), timeout=TIMEOUT))
+        async with asyncio.timeout(TIMEOUT):
+            while await pair.client.keys("*:stream:default/r"):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        code, message, _ = await refusal(pair.stub(1).Resume(resume("r"), timeout=TIMEOUT))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert "expired" in message
-        await collect(stub.Generate(ask(), timeout=TIMEOUT))
 
 
 async def test_another_tenants_request_is_unknown(store: EmbeddedStore, tmp_path: Path) -> None:

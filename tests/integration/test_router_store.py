@@ -44,7 +44,7 @@ async def generate(channel: grpc.aio.Channel, request_id: str) -> list[Any]:
 
 async def test_found_served_and_served_without(store: EmbeddedStore) -> None:
     fakes = Cluster()
-    client = await connect(store.url, 5.0)
+    client = await connect(store.url, 30.0)
     registry = Registry(client, fakes.config.name)
     for worker in fakes.workers:
         await worker.serve()

@@ -16,7 +16,7 @@ from h2.settings import SettingCodes
 
 from cluster.rpc.abuse import PING_STRIKES, RESETS_A_SECOND
 from cluster.rpc.limits import Limits
-from tests.integration.rpc_serving import WAIT, Raw, channel, refused, serving
+from tests.integration.rpc_serving import WAIT, Raw, channel, framed, refused, serving
 
 
 @pytest.mark.parametrize("size", [0, 1, 16_379, 16_380, 70_000, 1 << 20])
@@ -67,15 +67,17 @@ async def test_statuses() -> None:
 async def test_a_client_that_leaves_cancels_its_method() -> None:
     async with serving() as (methods, _, address), channel(address) as c:
         call = c.unary_unary("/t.T/slow")(b"", timeout=WAIT)
-        await asyncio.sleep(0.1)
+        await asyncio.wait_for(methods.slow_ones.acquire(), WAIT)
         call.cancel()
         await asyncio.wait_for(methods.cancelled.wait(), WAIT)
 
 
 async def test_a_deadline_ends_a_method_that_does_not_look_at_it() -> None:
-    async with serving() as (methods, _, address), channel(address) as c:
-        error = await refused(c.unary_unary("/t.T/slow")(b"", timeout=0.2))
-        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    async with serving() as (methods, _, address):
+        raw = await Raw.connect(address)  # no client whose own clock could end the call sooner
+        slow = raw.open("/t.T/slow", more=[("grpc-timeout", "200m")])
+        raw.h2.send_data(slow, framed(b""), end_stream=True)
+        assert (await raw.answer())["grpc-status"] == "4"
         await asyncio.wait_for(methods.cancelled.wait(), WAIT)
 
 
@@ -102,13 +104,16 @@ async def test_a_client_that_does_not_read_holds_its_own_call_up_and_no_other() 
 
 async def test_a_stop_lets_calls_end_and_then_ends_them() -> None:
     async with serving() as (methods, server, address), channel(address) as c:
-        lazy = c.unary_stream("/t.T/flood")(b"", timeout=WAIT)
-        slow = asyncio.ensure_future(refused(c.unary_unary("/t.T/slow")(b"", timeout=WAIT)))
-        await asyncio.sleep(0.1)
-        stopping = asyncio.create_task(server.stop(0.5))
-        assert len([m async for m in lazy]) == 1000
-        assert (await slow).code() is grpc.StatusCode.UNAVAILABLE
+        lazy = aiter(c.unary_stream("/t.T/flood")(b"", timeout=WAIT))
+        await anext(lazy)
+        stopping = asyncio.create_task(server.stop(WAIT))
+        assert len([m async for m in lazy]) == 999
         await stopping
+    async with serving() as (methods, server, address), channel(address) as c:
+        slow = asyncio.ensure_future(refused(c.unary_unary("/t.T/slow")(b"", timeout=WAIT)))
+        await asyncio.wait_for(methods.slow_ones.acquire(), WAIT)
+        await server.stop(0.1)
+        assert (await slow).code() is grpc.StatusCode.UNAVAILABLE
         assert methods.cancelled.is_set()
 
 

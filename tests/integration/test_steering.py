@@ -12,6 +12,7 @@ import pytest
 
 from cluster.cli import plan_calls, profile, profile_requests, record
 from cluster.cli.access import channel
+from cluster.cli.calls import cluster_view
 from cluster.cli.steer import Steering
 from cluster.cli.terminal import Terminal
 from cluster.config import Config
@@ -35,7 +36,7 @@ ROLES = {"p-0": "prefill", "d-0": "decode"}
 
 
 async def plans_of(cluster: SimulatedCluster) -> Plans:
-    return Plans(await connect(cluster.store.url, 2.0), cluster.config.name)
+    return Plans(await connect(cluster.store.url, 30.0), cluster.config.name)
 
 
 async def test_steering_needs_the_operators_credentials_and_reaches_the_controller(
@@ -118,7 +119,7 @@ async def test_the_plan_is_shown_and_explained(
         assert shown["models"][0]["done"] == {"flips": 2}
         assert shown["models"][0]["decision"]["number"] == 3
         metrics = cluster.router.metrics.registry
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while metrics.get_sample_value(  # noqa: ASYNC110 - read by its own task
                 "pdserve_plan_actions_total", {"model": "made-up", "kind": "flips"}
             ) != 2:  # fmt: skip
@@ -135,9 +136,11 @@ async def test_requests_are_recorded_without_their_text(tmp_path: Path) -> None:
         out = tmp_path / "log.jsonl"
         address = cluster.router.grpc_address
         recording = asyncio.create_task(
-            asyncio.to_thread(record.run, Terminal(), address, TOKEN, out, 2.0, "")
+            asyncio.to_thread(record.run, Terminal(), address, TOKEN, out, 5.0, "")
         )
-        await asyncio.sleep(0.6)
+        async with asyncio.timeout(30):
+            while not cluster.router._observer.readers:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         for i, prompt in enumerate(prompts):
             tokens, _ = await cluster.generate(prompt, max_tokens=3 + i)
             assert tokens == answer(prompt, 3 + i)
@@ -150,7 +153,7 @@ async def test_requests_are_recorded_without_their_text(tmp_path: Path) -> None:
         assert {a.block_tokens for a in trace.arrivals} == {64}
         assert set(json.loads(out.read_text().splitlines()[0])) == {
             "at", "prompt", "output", "blocks", "block_tokens", "kind"}  # fmt: skip
-        async with asyncio.timeout(10):  # the journal is written behind the requests
+        async with asyncio.timeout(30):  # the journal is written behind the requests
             past = ()
             while len(past) < 6:
                 past = await asyncio.to_thread(record.past, address, TOKEN, 60.0, "")
@@ -158,6 +161,7 @@ async def test_requests_are_recorded_without_their_text(tmp_path: Path) -> None:
         assert await asyncio.to_thread(record.past, address, TOKEN, 60.0, "another") == ()
 
 
+@pytest.mark.paced
 async def test_a_profile_finds_the_engines_own_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,8 +194,12 @@ async def test_a_profile_finds_the_engines_own_times(
         assert all(sample.beside > 0 for sample in beside)
         assert any(sample.handoffs for sample in beside)
 
-        busy = asyncio.create_task(cluster.generate([1, 2, 3], max_tokens=300))
-        await asyncio.sleep(0.3)
+        busy = asyncio.create_task(cluster.generate([1, 2, 3], max_tokens=15_000))
+        async with channel(address, TOKEN) as to, asyncio.timeout(30):
+            while not any(  # noqa: ASYNC110 - the router's view
+                w.running_sequences for w in (await cluster_view(to)).workers
+            ):
+                await asyncio.sleep(0.05)
         with pytest.raises(Unavailable, match="measures it alone"):
             await asyncio.to_thread(profile.run, Terminal(), address, TOKEN, wanted, True)
         busy.cancel()

@@ -35,7 +35,7 @@ def store(tmp_path: Path) -> Iterator[EmbeddedStore]:
 
 @pytest.fixture
 async def client(store: EmbeddedStore) -> AsyncIterator[Redis]:
-    client = await connect(store.url, 1.0)
+    client = await connect(store.url, 30.0)
     yield client
     await client.aclose()
 
@@ -252,7 +252,7 @@ async def test_tenants_have_their_own(batches: Batches, client: Redis) -> None:
 
 
 async def test_jobs_survive_the_server(store: EmbeddedStore, tmp_path: Path) -> None:
-    client = await connect(store.url, 1.0)
+    client = await connect(store.url, 30.0)
     batches = Batches(client, "c", 10_000)
     job = await batches.add(JOB, LINES, [(1, "bad")])
     await serve(batches, job, "r-0")
@@ -262,7 +262,7 @@ async def test_jobs_survive_the_server(store: EmbeddedStore, tmp_path: Path) -> 
     store.stop()
     again = EmbeddedStore.start(tmp_path)
     try:
-        client = await connect(again.url, 1.0)
+        client = await connect(again.url, 30.0)
         batches = Batches(client, "c", 10_000)
         assert await batches.get("t", "b-1") == before
         await serve(batches, job, "r-1", NOW)

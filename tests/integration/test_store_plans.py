@@ -40,7 +40,7 @@ STATE = PlanState(
 @pytest.fixture
 async def plans(tmp_path: Path) -> AsyncIterator[Plans]:
     store = EmbeddedStore.start(tmp_path)
-    client = await connect(store.url, 1.0)
+    client = await connect(store.url, 30.0)
     yield Plans(client, "c")
     await client.aclose()
     store.stop()
@@ -75,10 +75,10 @@ async def test_an_order_is_answered(plans: Plans) -> None:
         return order
 
     order = Order("scale", "m", "decode", 3)
-    said, taken = await asyncio.gather(plans.order(order, 5.0), controller(Reply("done")))
+    said, taken = await asyncio.gather(plans.order(order, 30.0), controller(Reply("done")))
     assert (said, taken) == ("done", order)
     with pytest.raises(NotFound, match="no such"):
-        await asyncio.gather(plans.order(order, 5.0), controller(Reply("no such", 5)))
+        await asyncio.gather(plans.order(order, 30.0), controller(Reply("no such", 5)))
 
 
 async def test_an_order_that_nobody_waits_for_is_not_carried_out(

@@ -40,7 +40,7 @@ async def started(*args: str, **env: str) -> asyncio.subprocess.Process:
 
 
 async def ended(process: asyncio.subprocess.Process) -> tuple[str, str]:
-    out, err = await asyncio.wait_for(process.communicate(), 90)
+    out, err = await asyncio.wait_for(process.communicate(), 240)
     return out.decode(), err.decode()
 
 

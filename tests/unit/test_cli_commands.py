@@ -33,7 +33,7 @@ def pdserve(tmp_path: Path):  # type: ignore[no-untyped-def]
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         code = "from cluster.cli.main import main; main()"
         command = [sys.executable, "-c", code, *args]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
 
     return run
 

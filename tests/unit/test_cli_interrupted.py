@@ -29,5 +29,5 @@ def test_it_ends_quietly() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=180)
     assert (process.returncode, said) == (130, "")

@@ -176,7 +176,7 @@ def controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Controller:
 
 
 async def until(controller: Controller, true: Callable[[ClusterStatus], Any]) -> ClusterStatus:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while True:
             status = await controller.status()
             if true(status):
@@ -411,6 +411,6 @@ async def test_a_cluster_whose_loop_broke_is_shut_down_in_order(
     with monkeypatch.context() as once:
         once.setattr(FakeRegistry, "members", broken)
         assert controller._loop is not None
-        await asyncio.wait([controller._loop], timeout=5)
+        await asyncio.wait([controller._loop], timeout=30)
     await controller.shutdown(3.0)
     assert not LIVES and router.drained is not None

@@ -100,7 +100,7 @@ async def started(actor: RouterActor) -> asyncio.Task[Failure | None]:
 async def test_a_broken_router_ends_its_life(actor: RouterActor) -> None:
     running = await started(actor)
     actor._body.broken.set()
-    failure = await asyncio.wait_for(running, 5)
+    failure = await asyncio.wait_for(running, 30)
     assert failure is not None and "router broke" in failure.reason and not failure.permanent
 
 
@@ -114,7 +114,7 @@ async def test_a_router_that_breaks_while_it_drains_is_stopped_in_order(
     await asyncio.sleep(0.01)
     assert not running.done()
     actor._body.drained.set()
-    assert await asyncio.wait_for(running, 5) is None
+    assert await asyncio.wait_for(running, 30) is None
     await stopping
 
 

@@ -93,7 +93,7 @@ async def test_a_bad_resume_follows_nothing() -> None:
     assert not mine._known
     tasks = list(mine._tasks)
     if tasks:
-        await asyncio.wait(tasks, timeout=5)
+        await asyncio.wait(tasks, timeout=30)
     assert not mine._tasks
 
 
@@ -112,7 +112,7 @@ async def test_a_stream_that_is_taken_over_is_served_or_left_to_the_others(
         reader.leave()  # while the store makes it this router's
     streams.taken = taken
     streams.answer.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while mine._tasks:
             await asyncio.wait(list(mine._tasks))
     assert streams.left == left
