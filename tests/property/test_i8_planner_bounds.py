@@ -267,9 +267,7 @@ def test_a_worker_that_loads_is_not_given_up() -> None:
         ("bbbb", {"prefill": 0}),  # there is none anyway
     ],
 )
-def test_what_a_person_holds_leaves_the_pools_beside_it(
-    roles: str, held: dict[Role, int]
-) -> None:
+def test_what_a_person_holds_leaves_the_pools_beside_it(roles: str, held: dict[Role, int]) -> None:
     names: dict[str, Role] = {"p": "prefill", "d": "decode", "b": "both"}
     seen = tuple(WorkerSeen(f"w{i}", names[r], "ready") for i, r in enumerate(roles))
     planner = Planner(Policy({"default": 6}), WORKER, TARGETS)
