@@ -172,10 +172,13 @@ class Planner:
         return f"class {unknown[0]!r} has no targets" if unknown else ""
 
     def _held(self, now: float, observed: Observed, have: Counts, why: str) -> Decision:
-        """Nothing is decided, except that no pool in use is left below its minimum."""
-        least = self._at_least_minimum(have)
+        """Nothing is decided, except that no pool in use is left below its minimum – or above it,
+        where the budget has no room for any worker."""
+        room = self.policy.max_workers > 0
+        least = self._at_least_minimum(have) if room else have
         wish = Wish(least, have, have)
-        actions = tuple(plan_actions(self.policy, observed.workers, wish)) if least != have else ()
+        decides = least != have or not room
+        actions = tuple(plan_actions(self.policy, observed.workers, wish)) if decides else ()
         reasons = (f"held: {why}",)
         target = after(observed.workers, actions)
         return Decision(now, target, least, actions, why, reasons)
@@ -263,10 +266,11 @@ class Planner:
         return now
 
     def _held_whole(self, have: Counts) -> bool:
-        """The mode of what people have set; of a mixture, that of most workers. That there are no
-        workers of one role is no mode."""
+        """The mode of what people have set: where there are two pools, they go on beside what is
+        held in both. That there are no workers of one role is no mode."""
         if "both" in self._manual:
-            return self._manual["both"] > 0 and have.both > have.prefill + have.decode
+            pools = have.prefill > 0 and have.decode > 0
+            return self._manual["both"] > 0 and have.both > 0 and not pools
         return bool(self._whole) and not any(self._manual.values())
 
     def _steadied(self, load: Load, best: Sizing, have: Counts, reasons: list[str]) -> Sizing:
