@@ -10,9 +10,13 @@ Why this cannot deadlock. Wait edges: an unadmitted prompt waits for its own gra
 or end of a prompt admitted ahead of its grant. A grant waits for free blocks on decode. Decode's
 blocks are held by (a) decodes that run – they end by themselves, (b) reservations whose prompt is
 granted: granted prompts are admitted whatever the limit says, so prefill computes them, they land,
-and become (a); where an engine is both sides, prompts ahead of their grants leave them the blocks
-that this takes (`landings.py`). Nothing in (a) or (b) waits for a prompt that is not granted, so
-there is no cycle. And every wait ends with its ticket's lease in any case.
+and become (a). Nothing in (a) or (b) waits for a prompt that is not granted, so there is no cycle.
+
+An engine that is both sides has one pool for both. Prompts ahead of their grants leave what lands
+the blocks that it needs to go on (`landings.py`). But two such engines that hand off to each other
+can fill their pools with reservations, each for a granted prompt that finds no block at the other.
+That wait, as every other, ends with its ticket's lease.
+
 `tests/property/test_credit.py` walks the model of both sides through random interleavings,
 cancellations and losses.
 """
@@ -37,15 +41,18 @@ class CreditBook:
         """The prompt is in prefill's queue."""
         self._waiting.add(handoff_id)
 
+    def has_credit(self, handoff_id: str, size: int) -> bool:
+        """Would the prompt, of `size` bytes of KV, be admitted?"""
+        known = handoff_id in self._granted or handoff_id in self._ahead
+        return known or self.ahead_bytes + size <= self._limit
+
     def admit(self, handoff_id: str, size: int) -> bool:
         """May the prompt, of `size` bytes of KV, be computed now? Asking again is harmless."""
-        if handoff_id in self._granted or handoff_id in self._ahead:
-            self._waiting.discard(handoff_id)
-            return True
-        if self.ahead_bytes + size > self._limit:
+        if not self.has_credit(handoff_id, size):
             return False
         self._waiting.discard(handoff_id)
-        self._ahead[handoff_id] = size
+        if handoff_id not in self._granted:
+            self._ahead.setdefault(handoff_id, size)
         return True
 
     def grant(self, handoff_id: str) -> None:

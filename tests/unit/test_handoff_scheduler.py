@@ -292,6 +292,13 @@ def test_without_room_behind_what_lands_only_a_granted_prompt_runs() -> None:
     assert engine.matched(prompt) == (0, False)
 
 
+def test_room_is_not_looked_for_without_credit() -> None:
+    """Each prompt that waits asks at every step: what costs most comes last."""
+    engine = Engine(limit=0)
+    engine.side.may_run_ahead = lambda blocks: pytest.fail("asked")
+    assert engine.matched(engine.add(request("prefill", "a", 8))) == (None, False)
+
+
 def test_credit_comes_back_when_blocks_are_no_longer_pinned_and_not_before() -> None:
     engine = Engine(limit=2 * BLOCK_BYTES)
     first, second = (engine.add(request("prefill", name, 8)) for name in "ab")

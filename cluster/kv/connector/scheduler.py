@@ -109,15 +109,20 @@ class SchedulerSide:
         prompt waits until it has credit.
         """
         if prefill := self._prefills.get(request.request_id):
-            handoff_id, blocks = prefill.params.handoff_id, self._blocks(prefill.params.num_tokens)
-            room = self.credit.granted(handoff_id) or self.may_run_ahead(blocks)
-            admitted = room and self.credit.admit(handoff_id, blocks * self._block_bytes)
-            return (0 if admitted else None), False
+            return (0 if self._admit(prefill.params) else None), False
         decode = self._decodes.get(request.request_id)
         if decode is None or decode.reserved:
             return 0, False
         decode.local_tokens = local_tokens
         return request.num_prompt_tokens - local_tokens, True
+
+    def _admit(self, params: HandoffParams) -> bool:
+        blocks = self._blocks(params.num_tokens)
+        handoff_id, size = params.handoff_id, blocks * self._block_bytes
+        if not self.credit.has_credit(handoff_id, size):  # first: it costs least, each step anew
+            return False
+        room = self.credit.granted(handoff_id) or self.may_run_ahead(blocks)
+        return room and self.credit.admit(handoff_id, size)
 
     def after_alloc(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         decode = self._decodes.get(request.request_id)
