@@ -22,6 +22,8 @@ def run(terminal: Terminal, address: str, token: str, out: Path, seconds: float,
     """Writes what ends within so many seconds, at all routers."""
     kept: list[RequestSeen] = []
     left_out = 0
+    # First, so that a file that is there outlives a cluster that does not answer.
+    routers = asyncio.run(_routers(address, token))
     try:
         with out.open("w") as file, terminal.err.status("recording") as status:
 
@@ -34,7 +36,7 @@ def run(terminal: Terminal, address: str, token: str, out: Path, seconds: float,
                     file.write(line(seen) + "\n")
                     status.update(f"recorded {len(kept)} requests")
 
-            asyncio.run(_follow(address, token, seconds, take))
+            asyncio.run(_follow(routers, token, seconds, take))
     except OSError as error:
         raise InvalidRequest("OUT", f"{out} cannot be written: {error.strerror}") from error
     said = f"; {left_out} that got no token were left out" if left_out else ""
@@ -79,17 +81,19 @@ def past(address: str, token: str, seconds: float, model: str) -> tuple[Arrival,
     )
 
 
-async def _follow(
-    address: str, token: str, seconds: float, take: Callable[[RequestSeen], None]
-) -> None:
+async def _routers(address: str, token: str) -> list[str]:
     async with channel(address, token) as to:
         view = await cluster_view(to)
     # The one that was asked goes by the address that reached it: others may know it by another.
-    others = [r.operator_address for r in view.routers[1:]]
+    return [address, *(r.operator_address for r in view.routers[1:])]
 
+
+async def _follow(
+    routers: list[str], token: str, seconds: float, take: Callable[[RequestSeen], None]
+) -> None:
     async def follow(at: str) -> None:
         async with channel(at, token) as to:
             async for seen in requests_seen(to, 0.0, True, seconds):
                 take(seen)
 
-    await asyncio.gather(*map(follow, [address, *others]))
+    await asyncio.gather(*map(follow, routers))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from cluster.cli import profile, rundir
+from cluster.cli import profile, record, rundir
 from cluster.cli.batch import Job, _show
 from cluster.cli.calls import ClusterView, WorkerView
 from cluster.cli.checks import engine_bytes
@@ -187,3 +187,11 @@ def test_a_profile_that_cannot_be_written_is_not_measured_first() -> None:
     wanted = Wanted("llama-3.1-8b", "H200", 1, "", 1024, 8, Path("/dev/null/profile.json"))
     with pytest.raises(InvalidRequest, match=r"profile\.json cannot be written: Not a dir"):
         profile.run(Terminal(), "127.0.0.1:1", "", wanted, as_json=False)
+
+
+def test_a_record_that_is_there_outlives_a_cluster_that_does_not_answer(tmp_path: Path) -> None:
+    out = tmp_path / "requests.jsonl"
+    out.write_text("of yesterday\n")
+    with pytest.raises(Unavailable):
+        record.run(Terminal(), "127.0.0.1:1", "", out, 1.0, "")
+    assert out.read_text() == "of yesterday\n"
