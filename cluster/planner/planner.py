@@ -22,7 +22,7 @@ from cluster.planner.outlook import Outlook
 from cluster.planner.performance import Performance
 from cluster.planner.reasons import inputs_of, spoken_load, spoken_shortfall
 from cluster.planner.sharing import NOTHING, Beside
-from cluster.planner.sizing import Sizing, shortfalls, size_split, size_whole
+from cluster.planner.sizing import Sizing, better, shortfalls, size_split, size_whole
 from cluster.planner.state import (
     ClassTargets,
     Counts,
@@ -238,7 +238,7 @@ class Planner:
         if self._whole is None:
             self._whole = bool(have.both) and not (have.prefill or have.decode)
             if not have.total:
-                self._whole = _better(whole, split, 0.0)
+                self._whole = better(whole, split, 0.0)
         if self._manual:
             self._whole = self._held_whole(have)
         if self.policy.disaggregate == "always":
@@ -250,7 +250,7 @@ class Planner:
             and len(self._modes) == MODE_STEPS
             and load.rate > 0
             and not self._manual
-            and all(_better(o, n, self.policy.mode_gain) for n, o in self._modes)
+            and all(better(o, n, self.policy.mode_gain) for n, o in self._modes)
         )
         if steady and max(o.counts.total for _, o in self._modes) <= ready:
             self._whole = not self._whole
@@ -293,12 +293,3 @@ class Planner:
         if best.counts != have:
             reasons.append(f"too little either way: it stays {have} unless that lasts")
         return present
-
-
-def _better(one: Sizing, than: Sizing, gain: float) -> bool:
-    """Fewer workers by more than `gain`, if both are enough; else what serves the worst better."""
-    if one.enough and than.enough:
-        return one.counts.total < than.counts.total * (1 - gain)
-    if one.enough != than.enough:
-        return one.enough
-    return one.worst > than.worst + max(gain, 0.02)

@@ -250,3 +250,12 @@ def _reached(load: Load, counts: Counts, kind: str, metric: str) -> float:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if met(middle) else (middle, high)
     return high * (start.ttft if metric == "ttft" else start.tpot)
+
+
+def better(one: Sizing, than: Sizing, gain: float) -> bool:
+    """Fewer workers by more than `gain`, if both are enough; else what serves the worst better."""
+    if one.enough and than.enough:
+        return one.counts.total < than.counts.total * (1 - gain)
+    if one.enough != than.enough:
+        return one.enough
+    return one.worst > than.worst + max(gain, 0.02)
